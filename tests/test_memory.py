@@ -1,0 +1,244 @@
+"""Laws of memory.py: bytes counted equal bytes that exist, fake tensors count as real ones do."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from transformers import AutoConfig
+
+from zolr.memory import LiveBytes, measure, resident, size_of
+from zolr.models import build, lm_loss, prompt_loss
+
+KB = 1024  # one tensor of 256 float32 numbers
+
+
+def kb(n: int = 1) -> torch.Tensor:
+    return torch.ones(256 * n)
+
+
+def test_every_storage_is_counted_once_and_until_its_last_view_is_gone():
+    with LiveBytes() as live:
+        x = kb()
+        views = [x.view(16, 16), x[::2], x.t() if x.dim() > 1 else x[1:]]
+        assert (live.live, live.peak) == (KB, KB)
+        del x
+        assert live.live == KB
+        del views
+        assert (live.live, live.peak) == (0, KB)
+
+
+def test_small_tensors_take_a_whole_block():
+    with LiveBytes() as live:
+        x = torch.zeros(1)
+        assert live.live == 512
+        y = torch.zeros(129)
+        assert live.live == 512 + 1024
+        del x, y
+
+
+def test_in_place_operations_and_out_arguments_make_nothing_new():
+    with LiveBytes() as live:
+        x, y = kb(), kb()
+        x.add_(y).mul_(2)
+        torch.add(x, y, out=y)
+        assert (live.live, live.peak) == (2 * KB, 2 * KB)
+        x.resize_(512)
+        assert live.live == 3 * KB
+        empty = torch.empty(0)
+        torch.add(y, y, out=empty)
+        assert live.live == 4 * KB
+
+
+def test_lists_of_tensors_are_counted():
+    with LiveBytes() as live:
+        xs = [kb() for _ in range(3)]
+        ys = torch._foreach_add(xs, 1.0)
+        parts = kb(4).split(256)
+        assert live.live == (3 + 3 + 4) * KB
+        del ys, parts
+        assert live.live == 3 * KB
+
+
+def test_inference_tensors_are_counted():
+    with LiveBytes() as live, torch.inference_mode():
+        x = kb()
+        y = x * 2
+        assert live.live == 2 * KB
+        del x, y
+
+
+def test_temporaries_of_an_expression_set_the_peak():
+    with LiveBytes() as live:
+        x = kb()
+        y = (x + 1) * 2 - x  # x, x + 1 and its double are alive together, then the double and the result
+        assert (live.live, live.peak) == (2 * KB, 3 * KB)
+        del y
+
+
+def test_known_tensors_are_counted_once_with_ties_and_gradients():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model[1].weight = model[0].weight  # tied
+    assert size_of(model) == KB + 2 * 512
+    model(torch.ones(1, 16)).sum().backward()
+    assert size_of(model) == 2 * KB + 4 * 512
+    with LiveBytes() as live:
+        batch = {"x": kb()}
+        assert live.track(batch) == 0  # seen when it was made
+        assert live.track(model, batch) == 2 * KB + 4 * 512
+        model.zero_grad()
+        assert live.live == KB + 2 * 512 + KB
+
+
+def test_peak_is_attributed_to_the_innermost_phase_and_can_be_reset():
+    with LiveBytes() as live:
+        live.base_phase("outside")
+        x = kb()
+        assert live.peak_phase == "outside"
+        with live.phase("forward"):
+            with live.phase("head"):
+                y = kb(8)
+            del y
+            z = kb()
+        assert (live.peak, live.peak_phase) == (9 * KB, "head")
+        live.reset_peak()
+        assert (live.peak, live.peak_phase) == (2 * KB, "outside")
+        del z
+        y = kb(4)
+        assert (live.peak, live.peak_phase) == (5 * KB, "outside")
+        del x, y
+
+
+def test_profile_lists_what_lived_at_the_peak():
+    model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 2))
+    batch = {"x": torch.ones(512, 256)}
+    with LiveBytes(profile=True) as live, torch.no_grad():
+        live.track(model, batch)
+        with live.phase("forward"):
+            model(batch["x"])
+    assert sum(r.bytes for r in live.records) == live.peak
+    made = {(r.op, r.module, r.shape) for r in live.records if r.phase == "forward"}
+    # the linear's output and the rectified one are alive together
+    assert made == {("aten.addmm.default", "0", (512, 256)), ("aten.relu.default", "1", (512, 256))}
+    assert {r.op for r in live.records if r.bytes >= 256 * KB and not r.phase} == {"0.weight", "x"}
+
+
+def test_counting_changes_nothing_and_leaves_nothing_behind():
+    x = torch.randn(64, 64, requires_grad=True)
+    (plain,) = torch.autograd.grad(x.exp().sum(), x)
+    with LiveBytes(profile=True) as live:
+        (counted,) = torch.autograd.grad(x.exp().sum(), x)
+    peak = live.peak
+    torch.ones(1000)
+    assert torch.equal(plain, counted) and live.peak == peak
+    with pytest.raises(ZeroDivisionError), LiveBytes(profile=True):
+        _ = 1 / 0
+    assert type(torch.ones(1) + 1) is torch.Tensor
+
+
+CONFIGS = {
+    "bert": dict(num_attention_heads=2, intermediate_size=128),
+    "llama": dict(num_attention_heads=2, intermediate_size=128, tie_word_embeddings=True),
+    "gpt2": dict(n_head=2),
+}
+
+
+def case(family: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A small model in train mode without dropout, and a batch that suits every loss."""
+    numbers = dict(vocab_size=512, hidden_size=64, num_hidden_layers=2, max_position_embeddings=64)
+    config = AutoConfig.for_model(family, **numbers, **CONFIGS[family], pad_token_id=0)
+    model = build(config, dropout=0.0).train()
+    ids = torch.ones(8, 32, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    mask[:, -3:] = 0  # padding: without any, real masks are dropped, which fake ones cannot be
+    return model, dict(input_ids=ids, attention_mask=mask, positions=torch.ones(8, dtype=torch.long))
+
+
+def peak_of(family: str, step: str) -> int:
+    model, batch = case(family)
+    with LiveBytes() as live:
+        live.track(model, batch)
+        if step == "forward":
+            with torch.no_grad():
+                prompt_loss([3, 4])(model, {**batch, "labels": batch["positions"]})
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
+            for _ in range(2):
+                total, count = lm_loss(model, {**batch, "labels": batch["input_ids"]}, chunk=64)
+                (total / count).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return live.peak
+
+
+@pytest.mark.parametrize("step", ["forward", "adamw"])
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_fake_tensors_count_as_real_ones_do(family, step):
+    real = peak_of(family, step)
+    with FakeTensorMode():
+        fake = peak_of(family, step)
+    assert fake == pytest.approx(real, rel=0.01)
+
+
+def test_linear_layer_peaks_are_the_analytic_ones():
+    tokens, n, m = 64, 128, 256
+    layer = nn.Linear(n, m, bias=False)
+    x = torch.ones(tokens, n)
+    weight, given, out = 4 * m * n, 4 * tokens * n, 4 * tokens * m
+    with LiveBytes() as live, torch.no_grad():
+        live.track(layer, x)
+        layer(x)
+    assert live.peak == weight + given + out
+    with LiveBytes() as live:
+        live.track(layer, x)
+        F.linear(x, layer.weight).square().sum().backward()
+    # at the end of the square's backward: twice the output, its gradient; then the weight's gradient
+    assert live.peak >= weight + given + out * 2
+    assert layer.weight.grad is not None and live.live == 2 * weight + given
+
+
+def test_measured_stretch_reports_each_counter():
+    model, batch = case("bert")
+    with measure(model, batch) as measured, torch.no_grad():
+        prompt_loss([3, 4])(model, {**batch, "labels": batch["positions"]})
+    assert measured.counter == "live tensors" and measured.reserved_bytes is None
+    assert size_of(model, batch) < measured.peak_bytes < measured.process_bytes
+    with pytest.raises(ValueError), measure() as failed:
+        kept = torch.ones(1000)
+        raise ValueError
+    assert failed.peak_bytes == 4096 and kept.numel() == 1000
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="process counters are read from /proc")
+def test_process_peak_follows_a_large_tensor_and_can_be_reset():
+    with measure() as measured:
+        x = torch.ones(32 << 20)
+        size = x.numel() * 4
+        del x
+    before = resident()
+    assert before.peak >= before.now > 0
+    with measure() as small:
+        torch.ones(10)
+    assert measured.peak_bytes == size
+    if not small.process_from_start:
+        assert small.process_bytes < measured.process_bytes - size // 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_counter_agrees_with_live_bytes():
+    model, batch = case("bert")
+    model, batch = model.cuda(), {k: v.cuda() for k, v in batch.items()}
+    batch["labels"] = batch["positions"]
+    with torch.no_grad():
+        prompt_loss([3, 4])(model, batch)  # warm-up: workspaces
+        with LiveBytes() as live:
+            live.track(model, batch)
+            prompt_loss([3, 4])(model, batch)
+        base = torch.cuda.memory_allocated() - size_of(model, batch)
+        with measure(device="cuda") as measured:
+            prompt_loss([3, 4])(model, batch)
+    assert measured.peak_bytes - base == pytest.approx(live.peak, rel=0.05)
+    assert measured.reserved_bytes is not None and measured.reserved_bytes >= measured.peak_bytes

@@ -1,0 +1,45 @@
+"""zolr: gradient estimation in random subspaces, one engine for every paradigm."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zolr.engine import Engine, Info
+    from zolr.estimators import ESTIMATORS
+    from zolr.keys import Key
+    from zolr.methods import METHODS, Method, Row, compose
+    from zolr.optim import OPTIMIZERS, OptimizerRule
+    from zolr.projectors import PROJECTORS
+    from zolr.subspaces import Full, Left, Right, Subspace, TwoSided
+    from zolr.transports import TRANSPORTS
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Engine": "engine",
+    "Info": "engine",
+    "ESTIMATORS": "estimators",
+    "Key": "keys",
+    "METHODS": "methods",
+    "Method": "methods",
+    "Row": "methods",
+    "compose": "methods",
+    "OPTIMIZERS": "optim",
+    "OptimizerRule": "optim",
+    "PROJECTORS": "projectors",
+    "Full": "subspaces",
+    "Left": "subspaces",
+    "Right": "subspaces",
+    "Subspace": "subspaces",
+    "TwoSided": "subspaces",
+    "TRANSPORTS": "transports",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is asked for, so that the command line answers without torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'zolr' has no attribute '{name}'")
+    return getattr(import_module(f"zolr.{_HOMES[name]}"), name)

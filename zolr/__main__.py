@@ -1,0 +1,5 @@
+"""`python -m zolr`: the command line."""
+
+from zolr.cli import run
+
+run()

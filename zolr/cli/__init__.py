@@ -1,0 +1,109 @@
+"""The command line: one file per verb, imported only when it is asked for.
+
+A verb `name` is the file `name.py` with `register(app)`, which adds one command to a typer app.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import typer
+
+from zolr.errors import ZolrError
+
+VERBS = {
+    "finetune": "Fine-tune a language model on a task or on your own file.",
+    "pretrain": "Train a language model on plain text, from random weights or from a checkpoint.",
+    "evaluate": "Measure a run or a model on a task or on your own file.",
+    "predict": "Label lines of text with a finished run.",
+    "compare": "The same task under several methods, in one table.",
+    "methods": "The methods of the literature that zolr knows, and what each is made of.",
+    "doctor": "What zolr finds on this machine.",
+}
+
+INTERRUPTED = 128  # exit codes above this one: ended by a signal, with everything saved
+
+# library chatter would bury the one line that matters; a variable that is set already stays
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    0 done, 2 usage, 3 data, 4 storage or checkpoint, 5 non-finite, 6 peer lost, 7 memory, 130 and 143 interrupted (saved),
+    1 anything unexpected. An error is one line on stderr; `ZOLR_DEBUG=1` shows the traceback.
+
+    Args:
+        arguments: without the program's name; default `sys.argv[1:]`.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        command = typer.main.get_command(_app(arguments))
+        code = command.main(args=arguments, prog_name="zolr", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:  # the reader of our output has left (`zolr methods | head`): nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("ZOLR_DEBUG", "0") not in ("", "0"):
+            raise
+        code, text = _explained(error)
+        print(" ".join(text.split()), file=sys.stderr)
+        return code
+
+
+def run() -> None:
+    """The `zolr` program."""
+    sys.exit(main())
+
+
+def _app(arguments: list[str]) -> typer.Typer:
+    """All verbs by name, and the code of the one that `arguments` ask for."""
+    app = typer.Typer(
+        help="Fine-tune and pretrain language models in random subspaces: by backprop, by forward passes only, or in between.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+    )
+
+    @app.callback(invoke_without_command=True)
+    def program(version: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
+        if version:
+            from importlib.metadata import version as installed
+
+            print(f"zolr {installed('zolr')}")
+            raise typer.Exit()
+
+    asked = next((a for a in arguments if not a.startswith("-")), None)
+    for verb, summary in VERBS.items():
+        if verb == asked:
+            for name, value in _QUIET.items():
+                os.environ.setdefault(name, value)
+            import_module(f"zolr.cli.{verb}").register(app)
+        else:
+            app.command(verb, help=summary)(lambda: None)
+    return app
+
+
+def _explained(error: Exception) -> tuple[int, str]:
+    """Exit code and message of an error."""
+    usage = typer.BadParameter.__bases__[0]  # typer does not export the class of its own usage errors
+    if isinstance(error, ZolrError):
+        return error.exit_code, f"{'' if error.exit_code > INTERRUPTED else 'error: '}{error}"
+    if isinstance(error, usage):
+        return 2, f"error: {error.format_message()}"  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        advice = "try a smaller --batch-size or --max-length, --checkpointing, or --paradigm zo"
+        return 7, f"error: out of memory; {advice} ({error})"
+    if isinstance(error, OSError) and error.filename is not None:
+        return 4, f"error: {error.filename}: {error.strerror}"
+    return 1, f"error: unexpected {type(error).__name__}: {error} (set ZOLR_DEBUG=1 for the traceback)"

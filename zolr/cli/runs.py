@@ -1,0 +1,157 @@
+"""The run folder: claimed before training, filled while it lasts, completed by renames so that a failure damages nothing."""
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from zolr.checkpoints import write_text
+from zolr.errors import DataError, StorageError
+
+CONFIG, RESULT, TASK, METRICS, MEMORY, CARD = "config.toml", "result.json", "task.json", "metrics.jsonl", "memory.json", "README.md"
+CHECKPOINTS = "checkpoints"
+
+
+def free_folder(name: str, root: Path = Path("runs")) -> Path:
+    """`runs/NAME`, or the first of `runs/NAME-2`, `-3`, ... that does not exist."""
+    folder, number = root / name, 2
+    while folder.exists():
+        folder, number = root / f"{name}-{number}", number + 1
+    return folder
+
+
+def check_free(folder: Path, *, overwrite: bool, resume: bool) -> None:
+    """Refuse a folder that cannot or must not be written; nothing is created.
+
+    Raises:
+        StorageError: it is not empty, is a file, or lies where nothing can be written.
+    """
+    if resume and not folder.is_dir():
+        raise StorageError(f"nothing to resume: run folder {folder} does not exist; check --output")
+    if folder.exists() and not folder.is_dir():
+        raise StorageError(f"output {folder} is a file; choose another --output")
+    try:
+        if not (overwrite or resume) and folder.is_dir() and any(folder.iterdir()):
+            raise StorageError(f"output folder {folder} is not empty; choose another --output, or --overwrite, or --resume")
+        ancestor = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    except OSError as error:
+        raise error if isinstance(error, StorageError) else _refused(folder, error) from error
+    if not ancestor.is_dir():
+        raise StorageError(f"output folder {folder} cannot be created: {ancestor} is a file; choose another --output")
+    if not os.access(ancestor, os.W_OK | os.X_OK):
+        raise StorageError(f"output folder {folder} cannot be written: no permission in {ancestor}; choose another --output")
+
+
+class RunFolder:
+    """One run's folder, held by one process.
+
+    A run that replaces another one works in `FOLDER.tmp-xxxxxx` beside it until it is complete.
+
+    Attributes:
+        path: where the results end up.
+        work: where the run writes while it lasts.
+    """
+
+    def __init__(self, path: Path, work: Path, created: bool) -> None:
+        self.path, self.work, self._created = path, work, created
+
+    def complete(self, fill: Callable[[Path], None]) -> None:
+        """Add the results: `fill` writes them into an empty folder aside, then they are renamed into place.
+
+        `result.json` comes last: where it stands, the rest is whole.
+        """
+        aside = _aside(self.path)
+        try:
+            aside.mkdir()
+            fill(aside)
+            if self.work != self.path:
+                for entry in self.work.iterdir():
+                    if not (aside / entry.name).exists():
+                        entry.rename(aside / entry.name)
+                shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+            for old in (*self.path.glob("model*.safetensors"), self.path / "model.safetensors.index.json"):
+                if not (aside / old.name).exists():  # shards of a larger model that was here before
+                    old.unlink(missing_ok=True)
+            for entry in sorted(aside.iterdir(), key=lambda p: (p.name == RESULT, p.name)):
+                os.replace(entry, self.path / entry.name)
+            if self.work != self.path:
+                shutil.rmtree(self.work, ignore_errors=True)
+        except StorageError:
+            raise
+        except OSError as error:
+            raise _refused(self.path, error) from error
+        except Exception as error:  # safetensors reports a full disk in an error class of its own
+            if "I/O error" in str(error) or "os error" in str(error):
+                raise StorageError(f"cannot write the results into {self.path}: {error}") from error
+            raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Remove what this run created, if it has nothing worth keeping yet."""
+        if self._created and not (self.work / CHECKPOINTS).exists():
+            shutil.rmtree(self.work, ignore_errors=True)
+
+
+@contextmanager
+def claimed(folder: Path, *, overwrite: bool, resume: bool) -> Iterator[RunFolder]:
+    """The run folder, created and locked against a second process.
+
+    Raises:
+        StorageError: as `check_free`, or another process works in it.
+    """
+    check_free(folder, overwrite=overwrite, resume=resume)
+    occupied = folder.is_dir() and any(folder.iterdir())
+    work = _aside(folder) if occupied and not resume else folder
+    created = not work.exists()
+    locks: list[int] = []
+    try:
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            probe = work / ".probe"
+            write_text(probe, "")
+            probe.unlink()
+            locks = [os.open(path, os.O_RDONLY) for path in {folder, work}]
+        except OSError as error:
+            raise _refused(folder, error) from error
+        for lock in locks:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise StorageError(f"another process is working in {folder}; wait for it or choose another --output") from error
+        yield RunFolder(folder, work, created)
+    finally:
+        for lock in locks:
+            os.close(lock)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file for people: indented, flushed to the disk."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a run.
+
+    Raises:
+        DataError: it is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(3)}")
+
+
+def _refused(folder: Path, error: OSError) -> StorageError:
+    return StorageError(f"cannot write into output folder {folder}: {error.strerror or error}; choose another --output")

@@ -1,0 +1,113 @@
+"""What a person sees: one progress line while a run lasts, tables at its end. All of it goes to stderr; stdout is for results."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from zolr.engine import Info
+    from zolr.training import Progress as Counters
+
+REFRESH = 4  # progress lines a second: more would be felt in a run whose step takes milliseconds
+
+
+def console(quiet: bool = False) -> Console:
+    """A console on stderr."""
+    return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=False)
+
+
+def size(count: float | None) -> str:
+    """Bytes for people.
+
+    >>> size(3 * 2**30), size(None)
+    ('3.00 GiB', '-')
+    """
+    if count is None:
+        return "-"
+    for unit, divisor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= divisor:
+            return f"{count / divisor:.2f} {unit}" if unit == "GiB" else f"{count / divisor:.0f} {unit}"
+    return f"{count:.0f} B"
+
+
+def number(value: Any) -> str:
+    """A table cell."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """A table with numbers to the right."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_header=any(columns))
+    for i, column in enumerate(columns):
+        numeric = any(isinstance(row[i], (int, float)) for row in rows)
+        made.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(number(cell) for cell in row))
+    return made
+
+
+class Screen:
+    """A reporter (see `zolr.training`) that draws a progress line and prints each evaluation."""
+
+    def __init__(self, shown: Console, bar: Progress, memory: Any) -> None:
+        self._console, self._bar, self._memory = shown, bar, memory
+        self._task: Any = None
+        self._loss, self._drawn = 0.0, 0.0
+
+    def begin(self, step: int, steps: int) -> None:
+        """Show the line."""
+        self._task = self._bar.add_task("", total=steps, completed=step, text="")
+
+    def stepped(self, progress: "Counters", info: "Info") -> None:
+        """Move the line; the loss is a running mean, since one batch says little."""
+        if not info.skipped:
+            self._loss = info.loss if self._loss == 0.0 else 0.9 * self._loss + 0.1 * info.loss
+        if time.monotonic() - self._drawn < 1 / REFRESH and progress.step > 1:
+            return
+        self._drawn = time.monotonic()
+        live, peak = self._memory()
+        parts = [f"loss {self._loss:.4f}"]
+        if info.slope is not None:
+            parts.append(f"slope {info.slope:+.3g}")
+        parts += [f"lr {info.lr:.2g}", f"{progress.step / max(progress.seconds, 1e-9):.1f} steps/s"]
+        parts.append(f"memory {size(live)}, peak {size(peak)}")
+        if progress.skipped:
+            parts.append(f"skipped {progress.skipped}")
+        self._bar.update(self._task, completed=progress.step, text="  ".join(parts))
+
+    def evaluated(self, progress: "Counters", metrics: Mapping[str, float]) -> None:
+        """Print the metrics; a star marks the best so far."""
+        star = " *" if progress.best_step == progress.step else ""
+        text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self._console.print(f"step {progress.step}: {text}{star}")
+
+    def noted(self, text: str) -> None:
+        """Print a note."""
+        self._console.print(text)
+
+
+@contextmanager
+def watching(shown: Console, memory: Any, step: int, steps: int) -> Iterator[Screen]:
+    """A screen with its progress line.
+
+    Args:
+        memory: function giving live and peak bytes.
+        step, steps: where the run stands and where it ends.
+    """
+    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+    # Drawn by a thread only where somebody looks: logs get the evaluations and not thousands of lines
+    bar = Progress(*columns, console=shown, refresh_per_second=REFRESH, transient=True, disable=shown.quiet or not shown.is_terminal)
+    with bar:
+        screen = Screen(shown, bar, memory)
+        screen.begin(step, steps)
+        yield screen

@@ -1,0 +1,586 @@
+"""Engine: one model, one method, one optimizer; step, fold, save."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zolr.errors import UsageError
+from zolr.estimators import Estimate, mean_loss
+from zolr.estimators.spsa import Spsa
+from zolr.keys import Key
+from zolr.methods import Method
+from zolr.projectors.dependent import Dependent
+from zolr.projectors.identity import Identity
+from zolr.spectra import Moments, Spectrum
+from zolr.subspaces import rebuild
+from zolr.tuning import Tuning, tune
+from zolr.variables import Realization, Variable, attach, detach
+
+CATEGORIES = ("linear", "head", "embedding", "bias", "norm")
+
+Loss = Callable[[nn.Module, Any], Any]
+Schedule = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a step did; for people, nothing the next step needs is in it.
+
+    Args:
+        loss: mean loss before the update.
+        slope: root mean square of the step's directional derivatives; None under backprop.
+        lr: learning rate of the step.
+        skipped: the loss was not finite, nothing was changed.
+        forwards: forward passes spent so far in this step (a backward counts as two), tuning included.
+        refreshed: a new window began.
+    """
+
+    loss: float
+    slope: float | None
+    lr: float
+    skipped: bool
+    forwards: int
+    refreshed: bool
+
+
+def categories(model: nn.Module) -> dict[str, str]:
+    """What each parameter of a model is: linear, head, embedding, bias or norm, by its first name.
+
+    A head is a linear map to as many outputs as an embedding of the model has rows; a weight that is both (tied) counts
+    as an embedding.
+    """
+    vocabulary = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    result = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in embeddings:
+            result[name] = "embedding"
+        elif parameter.dim() >= 2:
+            big = parameter.shape[0] in vocabulary and parameter.shape[0] > 2 * parameter.shape[1]
+            result[name] = "head" if big else "linear"
+        else:
+            result[name] = "bias" if name.endswith("bias") else "norm"
+    return result
+
+
+def selection(model: nn.Module, select: str | Callable[[str, nn.Parameter], bool]) -> Callable[..., bool]:
+    """A predicate on parameters from a word: "all", or categories joined by "+", such as "linear+norm".
+
+    Raises:
+        UsageError: an unknown category.
+    """
+    if callable(select):
+        return select
+    wanted = set(CATEGORIES) if select == "all" else set(select.split("+"))
+    unknown = sorted(wanted - set(CATEGORIES))
+    if unknown:
+        raise UsageError(
+            f"'{unknown[0]}' is no kind of weight; train 'all', or some of {', '.join(CATEGORIES)} joined by '+'"
+        )
+    kinds = categories(model)
+    return lambda name, _: kinds.get(name) in wanted
+
+
+class _NonFinite(Exception):
+    """The loss of a streamed step is not finite."""
+
+
+class Engine:
+    """Trains a model by a method.
+
+    Args:
+        model: any torch module; it computes with the live coordinates until `detach`.
+        method: what to do (see `methods.compose`).
+        lr: learning rate, positive. None, under zo, is chosen on the first step, as `eps` is when the method has
+            none (see `tuning`).
+        loss: of the model and a batch; a scalar mean, a `(sum, count)` pair, or per-example losses.
+        select: which weights to train: "all", categories joined by "+", or a predicate of name and parameter.
+        seed: of all directions and subspaces.
+        weight_decay: decoupled decay of matrices (not of biases and norms), exact inside a window.
+        schedule: factor on `lr` as a function of the step, or a function of the optimizer that gives a torch
+            scheduler.
+        clip: largest norm of the gradient over all coordinates; None for no clipping.
+        realization: how a perturbation reaches a weight: "auto", "side", "rebuild" or "inplace".
+        guard: skip steps whose loss is not finite; costs the one host synchronization of a step.
+        check: a batch; if given, the attached model is compared with dense weights on it before training.
+
+    Raises:
+        UsageError: a setting out of range, or a rank above every trained matrix.
+
+    >>> import torch, zolr
+    >>> model = torch.nn.Linear(8, 1)
+    >>> x = torch.randn(32, 8); y = x.sum(1, keepdim=True)
+    >>> loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()
+    >>> engine = zolr.Engine(model, zolr.compose("stiefel", "fo", rank=2), lr=0.1, loss=loss)
+    >>> engine.step([(x, y)]).loss > engine.step([(x, y)]).loss
+    True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        *,
+        lr: float | None,
+        loss: Loss,
+        select: str | Callable[[str, nn.Parameter], bool] = "all",
+        seed: int = 0,
+        weight_decay: float = 0.0,
+        schedule: Schedule | None = None,
+        clip: float | None = None,
+        realization: Realization = "auto",
+        guard: bool = True,
+        check: Any = None,
+    ) -> None:
+        if lr is not None and not 0 < lr < float("inf"):
+            raise UsageError(f"lr = {lr} is no learning rate; use a positive number")
+        if lr is None and method.paradigm != "zo":
+            raise UsageError(f"paradigm '{method.paradigm}' needs a learning rate; give lr")
+        if weight_decay < 0 or (clip is not None and not clip > 0):
+            raise UsageError(f"weight_decay = {weight_decay} and clip = {clip} must not be negative")
+        self.model, self.method, self.seed = model, method, seed
+        self.key = Key(seed)
+        self.weight_decay, self.clip, self.guard = weight_decay, clip, guard
+        self.tuning: Tuning | None = None
+        self.step_count = 0
+        self._loss = loss
+        self._tune = method.paradigm == "zo" and (lr is None or method.estimator.eps is None)
+        self._trainable = [n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+        self._moments: dict[str, Moments] = {}
+        self._spectra: dict[str, Spectrum] = {}
+        predicate = selection(model, select)
+        total = sum(p.numel() for p in model.parameters())
+        self._check_rank(model, predicate)
+        self.variables = attach(model, predicate, realization)
+        self.trained_share = sum(v.weight.numel() for v in self.variables) / total
+        self._open_windows()
+        self.optimizer = method.optimizer.build([v.value for v in self.variables], lr or 1.0)
+        self.base_lr = lr
+        self._schedule = schedule
+        self._scheduler: Any = None
+        self._set_schedule()
+        # a direction as large as a weight is applied one weight at a time, so that one of them is alive
+        self.streams = method.dense or (
+            method.paradigm == "zo" and clip is None and any(v.space.blocked for v in self.variables)
+        )
+        if check is not None:
+            self.verify(check)
+
+    def _check_rank(self, model: nn.Module, predicate: Callable[..., bool]) -> None:
+        rank = getattr(self.method.projector, "rank", None)
+        if rank is None:
+            return
+        sides = [max(p.shape) for n, p in model.named_parameters() if p.dim() == 2 and predicate(n, p)]
+        if sides and rank > max(sides):
+            raise UsageError(
+                f"rank {rank} is larger than every trained matrix (longest side {max(sides)}); "
+                "use a smaller rank, or projector 'identity' for the whole space"
+            )
+
+    # ---- windows -------------------------------------------------------------------------------------------------
+
+    def _projector(self, variable: Variable) -> Any:
+        return self.method.projector if len(variable.shape) == 2 else Identity()
+
+    def _open_windows(self) -> None:
+        """Draw the first subspace of every variable."""
+        for variable in self.variables:
+            variable.open(self._drawn(variable))
+
+    def _drawn(self, variable: Variable) -> Any:
+        return self._projector(variable).draw(
+            variable.shape,
+            self.key.fold_in("subspace", variable.window + 1, variable.name),
+            like=variable.weight.data if variable.weight.dtype.itemsize >= 4 else variable.value.data.float()[:0],
+            previous=None if variable.window < 0 else variable.subspace,
+            spectrum=self._spectra.get(variable.name),
+        )
+
+    def refresh(self) -> None:
+        """Fold every window and open the next one; optimizer state goes through the transport."""
+        for variable in self.variables:
+            if variable.is_full:
+                continue
+            name = variable.name
+            projector = self._projector(variable)
+            if isinstance(projector, Dependent) and name in self._moments:
+                learned = projector.learn(
+                    self._spectra.get(name),
+                    variable.subspace,
+                    self._moments.pop(name),
+                    exact=self.method.estimator.exact,
+                )
+                if learned is not None:
+                    self._spectra[name] = learned
+            variable.fold(exact=self.method.paradigm != "fo", key=self.key.fold_in("fold", variable.window))
+            old, new = variable.subspace, self._drawn(variable)
+            change = new.change_from(old) if self.method.transport.needs_change else None
+            state = self.optimizer.state.pop(variable.value, {})
+            state = self.method.transport(state, self.method.optimizer.degrees, change)
+            before = variable.value
+            variable.open(new)
+            self._replace(before, variable.value)
+            if state:
+                self.optimizer.state[variable.value] = state
+
+    def _replace(self, before: nn.Parameter, after: nn.Parameter) -> None:
+        if before is after:
+            return
+        for group in self.optimizer.param_groups:
+            group["params"] = [after if p is before else p for p in group["params"]]
+
+    def fold(self) -> None:
+        """`W <- decay * W + lift(value)` and `value <- 0` everywhere; the model's output does not change."""
+        for variable in self.variables:
+            key = self.key.fold_in("fold", variable.window, self.step_count)
+            variable.fold(exact=self.method.paradigm != "fo", key=key)
+
+    # ---- one step ------------------------------------------------------------------------------------------------
+
+    def step(self, batches: Sequence[Any]) -> Info:
+        """One optimizer step on the mean loss over the micro-batches.
+
+        Raises:
+            UsageError: no batch.
+        """
+        if not batches:
+            raise UsageError("a step needs at least one batch")
+        training = self.model.training
+        self.model.train(self.method.paradigm == "fo")
+        try:
+            return self._step(batches)
+        finally:
+            self.model.train(training)
+
+    def _step(self, batches: Sequence[Any]) -> Info:
+        forwards = 0
+        if self._tune:
+            forwards += self._choose(batches)
+        every = self.method.refresh_every
+        refreshed = bool(every and self.step_count and self.step_count % every == 0)
+        if refreshed:
+            self.refresh()
+        key = self.key.fold_in("step", self.step_count)
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        received: list[tuple[Variable, Tensor]] = []
+        loss: Callable[[Any], Any] = lambda batch: self._loss(self.model, batch)  # noqa: E731
+        if self.streams:
+            emit: Callable[[Variable, Tensor], None] = self._stream(lr)
+            if self.method.paradigm == "fo" and self.guard:
+                loss = self._guarded(loss)
+        else:
+            emit = lambda variable, gradient: received.append((variable, gradient))  # noqa: E731
+        try:
+            estimate = self._estimate(loss, batches, emit, key)
+        except _NonFinite:
+            estimate, received = Estimate(torch.tensor(float("nan"))), []
+        forwards += self.method.estimator.forwards(len(batches))
+        finite = self._finite(estimate)
+        if finite and not self.streams:
+            self._apply(received, lr)
+        if finite:
+            self.step_count += 1
+            if self._scheduler is not None:
+                self._scheduler.step()
+            self._follow_schedule()
+        slope = None if estimate.slopes is None else estimate.slopes
+        return Info(
+            loss=float(estimate.loss) if self.guard else float("nan"),
+            slope=None if slope is None or not self.guard else float(slope.square().mean().sqrt()),
+            lr=lr,
+            skipped=not finite,
+            forwards=forwards,
+            refreshed=refreshed,
+        )
+
+    def _estimate(self, loss: Any, batches: Sequence[Any], emit: Any, key: Key) -> Estimate:
+        estimator = self.method.estimator
+        if self.method.paradigm != "fo":
+            return estimator(loss, batches, self.variables, emit, key)
+        device = self.variables[0].value.device
+        # dropout draws from the global generators: give it a name, and leave them as found
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(key.fold_in("dropout").integer() >> 1)
+            return estimator(loss, batches, self.variables, emit, key)
+
+    def _finite(self, estimate: Estimate) -> bool:
+        if not self.guard:
+            return True
+        parts = [estimate.loss.double().reshape(1)]
+        if estimate.slopes is not None:
+            parts.append(estimate.slopes.double())
+        return bool(torch.isfinite(torch.cat(parts)).all())
+
+    def _guarded(self, loss: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def checked(batch: Any) -> Any:
+            output = loss(batch)
+            value = output[0] if isinstance(output, tuple) else output
+            if not bool(torch.isfinite(value).all()):
+                raise _NonFinite
+            return output
+
+        return checked
+
+    def _decay(self, variable: Variable, lr: float) -> None:
+        """Decoupled decay of the weight: of the coordinates now, of the rest by a factor until the fold."""
+        if self.weight_decay and len(variable.shape) >= 2:
+            factor = 1.0 - lr * self.weight_decay
+            variable.value.data.mul_(factor)
+            if not variable.is_full:
+                variable.decay *= factor
+
+    def _observe(self, variable: Variable, gradient: Tensor) -> None:
+        projector = self.method.projector
+        if isinstance(projector, Dependent) and not variable.is_full:
+            seen = self._moments.get(variable.name)
+            self._moments[variable.name] = projector.observe(variable.subspace, seen, gradient)
+
+    @torch.no_grad()
+    def _apply(self, received: Sequence[tuple[Variable, Tensor]], lr: float) -> None:
+        gradients = [variable.mask(gradient) for variable, gradient in received]
+        for (variable, _), gradient in zip(received, gradients, strict=True):
+            self._observe(variable, gradient)
+        if self.clip is not None:
+            norm = nn.utils.get_total_norm(gradients)
+            factor = (self.clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, factor)
+        for (variable, _), gradient in zip(received, gradients, strict=True):
+            self._decay(variable, lr)
+            variable.value.grad = gradient
+        self.optimizer.step()
+        for variable, _ in received:
+            variable.value.grad = None
+            variable.moved = True
+            variable.commit()
+
+    def _stream(self, lr: float) -> Callable[[Variable, Tensor], None]:
+        """An `emit` that applies each gradient at once, while no other is alive."""
+        skip: list[bool] = []
+
+        @torch.no_grad()
+        def emit(variable: Variable, gradient: Tensor) -> None:
+            if self.guard and not skip:
+                # every forward-only gradient is a slope times a direction: one of them tells for all
+                skip.append(not bool(torch.isfinite(gradient.flatten()[:1]).all()))
+            if skip and skip[0]:
+                return
+            gradient = variable.mask(gradient)
+            self._observe(variable, gradient)
+            self._decay(variable, lr)
+            value = variable.value
+            value.grad = gradient
+            groups = self.optimizer.param_groups
+            own = next(g for g in groups if any(p is value for p in g["params"]))
+            # the optimizer sees this value alone: visiting all others for each one would be quadratic
+            self.optimizer.param_groups = [{**own, "params": [value]}]
+            try:
+                self.optimizer.step()
+            finally:
+                self.optimizer.param_groups = groups
+                value.grad = None
+            variable.moved = True
+            variable.commit()
+
+        return emit
+
+    # ---- learning rate -------------------------------------------------------------------------------------------
+
+    def _choose(self, batches: Sequence[Any]) -> int:
+        """Choose eps and lr from measurements on the first batches."""
+        estimator = self.method.estimator
+        self.tuning = tune(
+            lambda: mean_loss(lambda batch: self._loss(self.model, batch), batches),
+            self.variables,
+            self.key.fold_in("tuning"),
+            eps=getattr(estimator, "eps", None),
+            normalized=self.method.optimizer.name not in ("sgd", "momentum", "SGD"),
+            probes=getattr(estimator, "probes", 1),
+        )
+        if self.base_lr is not None:  # the user's own rate stands; only eps was open
+            self.tuning = replace(self.tuning, lr=self.base_lr)
+        self._adopt(self.tuning)
+        return self.tuning.forwards * len(batches)
+
+    def _adopt(self, tuning: Tuning) -> None:
+        self.tuning = tuning
+        estimator = self.method.estimator
+        if isinstance(estimator, Spsa) or hasattr(estimator, "eps"):
+            self.method = replace(self.method, estimator=replace(estimator, eps=tuning.eps))  # type: ignore[type-var]
+        self._tune = False
+        self.base_lr = tuning.lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = tuning.lr
+            group.pop("initial_lr", None)
+        self._set_schedule()
+
+    def _set_schedule(self) -> None:
+        if self._schedule is None or self.base_lr is None:
+            return
+        if _takes_a_step(self._schedule):
+            self._follow_schedule()
+        else:
+            self._scheduler = self._schedule(self.optimizer)
+
+    def _follow_schedule(self) -> None:
+        if self._schedule is not None and self._scheduler is None and self.base_lr is not None:
+            factor = float(self._schedule(self.step_count))
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.base_lr * factor
+
+    # ---- checks, saving and leaving ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def verify(self, batch: Any, tolerance: float | None = None) -> None:
+        """Compare the attached model with dense weights, moved by random coordinates, on one batch.
+
+        Raises:
+            UsageError: a weight whose effect is not the same, by name (read past its module's forward, usually).
+        """
+        training = self.model.training
+        self.model.eval()
+        try:
+            self._verify(batch, tolerance)
+        finally:
+            self.model.train(training)
+
+    def _verify(self, batch: Any, tolerance: float | None) -> None:
+        def evaluate() -> float:
+            return float(mean_loss(lambda b: self._loss(self.model, b), [batch]))
+
+        for variable in self.variables:
+            variable.touched = False
+        base = evaluate()
+        unused = [v.name for v in self.variables if not v.touched]
+        if unused:
+            raise UsageError(
+                f"weight '{unused[0]}' is not used through its module's forward (and {len(unused) - 1} others); "
+                "exclude it from training with a narrower selection"
+            )
+        for variable in self.variables:
+            shift = self.key.fold_in("verify", variable.name).normal(variable.subspace.coords_shape)
+            shift = variable.mask(shift.to(variable.value))
+            dense = variable.subspace.lift(shift).to(variable.weight.dtype)
+            size = 0.05 * float(variable.weight.float().square().mean().sqrt() + 1e-3)
+            shift, dense = shift * size, dense * size
+            with variable.shifted(shift):
+                side = evaluate()
+            kept = variable.weight.data.clone()
+            try:
+                oriented = variable.weight.data.t() if variable.transposed else variable.weight.data
+                oriented += dense
+                direct = evaluate()
+            finally:
+                variable.weight.data.copy_(kept)
+            precision = torch.finfo(variable.weight.dtype).eps
+            allowed = tolerance or 1e3 * precision * max(1.0, abs(base)) + 1e-2 * abs(direct - base)
+            if not abs(side - direct) <= allowed:
+                raise UsageError(
+                    f"weight '{variable.name}' acts differently through its coordinates (loss {side:.6g}) than as a "
+                    f"dense weight (loss {direct:.6g}); exclude it from training, or use realization 'rebuild'"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and strings from which `load_state_dict` continues bit for bit."""
+        variables = {}
+        for v in self.variables:
+            variables[v.name] = {
+                "weight": v.weight.data.clone(),
+                # a full value is the weight itself, unless it is the float32 master of a smaller one
+                "value": None if v.is_full and v.weight.dtype == v.dtype else v.value.data.clone(),
+                "subspace": type(v.subspace).__name__,
+                "tensors": v.subspace.tensors(),
+                "window": v.window,
+                "decay": v.decay,
+                "moved": v.moved,
+                "optimizer": {k: _copied(s) for k, s in self.optimizer.state.get(v.value, {}).items()},
+            }
+            if v.name in self._moments:
+                m = self._moments[v.name]
+                variables[v.name]["moments"] = {"total": m.total, "squares": m.squares, "count": m.count}
+            if v.name in self._spectra:
+                variables[v.name]["spectrum"] = self._spectra[v.name].tensors()
+        return {
+            "version": 1,
+            "step": self.step_count,
+            "seed": self.seed,
+            "lr": [float(group["lr"]) for group in self.optimizer.param_groups],
+            "base_lr": self.base_lr,
+            "tuning": None if self.tuning is None else self.tuning.as_dict(),
+            "scheduler": None if self._scheduler is None else _plain(self._scheduler.state_dict()),
+            "variables": variables,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state of the same model and method.
+
+        Raises:
+            UsageError: the state is of other variables or another seed.
+        """
+        names = {v.name for v in self.variables}
+        if set(state["variables"]) != names:
+            different = sorted(set(state["variables"]) ^ names)
+            raise UsageError(f"the saved state is of other weights (such as '{different[0]}'); use the same selection")
+        if state["seed"] != self.seed:
+            raise UsageError(f"the saved state has seed {state['seed']}, this run {self.seed}; use the same seed")
+        if state["tuning"] is not None:
+            self._adopt(Tuning(**state["tuning"]))
+        self.base_lr = state["base_lr"]
+        for v in self.variables:
+            saved = state["variables"][v.name]
+            v.weight.data.copy_(saved["weight"])
+            before = v.value
+            subspace = rebuild(saved["subspace"], {k: t.to(v.weight.device) for k, t in saved["tensors"].items()})
+            v.open(subspace)
+            if saved["value"] is not None:
+                v.value.data.copy_(saved["value"])
+            v.window, v.decay, v.moved = saved["window"], saved["decay"], saved["moved"]
+            self.optimizer.state.pop(before, None)
+            self._replace(before, v.value)
+            if saved["optimizer"]:
+                self.optimizer.state[v.value] = {k: _copied(s) for k, s in saved["optimizer"].items()}
+            self._moments.pop(v.name, None)
+            self._spectra.pop(v.name, None)
+            if "moments" in saved:
+                self._moments[v.name] = Moments(**{k: _copied(s) for k, s in saved["moments"].items()})
+            if "spectrum" in saved:
+                s = saved["spectrum"]
+                self._spectra[v.name] = Spectrum(s["vectors"], s["values"], float(s["rest"]))
+        self.step_count = state["step"]
+        if self._scheduler is not None and state["scheduler"] is not None:
+            self._scheduler.load_state_dict(state["scheduler"])
+        for group, lr in zip(self.optimizer.param_groups, state["lr"], strict=True):
+            group["lr"] = lr
+
+    def detach(self) -> nn.Module:
+        """Fold, and give the model back as it was before attaching, with the trained weights."""
+        self.fold()
+        return detach(self.model, self._trainable)
+
+    def export(self) -> nn.Module:
+        """A folded, plain copy of the model; the run goes on untouched."""
+        twin = copy.deepcopy(self)
+        return twin.detach().eval()
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler's state without the callables in it."""
+    return {k: v for k, v in state.items() if isinstance(v, int | float | str | bool | list | type(None))}
+
+
+def _takes_a_step(schedule: Schedule) -> bool:
+    """Whether a schedule is a function of the step (and not of the optimizer)."""
+    try:
+        return isinstance(schedule(0), int | float)
+    except (AttributeError, TypeError):
+        return False
+
+

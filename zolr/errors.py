@@ -1,0 +1,43 @@
+"""The errors a user can cause, each with the exit code that the command line returns for it."""
+
+
+class ZolrError(Exception):
+    """Anything zolr refuses on purpose; the message names the thing, the value and the way out."""
+
+    exit_code = 1
+
+
+class UsageError(ZolrError, ValueError):
+    """A setting that does not exist, is out of range or contradicts another one."""
+
+    exit_code = 2
+
+
+class DataError(ZolrError, ValueError):
+    """A data file or data set that cannot be used as it is."""
+
+    exit_code = 3
+
+
+class StorageError(ZolrError, OSError):
+    """A folder or checkpoint that cannot be read, written or trusted."""
+
+    exit_code = 4
+
+
+class NonFiniteError(ZolrError, ArithmeticError):
+    """Training stopped because the loss stayed NaN or infinite."""
+
+    exit_code = 5
+
+
+class PeerLostError(ZolrError):
+    """Another process of a distributed run is gone."""
+
+    exit_code = 6
+
+
+class BudgetError(ZolrError):
+    """The memory budget cannot be met."""
+
+    exit_code = 7

@@ -1,0 +1,72 @@
+"""Reverse mode through the coordinates."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from zolr.estimators import Emit, Estimate, Loss, totals
+from zolr.keys import Key
+from zolr.variables import Variable
+
+
+@dataclass(frozen=True)
+class Backprop:
+    """Exact gradient of the mean loss in the coordinates, `G P = δᵀ (x P)` for a right subspace.
+
+    The dense `G (m, n)` is never formed and autograd saves `x P (tokens, r)` in place of `x (tokens, n)`. During the
+    backward of the last micro-batch every gradient is emitted as soon as it is complete, so that a caller that uses it
+    at once has one alive.
+    """
+
+    paradigm: Literal["fo"] = "fo"
+    exact: bool = True
+
+    def forwards(self, batches: int) -> int:
+        """One forward and a backward (counted as two) a micro-batch."""
+        return 3 * batches
+
+    def __call__(
+        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], emit: Emit, key: Key
+    ) -> Estimate:
+        """Emit the gradients; see `Estimator`."""
+        values = [v.value for v in variables]
+        pending = {id(v.value): v for v in variables}
+        handles = []
+        total: Tensor | None = None
+        count: Tensor | float = 0.0
+
+        def hand_over(value: Tensor) -> None:
+            variable = pending.pop(id(value))
+            gradient, value.grad = value.grad, None
+            assert gradient is not None
+            emit(variable, gradient if isinstance(count, float) and count == 1.0 else gradient.div_(count))
+
+        try:
+            for value in values:
+                value.requires_grad_(True)
+                value.grad = None
+            with torch.enable_grad():
+                for i, batch in enumerate(batches):
+                    part, n = totals(loss(batch))
+                    count = count + n
+                    total = part.detach().double() if total is None else total + part.detach().double()
+                    if i == len(batches) - 1:
+                        handles = [v.register_post_accumulate_grad_hook(hand_over) for v in values]
+                    if part.requires_grad:
+                        part.backward()
+                    del part
+            for variable in list(pending.values()):  # no path to the loss in the last micro-batch
+                if variable.value.grad is None:
+                    variable.value.grad = torch.zeros_like(variable.value)
+                with torch.no_grad():
+                    hand_over(variable.value)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for value in values:
+                value.grad = None
+        assert total is not None
+        return Estimate(total / count)

@@ -1,0 +1,65 @@
+"""The one-point likelihood-ratio estimator."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from zolr.errors import UsageError
+from zolr.estimators import Emit, Estimate, Loss, check_eps, check_probes, combine, mean_loss, same_noise
+from zolr.keys import Key
+from zolr.probes import Probe
+from zolr.variables import Variable, layout, shifted
+
+
+@dataclass(frozen=True)
+class LikelihoodRatio:
+    """`(1/k) sum_i L(B + s z_i) z_i / s`, the exact gradient of the Gaussian-smoothed loss in expectation.
+
+    Without a baseline its variance carries `L² / s²` times the number of coordinates, which buries the slope for small
+    `s`; the two-point form (`spsa`) has the same mean without it.
+
+    Args:
+        eps: s, the standard deviation of a probe's entries.
+        probes: k, directions a step.
+
+    Raises:
+        UsageError: an argument out of range.
+
+    Reference: arXiv 2603.20632 (LR paradigm).
+    """
+
+    eps: float | None = None
+    probes: int = 1
+    paradigm: Literal["zo"] = "zo"
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        check_eps(self.eps)
+        check_probes(self.probes)
+
+    def forwards(self, batches: int) -> int:
+        """k forwards a micro-batch."""
+        return batches * self.probes
+
+    @torch.no_grad()
+    def __call__(
+        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], emit: Emit, key: Key
+    ) -> Estimate:
+        """Emit the gradients; see `Estimator`."""
+        if self.eps is None:
+            raise UsageError("likelihood_ratio has no eps; give one, or let the engine choose with lr=None")
+        directions = [
+            Probe(layout(variables), "gaussian", key.fold_in("probe", i)) for i in range(self.probes)
+        ]
+        losses = []
+        with same_noise(variables[0].value.device) as rewind:
+            for direction in directions:
+                rewind()
+                with shifted(variables, direction, self.eps):
+                    losses.append(mean_loss(loss, batches))
+        values = torch.stack(losses)
+        for variable in variables:
+            emit(variable, combine(variable, directions, values / (self.eps * self.probes)))
+        return Estimate(values.mean(), values / self.eps)

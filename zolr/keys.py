@@ -1,0 +1,111 @@
+"""Key: the name of one random draw.
+
+A draw here depends on its name alone (seed, purpose, step, weight, ...), never on a position in a stream, so it is
+the same whatever was drawn before it, in whatever order, on however many threads or machines.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+SIGNS_PER_COUNTER = 128  # one Philox counter gives four 32-bit words, one bit an entry
+
+_ROUNDS = 10
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_MASK = 0xFFFFFFFF
+
+
+def name_hash(name: str) -> int:
+    """64-bit hash of a name, the same on every machine and Python version."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+
+
+def _multiply(constant: int, words: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of `constant * words`, in int64 without overflow of the high part."""
+    high = (constant * (words >> 16) + ((constant * (words & 0xFFFF)) >> 16)) >> 16
+    return high & _MASK, (constant * words) & _MASK  # int64 wraps modulo 2**64, which keeps the low word exact
+
+
+def philox(counters: Tensor, key: int) -> Tensor:
+    """Philox 4x32-10 of 128-bit counters under a 64-bit key, in integer arithmetic only.
+
+    Args:
+        counters: `(blocks, 4)` int64, each entry in [0, 2**32).
+        key: 64-bit integer.
+
+    Returns:
+        `(blocks, 4)` int64 holding 32-bit words.
+
+    Reference: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011).
+    """
+    c0, c1, c2, c3 = counters.unbind(-1)
+    k0, k1 = key & _MASK, key >> 32 & _MASK
+    for _ in range(_ROUNDS):
+        high0, low0 = _multiply(_MULTIPLIER_0, c0)
+        high1, low1 = _multiply(_MULTIPLIER_1, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL_0) & _MASK, (k1 + _WEYL_1) & _MASK
+    return torch.stack((c0, c1, c2, c3), dim=-1)
+
+
+@dataclass(frozen=True)
+class Key:
+    """A named, splittable seed.
+
+    Args:
+        seed: any integer; with the parts folded in it names one draw.
+
+    >>> Key(0).fold_in("probe", 3, "w").integer() == Key(0).fold_in("probe").fold_in(3, "w").integer()
+    True
+    """
+
+    seed: int
+    path: tuple[int | str, ...] = field(default=())
+
+    def fold_in(self, *parts: int | str) -> "Key":
+        """The key below this one along `parts`."""
+        return Key(self.seed, self.path + parts)
+
+    def integer(self) -> int:
+        """64-bit integer that stands for the whole name (blake2b of seed and path)."""
+        text = "/".join([str(self.seed), *(f"{type(p).__name__[0]}:{p}" for p in self.path)])
+        return name_hash(text)
+
+    def generator(self) -> torch.Generator:
+        """A host generator seeded by this name; nothing global is touched."""
+        return torch.Generator().manual_seed(self.integer() >> 1)
+
+    def normal(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
+        """Standard normal float32 numbers on the host.
+
+        Meant for bases: drawn on the CPU so that they do not depend on the device.
+        """
+        return torch.randn(shape, generator=self.generator(), dtype=torch.float32)
+
+    def uniform(self, shape: tuple[int, ...] | torch.Size = ()) -> Tensor:
+        """Uniform float64 numbers in [0, 1) on the host."""
+        return torch.rand(shape, generator=self.generator(), dtype=torch.float64)
+
+    def permutation(self, n: int) -> Tensor:
+        """A uniform permutation of `range(n)`, int64 on the host."""
+        return torch.randperm(n, generator=self.generator())
+
+    def signs(self, counters: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Independent fair +-1 entries, the same on every device and torch version.
+
+        Args:
+            counters: `(blocks, 4)` int64 from `probes.counters`; one block gives 128 entries.
+            dtype: dtype of the result.
+
+        Returns:
+            Flat tensor of `128 * blocks` entries on the device of `counters`.
+        """
+        words = philox(counters, self.integer())  # (blocks, 4)
+        shifts = torch.arange(32, device=counters.device)
+        # (blocks, 4, 32): the intermediate is kept in one byte an entry, not in int64's eight
+        parts = [((words[:, i, None] >> shifts) & 1).to(torch.int8) for i in range(4)]
+        bits = torch.stack(parts, dim=1).flatten()
+        return bits.to(dtype).mul_(2).sub_(1)

@@ -1,0 +1,507 @@
+"""Memory: count the bytes that live, predict the peak of a step without weights, measure it in a run.
+
+All three say what they count. `LiveBytes` counts storages of tensors, rounded up to 512 bytes as the CUDA
+allocator does; it sees neither what one kernel allocates and frees inside itself nor the allocator's own
+slack.
+"""
+
+import contextlib
+import os
+import resource
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedConfig
+
+from zolr.engine import Engine
+from zolr.errors import UsageError
+from zolr.methods import Method
+from zolr.models import build, checkpoint_activations, class_loss, lm_loss, load_config, prompt_loss
+
+ROUNDING = 512  # bytes; the CUDA caching allocator hands out multiples of this
+
+
+# --- counting -----------------------------------------------------------------------------------------------
+
+
+class Record(NamedTuple):
+    """One live storage at the peak: who made it, and how it looked when it was made."""
+
+    bytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    op: str
+    phase: str
+    module: str
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive, and the most there ever were at once.
+
+    While the mode is on, every storage that an operation returns is counted once, however many views share
+    it, until its last view is gone. What existed before is counted when it is told of by `track`. Works on
+    real tensors of any device and on fake tensors (enter it inside the fake mode).
+
+    Args:
+        profile: also remember shape, dtype, operation and module of every storage, for `records`.
+
+    >>> with LiveBytes() as live:
+    ...     x = torch.zeros(1000); y = x.view(10, 100); del x; z = y + 1; del y
+    >>> live.live, live.peak
+    (4096, 8192)
+    """
+
+    def __init__(self, *, profile: bool = False) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self.peak_phase = ""
+        self.records: list[
+            Record
+        ] = []  # the storages alive at the peak, largest first; filled when profiling
+        self._profile = profile
+        self._phases = [""]
+        self._modules: list[str] = []
+        self._names: dict[int, str] = {}
+        self._known: dict[int, tuple[weakref.ref, int]] = {}  # storage address -> reference, bytes
+        self._made: dict[int, Record] = {}
+        self._fresh_peak = False  # the peak has moved since the records were taken
+        self._hooks: list[Any] = []
+
+    def track(self, *things: nn.Module | Tensor | Mapping[str, Tensor]) -> int:
+        """Count tensors that exist already: parameters, buffers and gradients of a model, batches, tensors.
+
+        Returns:
+            Bytes that were not counted before.
+        """
+        before = self.live
+        for thing in things:
+            if isinstance(thing, nn.Module):
+                named: list[tuple[str, Tensor]] = [*thing.named_parameters(), *thing.named_buffers()]
+                named += [
+                    (f"{name}.grad", p.grad) for name, p in thing.named_parameters() if p.grad is not None
+                ]
+                self._names |= {id(module): name for name, module in thing.named_modules()}
+            elif isinstance(thing, Tensor):
+                named = [("tensor", thing)]
+            else:
+                named = list(thing.items())
+            for name, tensor in named:
+                self._count(tensor, name)
+        self._settle()
+        return self.live - before
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Name what is going on, so that the peak can be attributed; the innermost name counts."""
+        self._phases.append(name)
+        try:
+            yield
+        finally:
+            self._phases.pop()
+
+    def base_phase(self, name: str) -> None:
+        """Name what goes on outside any `phase` block from now on."""
+        self._phases[0] = name
+
+    def reset_peak(self) -> None:
+        """Start a new peak at what lives now."""
+        self.peak, self.peak_phase, self.records = self.live, self._phases[-1], []
+        self._fresh_peak = self._profile
+
+    def __enter__(self) -> "LiveBytes":
+        """Start counting."""
+        if self._profile:
+            global_hooks = nn.modules.module
+            self._hooks = [
+                global_hooks.register_module_forward_pre_hook(self._enter_module),
+                global_hooks.register_module_forward_hook(self._leave_module, always_call=True),
+            ]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop counting; figures stay readable."""
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+        self._take_records()
+        self._known.clear()  # drops the callbacks: what dies later is no longer followed
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and count what it returns."""
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # half of all calls under fake tensors; makes nothing
+        out = func(*args, **(kwargs or {}))
+        self._count_all(out, func)
+        self._settle()
+        return out
+
+    def _count_all(self, out: Any, op: Any) -> None:
+        if isinstance(out, Tensor):
+            self._count(out, op)
+        elif isinstance(out, (list, tuple)):
+            for each in out:
+                self._count_all(each, op)
+
+    def _count(self, tensor: Tensor, op: Any) -> None:
+        device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+        if device.type == "meta":
+            return
+        if hasattr(tensor, "__tensor_flatten__"):  # wrapper subclasses hold their data in inner tensors
+            for name in tensor.__tensor_flatten__()[0]:
+                self._count(getattr(tensor, name), op)
+            return
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # sparse layouts have no single storage
+            return
+        size = -(-storage.nbytes() // ROUNDING) * ROUNDING
+        address = storage._cdata
+        known = self._known.get(address)
+        if known is not None:
+            if known[1] != size:  # resized in place, as operations with out= do
+                self._known[address] = (known[0], size)
+                self.live += size - known[1]
+            return
+        self._known[address] = (weakref.ref(storage, lambda _: self._gone(address)), size)
+        self.live += size
+        if self._profile:
+            module = self._modules[-1] if self._modules else ""
+            self._made[address] = Record(
+                size, tuple(tensor.shape), tensor.dtype, str(op), self._phases[-1], module
+            )
+
+    def _settle(self) -> None:
+        if self.live > self.peak:
+            self.peak, self.peak_phase = self.live, self._phases[-1]
+            self._fresh_peak = self._profile
+
+    def _gone(self, address: int) -> None:
+        known = self._known.get(address)
+        if known is None:
+            return
+        self._take_records()
+        del self._known[address]
+        self._made.pop(address, None)
+        self.live -= known[1]
+
+    def _take_records(self) -> None:
+        # Taken only when the count is about to fall from a new peak, not at each of the many steps up to it
+        if self._fresh_peak and self.live == self.peak:
+            self.records = sorted(self._made.values(), reverse=True, key=lambda r: r.bytes)
+            self._fresh_peak = False
+
+    def _enter_module(self, module: nn.Module, args: Any) -> None:
+        self._modules.append(self._names.get(id(module), type(module).__name__))
+
+    def _leave_module(self, module: nn.Module, args: Any, out: Any) -> None:
+        if self._modules:
+            self._modules.pop()
+
+
+def size_of(*things: nn.Module | Tensor | Mapping[str, Tensor]) -> int:
+    """Bytes of the distinct storages behind models and tensors, rounded as `LiveBytes` does."""
+    return LiveBytes().track(*things)
+
+
+# --- predicting --------------------------------------------------------------------------------------------------
+
+Objective = Literal["prompt", "classes", "lm"]
+
+# Steps of a predicted run: the first makes the optimizer's state, the second begins a new window on top of it
+STEPS, WINDOW = 2, 1
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Peak of a step, and what is in it; bytes.
+
+    Args:
+        peak_bytes: most bytes alive at once in a step, weights and batch included.
+        forward_peak_bytes: the same of one forward without autograd: the least that any method can take.
+        weights_bytes: parameters and buffers.
+        coords_bytes: bases and coordinates that are not the weights themselves.
+        optimizer_bytes: state of the optimizer.
+        phase: where the peak is: "open" (drawing, folding), "forward", "backward", "update" or "optimizer".
+        assumptions: what the figures rest on, one sentence each.
+        records: live storages at the peak, largest first; empty unless asked for.
+    """
+
+    peak_bytes: int
+    forward_peak_bytes: int
+    weights_bytes: int
+    coords_bytes: int
+    optimizer_bytes: int
+    phase: str
+    assumptions: tuple[str, ...]
+    records: tuple[Record, ...] = field(default=(), repr=False)
+
+    @property
+    def ratio(self) -> float:
+        """Peak over the peak of a plain forward."""
+        return self.peak_bytes / self.forward_peak_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings by name, without the records."""
+        plain = {**asdict(self), "ratio": self.ratio, "assumptions": list(self.assumptions)}
+        del plain["records"]
+        return plain
+
+
+def predict(
+    model: str | os.PathLike[str] | PreTrainedConfig,
+    method: Method | None = None,
+    *,
+    batch_size: int,
+    max_length: int,
+    dtype: torch.dtype = torch.float32,
+    objective: Objective = "prompt",
+    num_labels: int = 2,
+    accumulation: int = 1,
+    checkpointing: bool = False,
+    signs: Literal["sequence", "together"] | None = None,
+    select: str | Callable[[str, nn.Parameter], bool] = "all",
+    realization: Any = "auto",
+    weight_decay: float = 0.0,
+    clip: float | None = None,
+    attn_implementation: str | None = None,
+    profile: bool = False,
+) -> Prediction:
+    """Predict the peak memory of a training step by running that very step on tensors without data.
+
+    The engine's own `step` runs twice under fake tensors: the first makes the optimizer's state, the second closes
+    a window, begins the next and steps in it. No weights are read or made, and a model of any size takes seconds.
+
+    Args:
+        model: a preset, a folder or hub name (its config is read), or a transformers config.
+        method: what to train with; None predicts the forward alone.
+        batch_size: rows of a micro-batch.
+        max_length: tokens of a row, padding included.
+        objective: "prompt" (logits at one position a row), "classes" or "lm" (every token).
+        accumulation: micro-batches a step.
+        checkpointing: keep the inputs of layers only and compute the rest again in backward.
+        signs: of a forward-only probe, "sequence" or "together"; None as the method says.
+        select, realization, weight_decay, clip: as for `Engine`.
+        profile: list the live storages at the peak.
+
+    Raises:
+        UsageError: a size below 1, or settings that cannot work together.
+    """
+    sizes = {"batch_size": batch_size, "max_length": max_length, "accumulation": accumulation}
+    for name, size in sizes.items():
+        if size < 1:
+            raise UsageError(f"{name} = {size} is not possible; use at least 1")
+    if objective not in LOSSES:
+        raise UsageError(f"objective '{objective}' is not known; use one of {', '.join(LOSSES)}")
+    config = model if isinstance(model, PreTrainedConfig) else load_config(model)
+    with FakeTensorMode():
+        net = build(
+            config,
+            kind="classes" if objective == "classes" else "lm",
+            num_labels=num_labels if objective == "classes" else None,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            dropout=0.0,
+        )
+        batches = [_batch(objective, batch_size, max_length) for _ in range(accumulation)]
+        loss = LOSSES[objective]
+        with LiveBytes(profile=profile and method is None) as forward:
+            weights = forward.track(net)
+            forward.track(*batches)
+            with torch.no_grad(), forward.phase("forward"):
+                loss(net, batches[0])
+        assumptions = (
+            f"{batch_size} x {max_length} tokens a micro-batch, weights in {str(dtype).removeprefix('torch.')}",
+            f"{net.config._attn_implementation} attention, fused where the kernel exists; dropout 0",
+            "bytes of live tensors; allocator cache, kernel workspaces and the CUDA context come on top",
+        )
+        if method is None:
+            peak, phase, records = forward.peak, forward.peak_phase, tuple(forward.records)
+            return Prediction(peak, peak, weights, 0, 0, phase, assumptions, records)
+        if checkpointing:
+            checkpoint_activations(net)
+        method = _runnable(method, signs)
+        with LiveBytes(profile=profile) as live:
+            live.track(net, *batches)
+            engine = Engine(
+                net,
+                method,
+                lr=1e-3,
+                loss=_in_phases(loss, live, "backward" if method.paradigm == "fo" else "update"),
+                select=select,
+                realization=realization,
+                weight_decay=weight_decay,
+                clip=clip,
+                guard=False,
+            )
+            engine.optimizer.register_step_pre_hook(lambda *_: live._phases.append("optimizer"))
+            engine.optimizer.register_step_post_hook(lambda *_: live._phases.pop())
+            for _ in range(STEPS):
+                live.base_phase("open")
+                engine.step(batches)
+            counted = LiveBytes()
+            counted.track(net)
+            coords = sum(counted.track(v.value, *_bases(v.subspace)) for v in engine.variables)
+            states = engine.optimizer.state.values()
+            state = counted.track(*(t for s in states for t in s.values() if isinstance(t, Tensor)))
+        return Prediction(
+            peak_bytes=live.peak,
+            forward_peak_bytes=forward.peak,
+            weights_bytes=weights,
+            coords_bytes=coords,
+            optimizer_bytes=state,
+            phase=live.peak_phase,
+            assumptions=assumptions,
+            records=tuple(live.records),
+        )
+
+
+LOSSES: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], Any]] = {
+    "prompt": prompt_loss((3, 4)),
+    "classes": class_loss,
+    "lm": lm_loss,
+}
+
+
+def _batch(objective: str, rows: int, tokens: int) -> dict[str, Tensor]:
+    ids = torch.zeros(rows, tokens, dtype=torch.long)
+    batch = {"input_ids": ids, "labels": torch.zeros_like(ids if objective == "lm" else ids[:, 0])}
+    if objective != "lm":
+        batch["attention_mask"] = torch.ones_like(ids)
+    if objective == "prompt":
+        batch["positions"] = torch.zeros_like(ids[:, 0])
+    return batch
+
+
+def _runnable(method: Method, signs: str | None) -> Method:
+    """The method with windows short enough that the second step sees a change, and with nothing left to choose."""
+    estimator: Any = method.estimator
+    settings = {f.name for f in fields(estimator)}
+    if signs is not None:
+        if "signs" not in settings:
+            raise UsageError(f"signs '{signs}' mean nothing under paradigm '{method.paradigm}'; leave them out")
+        estimator = replace(estimator, signs=signs)
+    if "eps" in settings and estimator.eps is None:
+        estimator = replace(estimator, eps=1e-3)
+    return replace(method, estimator=estimator, refresh_every=method.refresh_every and WINDOW)
+
+
+def _in_phases(loss: Any, live: LiveBytes, after: str) -> Any:
+    def counted(model: nn.Module, batch: Any) -> Any:
+        with live.phase("forward"):
+            value = loss(model, batch)
+        live.base_phase(after)
+        return value
+
+    return counted
+
+
+def _bases(subspace: Any) -> list[Tensor]:
+    return [t for t in vars(subspace).values() if isinstance(t, Tensor)]
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+class Resident(NamedTuple):
+    """Bytes in use now, and the most so far."""
+
+    now: int
+    peak: int
+
+
+def resident(device: torch.device | str = "cpu") -> Resident:
+    """What the device holds now and has held at most, cheap enough for a progress bar.
+
+    On CUDA, bytes of tensors in the caching allocator. Elsewhere, resident memory of the whole process with
+    the interpreter and its libraries in it, 0.3 to 0.4 GB before any model.
+    """
+    if torch.device(device).type == "cuda":
+        return Resident(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device))
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = dict(line.split(":", 1) for line in status.read_text().splitlines() if line.startswith("Vm"))
+        return Resident(*(int(found[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM")))
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return Resident(peak, peak)  # no cheap way to the current figure here
+
+
+@dataclass
+class Measured:
+    """Peaks of a measured stretch, each with its own counter.
+
+    Attributes:
+        counter: what `peak_bytes` counts: "cuda allocated" or "live tensors".
+        peak_bytes: the headline figure.
+        reserved_bytes: CUDA only: allocator's cache and fragmentation included, the figure that has to fit.
+        process_bytes: resident memory of the process at most, libraries included.
+        process_from_start: the process figure could not be reset and covers everything since the process
+            began.
+        phase: phase of the peak where one was named.
+    """
+
+    counter: str = "live tensors"
+    peak_bytes: int = 0
+    reserved_bytes: int | None = None
+    process_bytes: int = 0
+    process_from_start: bool = True
+    phase: str = ""
+    live: LiveBytes | None = field(default=None, repr=False)
+
+
+@contextlib.contextmanager
+def measure(
+    *things: nn.Module | Tensor | Mapping[str, Tensor],
+    device: torch.device | str = "cpu",
+    profile: bool = False,
+) -> Iterator[Measured]:
+    """Measure the peak of what runs inside; figures are there once the block is left.
+
+    On CUDA the allocator's own counter is used, which is reset (there is one for the whole process).
+    Elsewhere live tensors are counted, which takes some microseconds an operation.
+
+    Args:
+        things: models, batches and tensors that exist already and count too; not needed on CUDA.
+        device: where the work happens.
+        profile: keep the list of storages alive at the peak in `live.records` (not on CUDA).
+    """
+    measured = Measured(process_from_start=not _reset_process_peak())
+    if torch.device(device).type == "cuda":
+        measured.counter = "cuda allocated"
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            yield measured
+        finally:
+            torch.cuda.synchronize(device)
+            measured.peak_bytes = torch.cuda.max_memory_allocated(device)
+            measured.reserved_bytes = torch.cuda.max_memory_reserved(device)
+            measured.process_bytes = resident().peak
+        return
+    measured.live = LiveBytes(profile=profile)
+    measured.live.track(*things)
+    try:
+        with measured.live:
+            yield measured
+    finally:
+        measured.peak_bytes, measured.phase = measured.live.peak, measured.live.peak_phase
+        measured.process_bytes = resident().peak
+
+
+def _reset_process_peak() -> bool:
+    """Ask the kernel to forget the process's high water; whether it did."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,322 @@
+"""Method: one choice of estimator, projector, optimizer and transport; METHODS: the literature as rows."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+from zolr.errors import UsageError
+from zolr.estimators import ESTIMATORS, PARADIGMS, Estimator
+from zolr.estimators.backprop import Backprop
+from zolr.estimators.forward import Forward
+from zolr.estimators.spsa import Spsa
+from zolr.optim import OptimizerRule
+from zolr.projectors import PROJECTORS, Projector
+from zolr.projectors.dependent import Dependent
+from zolr.projectors.gaussian import Gaussian
+from zolr.projectors.identity import Identity
+from zolr.projectors.stiefel import Stiefel
+from zolr.projectors.two_sided import TwoSidedHaar
+from zolr.transports import TRANSPORTS, Transport
+from zolr.transports.align import Align
+from zolr.transports.keep import Keep
+from zolr.transports.reset import Reset
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the gradient is estimated, in which subspace, with which optimizer, and what happens between windows.
+
+    Args:
+        estimator: a gradient estimator.
+        projector: how subspaces of matrices are drawn; vectors (biases, norms) always have their whole space.
+        optimizer: the rule that turns gradients of coordinates into steps.
+        transport: what becomes of optimizer state when a subspace changes.
+        refresh_every: life of a subspace in optimizer steps; None keeps the first one.
+        dense: dense gradients are streamed at every step, one alive at a time.
+
+    Raises:
+        UsageError: parts that cannot work together.
+    """
+
+    estimator: Estimator
+    projector: Projector
+    optimizer: OptimizerRule
+    transport: Transport = field(default_factory=Reset)
+    refresh_every: int | None = None
+    dense: bool = False
+
+    def __post_init__(self) -> None:
+        every = self.refresh_every
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise UsageError(f"refresh_every = {every!r} is no number of steps; use at least 1, or none to never refresh")
+        if self.projector.needs == "gradient" and self.paradigm != "fo":
+            raise UsageError(
+                f"projector '{key_of(PROJECTORS, self.projector)}' needs a gradient, but paradigm '{self.paradigm}' "
+                "gives none; use 'stiefel', or --paradigm fo"
+            )
+        if self.dense and self.paradigm != "fo":
+            raise UsageError(f"paradigm '{self.paradigm}' gives no dense gradient; use --paradigm fo")
+        if isinstance(self.transport, Align) and self.optimizer.degrees is None:
+            raise UsageError(
+                f"transport 'align' does not know the state of optimizer '{self.optimizer.name}'; "
+                "use transport 'reset' or 'keep'"
+            )
+
+    @property
+    def paradigm(self) -> str:
+        """"fo" (backprop), "zo" (forward only) or "fwd" (forward mode)."""
+        return self.estimator.paradigm
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of the literature.
+
+    Args:
+        name: its name on the command line.
+        summary: one line.
+        methods: a method per paradigm; the first is the default.
+        train: which weights it trains unless the user says otherwise (see `engine.selection`).
+        lr: learning rate per paradigm when the user gives none; None lets the engine choose from what it measures.
+        equation: the step.
+        reference: where it was published.
+        follows: paper or released code, and where they differ.
+        limits: what it cannot be combined with, and other warnings.
+    """
+
+    name: str
+    summary: str
+    methods: Mapping[str, Method]
+    equation: str
+    reference: str
+    follows: str
+    limits: str = ""
+    train: str = "all"
+    lr: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def paradigms(self) -> tuple[str, ...]:
+        """Paradigms it runs under, the default one first."""
+        return tuple(self.methods)
+
+    def build(self, paradigm: str | None = None) -> Method:
+        """The method under a paradigm.
+
+        Raises:
+            UsageError: the row does not run under it.
+        """
+        paradigm = paradigm or self.paradigms[0]
+        if paradigm not in PARADIGMS:
+            raise UsageError(f"paradigm '{paradigm}' is not known; use one of {', '.join(PARADIGMS)}")
+        if paradigm not in self.methods:
+            raise UsageError(
+                f"method '{self.name}' runs under {', '.join(self.paradigms)}, not under '{paradigm}'; "
+                "use method 'stiefel', or another paradigm"
+            )
+        return self.methods[paradigm]
+
+
+SGD, ADAMW = OptimizerRule("sgd"), OptimizerRule("adamw")
+ZO_ADAMW = OptimizerRule("adamw", {"betas": (0.9, 0.99)})
+
+_ROWS = (
+    Row(
+        "stiefel",
+        "the gradient in a Haar-random subspace, the optimal law when nothing is known of it (default)",
+        {
+            "zo": Method(Spsa(), Stiefel(rank=4), ZO_ADAMW, Reset(), 500),
+            "fo": Method(Backprop(), Stiefel(rank=16), ADAMW, Reset(), 100),
+            "fwd": Method(Forward(), Stiefel(rank=4), ZO_ADAMW, Reset(), 500),
+        },
+        "W + B Pᵀ, P = sqrt(n/r) Q, Q Haar on the Stiefel manifold; train B, fold every refresh_every steps",
+        "arXiv 2603.20632",
+        "paper (law and scale); rank, window and optimizer are our defaults",
+        lr={"zo": None, "fo": 3e-4, "fwd": 1e-3},
+    ),
+    Row(
+        "dependent",
+        "directions sampled by the spectrum of the gradient's second moment, the instance-dependent optimum",
+        {
+            "fo": Method(Backprop(), Dependent(rank=16), ADAMW, Reset(), 100),
+            "zo": Method(Spsa(law="gaussian"), Dependent(rank=4, alpha=0.2), SGD, Reset(), 500),
+        },
+        "P = [sqrt(1/pi_i) q_i], pi_i = min(1, sqrt(sigma_i)/lambda), sum pi = r, E[GᵀG] = Q diag(sigma) Qᵀ",
+        "arXiv 2603.20632",
+        "paper (law); the spectrum estimate from projected gradients or probes is ours",
+        "Adam rescales coordinates, so only SGD sees an unbiased estimate",
+        lr={"zo": None, "fo": 3e-4},
+    ),
+    Row(
+        "mezo",
+        "forward-only SGD in the whole space",
+        {"zo": Method(Spsa(eps=1e-3, law="gaussian"), Identity(), SGD)},
+        "W <- W - lr c Z, c = (L(W + eps Z) - L(W - eps Z)) / (2 eps), Z Gaussian",
+        "arXiv 2305.17333",
+        "paper; weights are not walked in place unless asked (realization 'inplace')",
+        lr={"zo": 1e-6},
+    ),
+    Row(
+        "lozo",
+        "forward-only SGD along low-rank Gaussian directions",
+        {"zo": Method(Spsa(eps=1e-3, law="gaussian"), Gaussian(rank=2), SGD, Reset(), 50)},
+        "W <- W - lr c U Vᵀ / sqrt(r), c the slope along U Vᵀ / sqrt(r), V kept for refresh_every steps",
+        "arXiv 2410.07698",
+        "paper; the released code has no 1/r and applies a wrong direction on every refresh step",
+        "eps is that of the normalized direction: the paper's eps times sqrt(r)",
+        lr={"zo": 1e-6},
+    ),
+    Row(
+        "lozo-m",
+        "lozo with momentum in the coordinates, carried over a refresh",
+        {
+            "zo": Method(
+                Spsa(eps=1e-3, law="gaussian"), Gaussian(rank=2), OptimizerRule("momentum"), Align(), 50
+            )
+        },
+        "N <- b N + (1 - b) c U, W <- W - lr N Vᵀ / sqrt(r); at a refresh N <- N (V_oldᵀ V_new)(V_newᵀ V_new)⁻¹",
+        "arXiv 2410.07698",
+        "paper; its factor 1/n at a refresh is replaced by the exact inverse Gram matrix; the buffer starts at the "
+        "first gradient, as torch's SGD does",
+        lr={"zo": 1e-6},
+    ),
+    Row(
+        "subzero",
+        "forward-only SGD between two orthonormal bases",
+        {"zo": Method(Spsa(eps=1e-3, law="gaussian"), TwoSidedHaar(rank=24), SGD, Reset(), 1000)},
+        "W <- W - lr c s U Z Vᵀ, s = sqrt(m n) / r, U and V orthonormal, kept for refresh_every steps",
+        "arXiv 2410.08989",
+        "released code (norm alignment s)",
+        lr={"zo": 1e-6},
+    ),
+    Row(
+        "rso",
+        "Adam on random Gaussian subspaces, each trained for a while from zero",
+        {"fo": Method(Backprop(), Gaussian(rank=16), ADAMW, Reset(), 100)},
+        "W + B Pᵀ, P entries N(0, 1/r); a few Adam steps on B, then fold and draw again",
+        "arXiv 2502.07222",
+        "paper's practice (Gaussian); its proximal term is the restart of B at zero",
+        lr={"fo": 3e-4},
+    ),
+    Row(
+        "sgd",
+        "plain SGD by backprop",
+        {"fo": Method(Backprop(), Identity(), SGD)},
+        "W <- W - lr G",
+        "torch.optim.SGD",
+        "torch",
+        lr={"fo": 1e-2},
+    ),
+    Row(
+        "adamw",
+        "full AdamW by backprop, the baseline of every table",
+        {"fo": Method(Backprop(), Identity(), ADAMW)},
+        "torch.optim.AdamW on the weights",
+        "arXiv 1711.05101",
+        "torch",
+        lr={"fo": 1e-4},
+    ),
+    Row(
+        "muon",
+        "Muon on matrices and AdamW on vectors, by backprop",
+        {"fo": Method(Backprop(), Identity(), OptimizerRule("muon"))},
+        "W <- W - lr s NewtonSchulz(momentum of G)",
+        "Jordan et al. 2024",
+        "torch.optim.Muon, learning rate scaled to match AdamW's step size",
+        lr={"fo": 1e-3},
+    ),
+)
+METHODS: dict[str, Row] = {row.name: row for row in _ROWS}
+
+
+def key_of(registry: Mapping[str, Any], part: Any) -> str:
+    """The name under which a part's class is registered."""
+    return next((name for name, cls in registry.items() if type(part) is cls), type(part).__name__)
+
+
+def nearest(kind: str, name: str, known: Sequence[str]) -> UsageError:
+    """The error for an unknown name, with the nearest known one."""
+    close = get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return UsageError(f"{kind} '{name}' is not known; {hint}known: {', '.join(known)}")
+
+
+def _lookup(kind: str, registry: Mapping[str, Any], name: str) -> Any:
+    if name not in registry:
+        raise nearest(kind, name, list(registry))
+    return registry[name]
+
+
+def _shared(part: Any, cls: type) -> dict[str, Any]:
+    """Settings of `part` that class `cls` has too, so that changing the law keeps rank, side, eps, ..."""
+    names = {f.name for f in fields(cls)} - {"needs", "unbiased", "paradigm", "exact"}
+    return {f.name: getattr(part, f.name) for f in fields(part) if f.name in names}
+
+
+def compose(
+    method: str | None = None,
+    paradigm: str | None = None,
+    *,
+    projector: str | None = None,
+    rank: int | None = None,
+    side: str | None = None,
+    refresh_every: int | None = None,
+    optimizer: str | None = None,
+    transport: str | None = None,
+    estimator: str | None = None,
+    probes: int | None = None,
+    eps: float | None = None,
+    law: str | None = None,
+) -> Method:
+    """A row of METHODS with some of its parts or settings replaced.
+
+    Args:
+        method: name of a row; "stiefel" when not given.
+        paradigm: "fo", "zo" or "fwd"; the row's default when not given.
+
+    Raises:
+        UsageError: an unknown name (with the nearest known one), or a setting that the part does not have.
+    """
+    row: Row = _lookup("method", METHODS, method or "stiefel")
+    if paradigm is not None:
+        _lookup("paradigm", PARADIGMS, paradigm)
+    result = row.build(paradigm)
+    if projector is not None:
+        cls = _lookup("projector", PROJECTORS, projector)
+        if type(result.projector) is not cls:
+            result = replace(result, projector=cls(**_shared(result.projector, cls)))
+        if cls is Identity:
+            result = replace(result, refresh_every=None, transport=Keep())
+        elif result.refresh_every is None:
+            result = replace(result, refresh_every=100)
+    if estimator is not None:
+        cls = _lookup("estimator", ESTIMATORS, estimator)
+        if type(result.estimator) is not cls:
+            result = replace(result, estimator=cls(**_shared(result.estimator, cls)))
+    result = replace(
+        result,
+        projector=_with(result.projector, key_of(PROJECTORS, result.projector), rank=rank, side=side),
+        estimator=_with(
+            result.estimator, f"paradigm '{result.paradigm}'", probes=probes, eps=eps, law=law
+        ),
+    )
+    if optimizer is not None and optimizer != result.optimizer.name:
+        result = replace(result, optimizer=OptimizerRule(optimizer))
+    if transport is not None:
+        result = replace(result, transport=_lookup("transport", TRANSPORTS, transport)())
+    if refresh_every is not None:
+        if isinstance(result.projector, Identity):
+            raise UsageError("refresh_every means nothing for projector 'identity'; leave it out")
+        result = replace(result, refresh_every=refresh_every)
+    return result
+
+
+def _with(part: Any, owner: str, **settings: Any) -> Any:
+    given = {name: value for name, value in settings.items() if value is not None}
+    known = {f.name for f in fields(part)}
+    for name in given:
+        if name not in known:
+            raise UsageError(f"{owner} has no setting '{name}'; leave it out")
+    return replace(part, **given) if given else part
+
+

@@ -1,0 +1,679 @@
+"""Models: load one, build one from numbers alone, and the losses that never hold a batch of full logits.
+
+A language model is used here in two halves: `encode` gives hidden states, `head` turns the few of them that a
+loss needs into logits. A prompt needs one position a row, a language-model loss takes the tokens in chunks,
+so logits of shape `(batch, tokens, vocab)`, usually the largest tensor of a run, never exist.
+"""
+
+import copy
+import difflib
+import os
+import re
+import socket
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.utils import logging as transformers_logging
+
+from zolr.errors import DataError, UsageError
+
+Batch = Mapping[str, Tensor]
+Kind = Literal["lm", "classes"]
+
+IGNORED = -100  # label of a token that does not count, as everywhere in torch and transformers
+CHUNK_ENTRIES = 1 << 24  # logits alive at once in `lm_loss`: 64 MiB in float32
+
+DEMO = Path(__file__).parent / "demo" / "model"
+
+
+# --- presets ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preset:
+    """An architecture given by its numbers: random weights, no tokenizer, no network.
+
+    Args:
+        family: model type as transformers spells it.
+        settings: the numbers of its config.
+        hub: where the published weights of this architecture live, if anywhere.
+    """
+
+    family: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    hub: str | None = None
+
+    def config(self, **changes: Any) -> PreTrainedConfig:
+        """The transformers config of this preset with some numbers changed."""
+        return AutoConfig.for_model(self.family, **{**self.settings, **changes})
+
+
+def _roberta(hidden: int, layers: int, heads: int, hub: str) -> Preset:
+    numbers = dict(vocab_size=50265, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads)
+    numbers |= dict(intermediate_size=4 * hidden, max_position_embeddings=514, type_vocab_size=1)
+    return Preset("roberta", numbers | dict(layer_norm_eps=1e-5), hub)
+
+
+def _opt(hidden: int, layers: int, heads: int, hub: str) -> Preset:
+    numbers = dict(vocab_size=50272, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads)
+    numbers |= dict(ffn_dim=4 * hidden, word_embed_proj_dim=hidden, max_position_embeddings=2048)
+    return Preset("opt", numbers, hub)
+
+
+def _llama(hidden: int, layers: int, heads: int, ffn: int, vocab: int = 32000, length: int = 1024) -> Preset:
+    numbers = dict(vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads)
+    numbers |= dict(intermediate_size=ffn, max_position_embeddings=length, rms_norm_eps=1e-6)
+    return Preset("llama", numbers | dict(tie_word_embeddings=False))
+
+
+# The llama sizes are those of the GaLore paper (Zhao et al., 2024), on which pretraining methods are
+# compared.
+PRESETS: dict[str, Preset] = {
+    "bert-base": Preset("bert", dict(vocab_size=30522), "google-bert/bert-base-uncased"),
+    "roberta-base": _roberta(768, 12, 12, "FacebookAI/roberta-base"),
+    "roberta-large": _roberta(1024, 24, 16, "FacebookAI/roberta-large"),
+    "gpt2": Preset("gpt2", dict(vocab_size=50257), "openai-community/gpt2"),
+    "opt-125m": _opt(768, 12, 12, "facebook/opt-125m"),
+    "opt-1.3b": _opt(2048, 24, 32, "facebook/opt-1.3b"),
+    "llama-20m": _llama(256, 4, 4, 688),
+    "llama-60m": _llama(512, 8, 8, 1376),
+    "llama-100m": _llama(640, 12, 10, 1708, vocab=32100),
+    "llama-130m": _llama(768, 12, 12, 2048),
+    "llama-350m": _llama(1024, 24, 16, 2736),
+    "llama-1b": _llama(2048, 24, 32, 5461),
+    "llama-7b": _llama(4096, 32, 32, 11008, length=2048),
+}
+
+
+# --- loading and building -----------------------------------------------------------------------------------
+
+
+def load_model(
+    name: str | os.PathLike[str],
+    *,
+    kind: Kind = "lm",
+    num_labels: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    dropout: float | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Load a model, in eval mode, from a folder, a preset's numbers, the packaged demo or the hub.
+
+    Weights come out in `dtype` whatever the checkpoint holds. A preset, and the fresh head of a classifier,
+    is drawn from `seed`; the global random state is left as it was.
+
+    Args:
+        name: an existing folder, a key of `PRESETS` (random weights), "demo", or a hub name.
+        kind: "lm" for the masked or causal language model that the config describes, "classes" for a
+            classifier.
+        num_labels: number of classes of a classifier.
+        dtype: dtype of the weights.
+        attn_implementation: attention kernel; by default transformers picks (sdpa wherever it can).
+        dropout: sets every dropout probability of the config, in [0, 1); None leaves them.
+        trust_remote_code: run Python code that comes with the checkpoint.
+
+    Raises:
+        UsageError: the name is unknown, or the model has no such kind.
+        DataError: the folder cannot be read, or the hub cannot be reached.
+    """
+    label = os.fspath(name)
+    if label in PRESETS and not Path(label).is_dir():
+        hub = PRESETS[label].hub
+        if hub is not None:
+            warnings.warn(
+                f"'{label}' builds the architecture with random weights; for the published ones use '{hub}'",
+                stacklevel=2,
+            )
+        return build(
+            label,
+            kind=kind,
+            num_labels=num_labels,
+            dtype=dtype,
+            device=device,
+            attn_implementation=attn_implementation,
+            dropout=dropout,
+            seed=seed,
+        )
+    source, remote = _locate(label)
+    options: dict[str, Any] = dict(
+        trust_remote_code=trust_remote_code, local_files_only=remote and not _hub_answers()
+    )
+    with _plain_errors(label, remote):
+        config = AutoConfig.from_pretrained(source, **options)
+        auto = _auto_class(config, kind)
+        if num_labels is not None:
+            config.num_labels = num_labels
+        _prepare(config, kind, dropout)
+        if attn_implementation is not None:
+            options["attn_implementation"] = attn_implementation
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, report = auto.from_pretrained(
+                source, config=config, dtype=dtype, output_loading_info=True, **options
+            )
+    missing = sorted(report["missing_keys"])
+    if missing and kind == "lm":
+        warnings.warn(
+            f"model '{label}' holds no weights for {', '.join(missing[:4])}{' ...' if missing[4:] else ''}: "
+            "they start random",
+            stacklevel=2,
+        )
+    return model.to(device).eval()
+
+
+def load_config(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The transformers config of a preset, a folder, the packaged demo or a hub model; no weights are read.
+
+    Raises:
+        UsageError: the name is unknown.
+        DataError: the folder cannot be read, or the hub cannot be reached.
+    """
+    label = os.fspath(name)
+    if label in PRESETS and not Path(label).is_dir():
+        return PRESETS[label].config()
+    source, remote = _locate(label)
+    with _plain_errors(label, remote):
+        return AutoConfig.from_pretrained(
+            source, trust_remote_code=trust_remote_code, local_files_only=remote and not _hub_answers()
+        )
+
+
+def build(
+    preset: str | PreTrainedConfig,
+    *,
+    kind: Kind = "lm",
+    num_labels: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    attn_implementation: str | None = None,
+    dropout: float | None = None,
+    seed: int = 0,
+    **changes: Any,
+) -> nn.Module:
+    """Build a model with random weights from numbers alone, in eval mode.
+
+    Weights are drawn on the host, so the same seed gives the same model on every device. With
+    `device="meta"`, or under a fake-tensor mode, nothing is drawn and no memory is taken.
+
+    Args:
+        preset: key of `PRESETS`, or a transformers config.
+        seed: names the weights; the global random state is left as it was.
+        changes: config numbers to change, such as `vocab_size=8192`.
+
+    Raises:
+        UsageError: the preset is not known.
+
+    >>> model = build("llama-20m", device="meta")
+    >>> sum(p.numel() for p in model.parameters())
+    19548416
+    """
+    if isinstance(preset, str):
+        if preset not in PRESETS:
+            raise UsageError(
+                f"preset '{preset}' is not known{_nearest(preset)}; presets: {', '.join(PRESETS)}"
+            )
+        config = PRESETS[preset].config(**changes)
+    else:
+        config = copy.deepcopy(preset)
+        for key, value in changes.items():
+            setattr(config, key, value)
+    if num_labels is not None:
+        config.num_labels = num_labels
+    auto = _auto_class(config, kind)
+    _prepare(config, kind, dropout)
+    options: dict[str, Any] = (
+        {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    )
+    # On the meta device and in a mode that replaces tensors (fake tensors) nothing is drawn, and such a mode
+    # cannot hand out the generator's state
+    probe = torch.empty(0)
+    meta = "meta" in (torch.device(device).type, probe.device.type)
+    if meta or type(probe) is not Tensor:
+        with torch.device("meta" if meta else device):
+            return auto.from_config(config, dtype=dtype, **options).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = auto.from_config(config, dtype=dtype, **options)
+    return model.to(device).eval()
+
+
+def load_tokenizer(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a folder, of the packaged demo or of a hub model, padding on the right.
+
+    A tokenizer without a padding token pads with its end-of-text token; the attention mask keeps the two
+    apart.
+
+    Raises:
+        UsageError: the name is a preset (those have none), is unknown, or the tokenizer has nothing to pad
+            with.
+        DataError: the folder cannot be read, or the hub cannot be reached.
+    """
+    label = os.fspath(name)
+    if label in PRESETS and not Path(label).is_dir():
+        hub = PRESETS[label].hub or "hf-internal-testing/llama-tokenizer"
+        raise UsageError(
+            f"preset '{label}' has no tokenizer; pass one: a folder, or a hub name such as '{hub}'"
+        )
+    source, remote = _locate(label)
+    with _plain_errors(label, remote):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=trust_remote_code, local_files_only=remote and not _hub_answers()
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UsageError(
+                f"tokenizer '{label}' has neither a padding nor an end-of-text token to pad with"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Keep only the input of each layer for backward and compute the rest again (non-reentrant checkpoints).
+
+    transformers does this in `train()` mode only: in eval mode the call has no effect.
+
+    Raises:
+        UsageError: the model does not support it.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UsageError(
+            f"{type(model).__name__} does not support activation checkpointing; train without it"
+        )
+    loose: Any = model
+    if hasattr(model, "activation_checkpointing_enable"):  # the name of later transformers 5
+        loose.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        loose.gradient_checkpointing_enable({"use_reentrant": False})
+    # Reentrant checkpoints need inputs that require gradients; ours do not, and the gradient of the
+    # embeddings' output that this would keep is as large as a layer's input
+    loose.disable_input_require_grads()
+
+
+def is_masked(model: nn.Module) -> bool:
+    """Whether the model predicts masked tokens (True) or next tokens (False)."""
+    name = type(model).__name__
+    if name.endswith("ForMaskedLM"):
+        return True
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return False
+    return _masked_config(_config(model))
+
+
+def _config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    if config is None:
+        raise UsageError(
+            f"{type(model).__name__} is not a transformers model; give the engine a loss of its own"
+        )
+    return config
+
+
+def _masked_config(config: PreTrainedConfig) -> bool:
+    """What the architecture named in the config says, else what its family can be."""
+    for name in config.architectures or ():
+        if name.endswith("ForMaskedLM"):
+            return True
+        if name.endswith(("ForCausalLM", "LMHeadModel")):
+            return False
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+
+
+def _auto_class(config: PreTrainedConfig, kind: str) -> Any:
+    if kind == "classes":
+        return AutoModelForSequenceClassification
+    if kind != "lm":
+        raise UsageError(f"kind '{kind}' is not known; use 'lm' or 'classes'")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"model family '{config.model_type}' is an encoder-decoder; use a masked or a causal model"
+        )
+    if _masked_config(config):
+        return AutoModelForMaskedLM
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or remote:
+        return AutoModelForCausalLM
+    raise UsageError(
+        f"model family '{config.model_type}' has no language-model head; use --kind classes or another"
+    )
+
+
+def _prepare(config: Any, kind: str, dropout: float | None) -> None:
+    if kind == "classes" and config.pad_token_id is None:
+        # Causal classifiers find the last real token by the padding id
+        eos = config.eos_token_id
+        config.pad_token_id = eos[0] if isinstance(eos, list) else eos
+    if dropout is not None:
+        for key, value in list(config.to_dict().items()):
+            if re.search(r"dropout$|pdrop$|dropout_prob$", key) and isinstance(value, (int, float)):
+                setattr(config, key, dropout)
+
+
+def _nearest(name: str) -> str:
+    known = [*PRESETS, "demo", *(p.hub for p in PRESETS.values() if p.hub)]
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _locate(name: str) -> tuple[str, bool]:
+    """The folder or hub name behind `name`, and whether it is on the hub."""
+    if name == "demo" and not Path(name).is_dir():
+        if not DEMO.is_dir():
+            raise DataError(
+                "the demo model is not part of this installation; install the zolr package from its wheel"
+            )
+        return str(DEMO), False
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path), False
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
+        what = "is a file" if path.exists() else "does not exist"
+        raise DataError(
+            f"model folder '{name}' {what}; give a folder with a config.json, a preset or a hub name"
+        )
+    return name, True
+
+
+def _hub_answers() -> bool:
+    """Whether asking the hub is worth it: its client retries for half a minute before it gives up."""
+    if any(os.environ.get(v) for v in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    match = re.match(r"(https?)://([^/:]+)(?::(\d+))?", endpoint)
+    if match is None:
+        return True
+    port = int(match[3] or (443 if match[1] == "https" else 80))
+    try:
+        socket.create_connection((match[2], port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _plain_errors(name: str, remote: bool) -> Iterator[None]:
+    """Turn what transformers raises into one line that says what to do, and keep its progress bars off."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    except (UsageError, DataError):
+        raise
+    except Exception as error:
+        causes, cause = [], error
+        while cause is not None:
+            causes.append(type(cause).__name__)
+            cause = cause.__cause__ or cause.__context__
+        reason = str(error).strip().split("\n")[0]
+        if "trust_remote_code" in str(error):
+            raise UsageError(
+                f"model '{name}' brings Python code of its own; read it, then allow it with trust_remote_code"
+            ) from error
+        if not remote:
+            raise DataError(f"model folder '{name}' cannot be read: {reason}") from error
+        way_out = f"use a folder, a preset ({', '.join(PRESETS)}) or 'demo'"
+        if {"LocalEntryNotFoundError", "OfflineModeIsEnabled"} & set(causes) or "connect" in reason:
+            what = f"is not a folder or preset{_nearest(name)} and the hub cannot be reached"
+            raise DataError(f"model '{name}' {what}; {way_out}") from error
+        if "GatedRepoError" in causes:
+            raise DataError(f"model '{name}' is gated; accept its terms on the hub and log in") from error
+        raise UsageError(f"model '{name}' is not known{_nearest(name)} ({reason}); {way_out}") from error
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+# --- the two halves of a language model ---------------------------------------------------------------------
+
+
+def _lm_head(model: Any, hidden: Tensor) -> Tensor:
+    return model.lm_head(hidden)
+
+
+def _cls(model: Any, hidden: Tensor) -> Tensor:
+    return model.cls(hidden)
+
+
+def _deberta(model: Any, hidden: Tensor) -> Tensor:
+    if model.legacy:
+        return model.cls(hidden)
+    return model.lm_predictions(hidden, model.deberta.embeddings.word_embeddings)
+
+
+def _distilbert(model: Any, hidden: Tensor) -> Tensor:
+    hidden = model.activation(model.vocab_transform(hidden))
+    return model.vocab_projector(model.vocab_layer_norm(hidden))
+
+
+def _electra(model: Any, hidden: Tensor) -> Tensor:
+    return model.generator_lm_head(model.generator_predictions(hidden))
+
+
+def _softcap(model: Any, hidden: Tensor) -> Tensor:
+    logits, cap = _wide(model.lm_head(hidden)), model.config.final_logit_softcapping
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+# How each family turns hidden states into logits. A family that is not here is never guessed at: an unknown
+# scale or cap after the head would give wrong losses without a sign of it.
+HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    **dict.fromkeys(
+        ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "esm", "eurobert"), _lm_head
+    ),
+    **dict.fromkeys(("opt", "gpt2", "gpt_neo", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"), _lm_head),
+    **dict.fromkeys(("phi", "phi3", "olmo", "olmo2", "smollm3", "starcoder2", "stablelm", "gemma"), _lm_head),
+    **dict.fromkeys(("bert", "nomic_bert"), _cls),
+    **dict.fromkeys(("deberta", "deberta-v2"), _deberta),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _softcap),
+    "albert": lambda model, hidden: model.predictions(hidden),
+    "distilbert": _distilbert,
+    "electra": _electra,
+    "modernbert": lambda model, hidden: model.decoder(model.head(hidden)),
+    "cohere": lambda model, hidden: model.lm_head(hidden) * model.logit_scale,
+    "granite": lambda model, hidden: model.lm_head(hidden) / model.config.logits_scaling,
+}
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least float32, whatever the model computes in."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def splits(model: nn.Module) -> bool:
+    """Whether `encode` and `head` know this family; if not, losses use the stock forward's full logits."""
+    return _config(model).model_type in HEADS and getattr(model, "base_model", model) is not model
+
+
+def encode(model: nn.Module, batch: Batch) -> Tensor:
+    """Hidden states before the language-model head.
+
+    Args:
+        batch: `input_ids` `(b, t)`; `attention_mask`, `token_type_ids` and `position_ids` of that shape are
+            used where present.
+
+    Returns:
+        `(b, t, h)` in the model's dtype.
+    """
+    return model.base_model(**_inputs(model, batch)).last_hidden_state  # type: ignore[operator]
+
+
+def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    names = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+    inputs: dict[str, Any] = {name: batch[name] for name in names if name in batch}
+    if not is_masked(model):
+        inputs["use_cache"] = (
+            False  # a training step never continues a text, and the cache is as large as k and v
+        )
+    return inputs
+
+
+def head(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits of hidden states, by the model's own head.
+
+    Args:
+        hidden: `(k, h)` rows of `encode`.
+
+    Returns:
+        `(k, vocab)`, at least float32.
+
+    Raises:
+        UsageError: the family is not in `HEADS`.
+    """
+    family = _config(model).model_type
+    if family not in HEADS:
+        raise UsageError(
+            f"the head of model family '{family}' is not known; call the model itself, or add it to HEADS"
+        )
+    return _wide(HEADS[family](model, hidden))
+
+
+def _stock_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Full logits `(b, t, vocab)` of a family without a known head."""
+    family = _config(model).model_type
+    warnings.warn(
+        f"model family '{family}' is computed by its stock forward, which holds full logits and takes more memory",
+        stacklevel=3,
+    )
+    return model(**_inputs(model, batch)).logits
+
+
+# --- losses -------------------------------------------------------------------------------------------------
+
+
+def prompt_logits(model: nn.Module, batch: Batch, label_ids: Tensor | Sequence[int]) -> Tensor:
+    """Logits of the label words at each row's prompt position.
+
+    Args:
+        batch: `input_ids` `(b, t)`, `attention_mask`, `positions` `(b,)`: the mask token of a masked model,
+            the last real token of a causal one.
+        label_ids: `(c,)` token of each class, in the order of the labels.
+
+    Returns:
+        `(b, c)`, at least float32.
+    """
+    positions = batch["positions"]
+    rows = torch.arange(positions.shape[0], device=positions.device)
+    if splits(model):
+        logits = head(model, encode(model, batch)[rows, positions])  # (b, vocab)
+    else:
+        logits = _wide(_stock_logits(model, batch)[rows, positions])
+    if isinstance(label_ids, Tensor):
+        return logits.index_select(-1, label_ids.to(logits.device))
+    # Plain integers need no tensor from outside, so that this also runs on fake tensors
+    return torch.stack([logits[..., i] for i in label_ids], dim=-1)
+
+
+def prompt_loss(label_ids: Tensor | Sequence[int]) -> Callable[[nn.Module, Batch], Tensor]:
+    """Cross-entropy over the label words, one number a row.
+
+    Args:
+        label_ids: `(c,)` token of each class.
+
+    Returns:
+        A loss `(model, batch) -> (b,)`; `batch` as in `prompt_logits`, and `labels` `(b,)`.
+    """
+    words = tuple(int(i) for i in label_ids)
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(prompt_logits(model, batch, words), batch["labels"], reduction="none")
+
+    return loss
+
+
+def prompt_errors(label_ids: Tensor | Sequence[int]) -> Callable[[nn.Module, Batch], Tensor]:
+    """Error of the best label word, 0 or 1 a row: an objective for forward-only training, flat to backprop.
+
+    Args:
+        label_ids: `(c,)` token of each class.
+
+    Returns:
+        A loss `(model, batch) -> (b,)` float32.
+    """
+    words = tuple(int(i) for i in label_ids)
+
+    def errors(model: nn.Module, batch: Batch) -> Tensor:
+        return (prompt_logits(model, batch, words).argmax(-1) != batch["labels"]).float()
+
+    return errors
+
+
+def class_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits of a classifier, `(b, c)`, at least float32."""
+    return _wide(model(**_inputs(model, batch)).logits)
+
+
+def class_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy of a classification head, `(b,)`.
+
+    Args:
+        batch: `input_ids` `(b, t)`, `attention_mask`, `labels` `(b,)`.
+    """
+    return F.cross_entropy(class_logits(model, batch), batch["labels"], reduction="none")
+
+
+def lm_loss(model: nn.Module, batch: Batch, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """Sum of token cross-entropies and the number of tokens, with only a chunk of logits alive at a time.
+
+    Under autograd each chunk's logits are computed again in backward instead of being kept.
+
+    Args:
+        batch: `input_ids` `(b, t)`, `labels` `(b, t)` with -100 where nothing is predicted; labels stand at
+            the position that predicts them, so those of a causal model are already shifted. Optional
+            `counted` `(k,)`: flat positions in `0 ... b·t` that hold every counted label; the head then sees
+            these alone, which for a masked model saves most of its work.
+        chunk: tokens a chunk; by default as many as give 2**24 logits.
+
+    Returns:
+        `(sum, count)`, shapes `()`; the sum is added up in float64.
+    """
+    labels = batch["labels"].flatten()  # (b·t,)
+    if not splits(model):
+        logits = _wide(_stock_logits(model, batch)).flatten(0, 1)
+        losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+        return losses.sum(dtype=torch.float64), (labels != IGNORED).sum()
+
+    hidden = encode(model, batch).flatten(0, 1)  # (b·t, h)
+    if "counted" in batch:
+        hidden, labels = hidden[batch["counted"]], labels[batch["counted"]]
+    if chunk is None:
+        chunk = max(64, CHUNK_ENTRIES // _config(model).get_text_config().vocab_size)
+
+    def chunk_loss(rows: Tensor, targets: Tensor) -> Tensor:
+        losses = F.cross_entropy(head(model, rows), targets, ignore_index=IGNORED, reduction="none")
+        return losses.sum(dtype=torch.float64)
+
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    # split, not slices: the gradient of each slice would be a zero-padded copy of all hidden states
+    for rows, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+        if torch.is_grad_enabled():
+            part = checkpoint(chunk_loss, rows, targets, use_reentrant=False, preserve_rng_state=False)
+        else:
+            part = chunk_loss(rows, targets)
+        total = total + part
+    return total, (labels != IGNORED).sum()

@@ -1,0 +1,105 @@
+"""Base optimizers: torch.optim classes over the values, chosen by name, and only the rules that torch lacks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from zolr.errors import UsageError
+from zolr.optim.by_shape import ByShape
+
+ADAM_DEGREES = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+
+
+@dataclass(frozen=True)
+class OptimizerRule:
+    """An optimizer class of torch with settings; weight decay is the engine's and passed as 0.
+
+    Args:
+        name: key in `OPTIMIZERS`, or the name of any class of torch.optim.
+        settings: keyword arguments other than `lr` and `weight_decay`.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS and not _is_torch_class(self.name):
+            raise UsageError(
+                f"optimizer '{self.name}' is not known; use one of {', '.join(OPTIMIZERS)}, or a class of torch.optim"
+            )
+
+    @property
+    def degrees(self) -> Mapping[str, int] | None:
+        """Homogeneity of each state tensor in the gradient, None when unknown."""
+        return OPTIMIZERS[self.name].degrees if self.name in OPTIMIZERS else None
+
+    def build(self, values: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        """The optimizer over the values."""
+        if self.name not in OPTIMIZERS:
+            cls = getattr(torch.optim, self.name)
+            return _construct(cls, values, lr, dict(self.settings))
+        entry = OPTIMIZERS[self.name]
+        settings = {**entry.settings, **self.settings}
+        if entry.matrices_only is None:
+            return _construct(entry.cls, values, lr, settings)
+        matrices = [v for v in values if v.dim() == 2]
+        vectors = [v for v in values if v.dim() != 2]
+        inner = [_construct(entry.cls, matrices, lr, settings)] if matrices else []
+        if vectors:
+            inner.append(_construct(entry.matrices_only, vectors, lr, {}))
+        return inner[0] if len(inner) == 1 else ByShape(inner)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One known optimizer.
+
+    Args:
+        cls: class of torch.optim.
+        settings: our defaults where they differ from torch's.
+        degrees: homogeneity of each state tensor in the gradient; None refuses transport 'align'.
+        matrices_only: class that takes all tensors but matrices, for a rule that refuses them.
+        stateless: the step depends on the gradient alone.
+    """
+
+    cls: type[torch.optim.Optimizer]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    degrees: Mapping[str, int] | None = None
+    matrices_only: type[torch.optim.Optimizer] | None = None
+    stateless: bool = False
+
+
+OPTIMIZERS: dict[str, Entry] = {
+    "sgd": Entry(torch.optim.SGD, degrees={"momentum_buffer": 1}, stateless=True),
+    "momentum": Entry(torch.optim.SGD, {"momentum": 0.9, "dampening": 0.9}, {"momentum_buffer": 1}),
+    "adamw": Entry(torch.optim.AdamW, {}, ADAM_DEGREES),
+    "adafactor": Entry(torch.optim.Adafactor, {}, None),
+    "muon": Entry(
+        torch.optim.Muon,
+        {"adjust_lr_fn": "match_rms_adamw"},
+        {"momentum_buffer": 1, **ADAM_DEGREES},
+        matrices_only=torch.optim.AdamW,
+    ),
+}
+
+_REFUSED = {"LBFGS": "it needs several evaluations a step", "SparseAdam": "it needs sparse gradients"}
+
+
+def _is_torch_class(name: str) -> bool:
+    if name in _REFUSED:
+        raise UsageError(f"optimizer '{name}' cannot be used ({_REFUSED[name]}); use adamw, sgd or another class")
+    cls = getattr(torch.optim, name, None)
+    return isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
+
+
+def _construct(
+    cls: type[torch.optim.Optimizer], values: Sequence[nn.Parameter], lr: float, settings: dict[str, Any]
+) -> torch.optim.Optimizer:
+    optimizer = cls(list(values), lr=lr, **settings)  # type: ignore[call-arg]
+    for group in optimizer.param_groups:
+        if "weight_decay" in group:
+            group["weight_decay"] = 0.0  # decay acts on the weight and is the engine's
+    return optimizer

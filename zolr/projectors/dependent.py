@@ -1,0 +1,145 @@
+"""The instance-dependent optimum: directions sampled by the spectrum of the gradient's second moment."""
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from zolr.errors import UsageError
+from zolr.keys import Key
+from zolr.projectors import (
+    Side,
+    check_rank,
+    check_side,
+    haar,
+    one_sided,
+    orthonormal,
+    projected_length,
+    working_dtype,
+)
+from zolr.spectra import Moments, Spectrum, inclusion_probabilities, isotropic, sample
+from zolr.subspaces import Left, Right, Subspace
+
+
+@dataclass(frozen=True)
+class Dependent:
+    """Eigenvectors of `Sigma = E[GᵀG]` drawn with water-filled probabilities, weighted to be unbiased.
+
+    With `Sigma = Q diag(sigma) Qᵀ`, `pi_i = min(1, sqrt(sigma_i) / lambda)` summing to r, and a set J of size r with
+    those marginals, `P = [ sqrt(c / pi_i) q_i ]` for i in J. Then `E[P Pᵀ] = c I` and
+    `E‖G P Pᵀ‖² = c² sum_i sigma_i / pi_i` is the least that any rank-r law can have. A flat spectrum gives `stiefel`.
+
+    `Sigma` is not known and not formed. Each window shows the r by r block that it saw; the running estimate holds
+    `named` eigenpairs and gives all other directions one mean eigenvalue, from which directions are drawn
+    Haar-uniformly. Exact gradients (backprop) count by their second moment, uncentered as the theory asks; noisy ones
+    (forward-only probes) by the products of different steps, whose noise has mean zero. Until something has been seen,
+    the draw is `stiefel`'s.
+
+    The probabilities are mixed with the uniform ones, `pi <- (1 - alpha) pi + alpha r / n`, so that the estimate stays
+    unbiased for every gradient when the spectrum is stale or wrong; weights use the mixed `pi`. Unbiased is what SGD
+    sees: Adam's steps are rescaled per coordinate, so a rarely drawn direction is not fully compensated there.
+
+    Args:
+        rank: r, at least 1; capped at the projected dimension.
+        side: "right", "left" or "short".
+        c: isotropy constant; 1 is unbiased.
+        alpha: share of the uniform law, in (0, 1]; 0.05, 0.2 cost about 3 %, 13 % of variance on a steep spectrum.
+        named: eigenpairs kept, as a multiple of the rank.
+        rate: weight of a new window in the running estimate, in (0, 1].
+
+    Raises:
+        UsageError: an argument out of range.
+
+    Reference: arXiv 2603.20632, instance-dependent law (spectrum estimate, alpha-mix and hybrid law derived here).
+    """
+
+    rank: int = 8
+    side: Side = "right"
+    c: float = 1.0
+    alpha: float = 0.1
+    named: int = 4
+    rate: float = 0.5
+    needs: Literal["spectrum"] = "spectrum"
+    unbiased: bool = True
+
+    def __post_init__(self) -> None:
+        check_rank(self.rank, self.c)
+        check_side(self.side)
+        for name, share in (("alpha", self.alpha), ("rate", self.rate)):
+            if not 0 < share <= 1:
+                raise UsageError(f"{name} = {share} is outside (0, 1]; without it the estimate loses directions")
+        if self.named < 1:
+            raise UsageError(f"named = {self.named} keeps no eigenpair; use at least 1, or projector 'stiefel'")
+
+    def draw(
+        self, shape: tuple[int, ...], key: Key, *, like: Tensor, spectrum: Spectrum | None = None, **_: Any
+    ) -> Subspace:
+        """Draw the subspace of one weight from the running estimate of its spectrum."""
+        n = projected_length(self.side, shape)
+        r = min(self.rank, n)
+        if spectrum is None:
+            return one_sided(self.side, shape, (haar(n, r, key, like) * sqrt(self.c * n / r)).to(like))
+        named = spectrum.values.shape[0]
+        sigma = torch.cat((spectrum.values, torch.full((n - named,), spectrum.rest, dtype=torch.float64)))
+        pi = inclusion_probabilities(sigma, r)
+        spare = r - float(pi.sum())
+        if spare > 0.5:  # fewer directions carry anything than may be drawn: spend the others uniformly
+            free = pi == 0
+            pi = torch.where(free, spare / free.sum(), pi)
+        pi = (1 - self.alpha) * pi + self.alpha * r / n
+        drawn = sample(pi, key.fold_in("sample"))
+        chosen = drawn[drawn < named]
+        vectors = spectrum.vectors.cpu().to(working_dtype(like))  # (n, k)
+        columns = [vectors[:, chosen] * (self.c / pi[chosen]).sqrt().to(vectors)]
+        others = r - len(chosen)
+        if others:
+            gauss = key.fold_in("rest").normal((n, others)).to(vectors)
+            gauss = gauss - vectors @ (vectors.mT @ gauss)
+            complement = orthonormal(gauss - vectors @ (vectors.mT @ gauss))  # twice is enough for full precision
+            columns.append(complement * sqrt(self.c / float(pi[named])))
+        return one_sided(self.side, shape, torch.cat(columns, dim=1).to(like))
+
+    def observe(self, subspace: Subspace, moments: Moments | None, grad: Tensor) -> Moments:
+        """Add one gradient in the coordinates to the window's moments."""
+        square = grad.mT @ grad if isinstance(subspace, Right) else grad @ grad.mT  # (r, r)
+        if moments is None:
+            moments = Moments(torch.zeros_like(grad), torch.zeros_like(square), 0)
+        return moments.add(grad, square)
+
+    def learn(
+        self, spectrum: Spectrum | None, subspace: Subspace, moments: Moments, *, exact: bool
+    ) -> Spectrum | None:
+        """The estimate after a window.
+
+        Args:
+            exact: the gradients carried no estimation noise (backprop); otherwise only products of different steps
+                are used, `(Ḡᵀ Ḡ - sum g_tᵀ g_t) / (T (T - 1))` with `Ḡ` their sum.
+        """
+        assert isinstance(subspace, Right | Left)
+        right = isinstance(subspace, Right)
+        basis = subspace.basis.double().cpu()  # (n, r)
+        if exact:
+            seen = moments.squares.double().cpu() / moments.count
+        else:
+            if moments.count < 2:
+                return spectrum
+            total = moments.total.double().cpu()
+            outer = total.mT @ total if right else total @ total.mT
+            seen = (outer - moments.squares.double().cpu()) / (moments.count * (moments.count - 1))
+        # g = G P: undo the lengths of the columns of P to see Sigma between orthonormal directions
+        u, upper = torch.linalg.qr(basis)
+        inverse = torch.linalg.pinv(upper)  # (r, r)
+        block = inverse.mT @ seen @ inverse  # UᵀSigma U
+        block = (block + block.mT) / 2
+        if not bool(torch.isfinite(block).all()):
+            return spectrum
+        if not exact:  # a noisy moment may be negative in places
+            values, vectors = torch.linalg.eigh(block)
+            block = vectors * values.clamp_min(0) @ vectors.mT
+        n = basis.shape[0]
+        if spectrum is None:
+            mean = max(float(block.trace()), 0.0) / u.shape[1]
+            spectrum = isotropic(n, mean, u)
+        return spectrum.updated(u, block, self.named * min(self.rank, n), self.rate)

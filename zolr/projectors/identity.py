@@ -1,0 +1,21 @@
+"""The whole space: plain training and MeZO."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from zolr.keys import Key
+from zolr.subspaces import Full, Subspace
+
+
+@dataclass(frozen=True)
+class Identity:
+    """No projection: the coordinates are the weight itself."""
+
+    needs: Literal["nothing"] = "nothing"
+    unbiased: bool = True
+
+    def draw(self, shape: tuple[int, ...], key: Key, *, like: Tensor, **_: Any) -> Subspace:
+        """The full space of the weight; nothing is drawn."""
+        return Full(tuple(shape))

@@ -1,0 +1,76 @@
+"""Subsampled randomized Hadamard transform: exact on any machine where the side is a power of two."""
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from zolr.keys import Key
+from zolr.probes import counters
+from zolr.projectors import (
+    Side,
+    check_rank,
+    check_side,
+    one_sided,
+    orthonormal,
+    projected_length,
+    working_dtype,
+)
+from zolr.subspaces import Subspace
+
+
+def hadamard_columns(columns: Tensor, n: int) -> Tensor:
+    """`(n, r)` entries +-1 of the Sylvester-Hadamard matrix of the next power of two, cut to its first n rows."""
+    bits = torch.arange(n)[:, None] & columns  # (n, r)
+    parity = torch.zeros_like(bits)
+    while bool(bits.any()):
+        parity ^= bits & 1
+        bits = bits >> 1
+    return 1.0 - 2.0 * parity
+
+
+@dataclass(frozen=True)
+class Srht:
+    """Random signs times random columns of a Hadamard matrix.
+
+    For `n` a power of two the columns are orthogonal and every entry is `+- sqrt(c / r)`: the same class, and the same
+    error, as `stiefel`, from integer arithmetic. For other `n` the columns of the next power of two are cut, which are
+    not orthogonal any more; they are made so again by QR and their rows permuted, which keeps `E[P Pᵀ] = c I` and
+    `PᵀP = (c n / r) I` exact, but not the portability of the bits.
+
+    Args:
+        rank: r, at least 1; capped at the projected dimension.
+        side: "right", "left" or "short".
+        c: isotropy constant; 1 is unbiased.
+
+    Raises:
+        UsageError: rank below 1, unknown side, or c not positive.
+    """
+
+    rank: int = 8
+    side: Side = "right"
+    c: float = 1.0
+    needs: Literal["nothing"] = "nothing"
+    unbiased: bool = True
+
+    def __post_init__(self) -> None:
+        check_rank(self.rank, self.c)
+        check_side(self.side)
+
+    def draw(self, shape: tuple[int, ...], key: Key, *, like: Tensor, **_: Any) -> Subspace:
+        """Draw the subspace of one weight."""
+        n = projected_length(self.side, shape)
+        r = min(self.rank, n)
+        power = 1 << (n - 1).bit_length()
+        signs = key.fold_in("signs").signs(counters("srht", 0, n, torch.device("cpu")))[:n]
+        columns = hadamard_columns(key.fold_in("columns").permutation(power)[:r], n)  # (n, r)
+        if power == n:
+            basis = columns * sqrt(self.c / r)
+        else:
+            # cut columns are not orthogonal; a uniform permutation of the rows of an orthonormal basis of their span
+            # gives E[P Pᵀ] the same diagonal everywhere, and the signs take its other entries away
+            q = orthonormal(columns.to(working_dtype(like)))
+            basis = q[key.fold_in("rows").permutation(n)] * sqrt(self.c * n / r)
+        return one_sided(self.side, shape, (signs[:, None] * basis).to(like))

@@ -1,0 +1,54 @@
+"""Haar-Stiefel: the optimal law when nothing is known of the gradient."""
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any, Literal
+
+from torch import Tensor
+
+from zolr.keys import Key
+from zolr.projectors import Side, check_rank, check_side, haar, one_sided, projected_length
+from zolr.subspaces import Subspace
+
+
+@dataclass(frozen=True)
+class Stiefel:
+    """Haar-distributed subspace, scaled to be unbiased.
+
+    Draws `Q (n, r)` uniform on the Stiefel manifold and uses `P = sqrt(c n / r) Q`, so `E[P Pᵀ] = c I` and
+    `PᵀP = (c n / r) I` exactly. At `c = 1` the relative error `E‖G P Pᵀ − G‖² / ‖G‖²` is `n / r − 1` for every `G`,
+    the least that a rank-r unbiased draw can promise when nothing is known of `G`.
+
+    Args:
+        rank: r, at least 1; capped at the projected dimension.
+        side: "right" projects the input dimension (under backprop only this frees activations), "left" the output
+            dimension, "short" the smaller one.
+        c: isotropy constant; 1 is unbiased.
+
+    Raises:
+        UsageError: rank below 1, unknown side, or c not positive.
+
+    Reference: arXiv 2603.20632 (instance-independent optimum); Mezzadri 2007 (sampling).
+
+    >>> import torch
+    >>> s = Stiefel(rank=2).draw((3, 8), Key(0), like=torch.zeros(3, 8))
+    >>> s.coords_shape, bool(torch.allclose(s.basis.T @ s.basis, 4 * torch.eye(2), atol=1e-5))
+    ((3, 2), True)
+    """
+
+    rank: int = 8
+    side: Side = "right"
+    c: float = 1.0
+    needs: Literal["nothing"] = "nothing"
+    unbiased: bool = True
+
+    def __post_init__(self) -> None:
+        check_rank(self.rank, self.c)
+        check_side(self.side)
+
+    def draw(self, shape: tuple[int, ...], key: Key, *, like: Tensor, **_: Any) -> Subspace:
+        """Draw the subspace of one weight."""
+        n = projected_length(self.side, shape)
+        r = min(self.rank, n)
+        q = haar(n, r, key, like)
+        return one_sided(self.side, shape, (q * sqrt(self.c * n / r)).to(like))

@@ -1,0 +1,151 @@
+"""The second moment of gradients, and optimal sampling from it.
+
+For a weight with gradients `G (m, n)` the law of a random subspace that loses least depends on `Sigma = E[GᵀG]` (on
+the projected side): its eigenvectors and eigenvalues. Here live a low-memory running estimate of `Sigma`, the
+water-filled inclusion probabilities, and a fixed-size sampling design that meets them exactly.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zolr.keys import Key
+
+
+def inclusion_probabilities(sigma: Tensor, rank: int) -> Tensor:
+    """Water-filled probabilities `pi_i = min(1, sqrt(sigma_i) / lambda)` that sum to `min(rank, support)`.
+
+    They minimize `sum_i sigma_i / pi_i` over all `0 <= pi <= 1` with that sum.
+
+    Args:
+        sigma: `(n,)` eigenvalues of `E[GᵀG]`, not negative, in any order.
+        rank: number of directions to draw.
+
+    Returns:
+        `(n,)` float64 on the host; 0 where sigma is 0.
+
+    Reference: arXiv 2603.20632 (instance-dependent optimum); arXiv 2505.09647 (minimum-distortion bound).
+    """
+    root = sigma.detach().double().cpu().clamp_min(0).sqrt()
+    support = int((root > 0).sum())
+    if support <= rank:
+        return (root > 0).double()
+    s, order = root.sort(descending=True)
+    suffix = s.flip(0).cumsum(0).flip(0)  # (n,): sum of s from i on
+    places = torch.arange(len(s))
+    # fix pi = 1 while the next root is at least its share of what is left: s[t] (rank - t) >= sum_{i >= t} s[i]
+    full = (s * (rank - places) >= suffix) & (places < rank)
+    tau = int(full.long().cumprod(0).sum())
+    pi = torch.ones_like(s)
+    pi[tau:] = (rank - tau) * s[tau:] / suffix[tau]
+    result = torch.empty_like(pi)
+    result[order] = pi.clamp_max(1.0)
+    return result
+
+
+def sample(pi: Tensor, key: Key) -> Tensor:
+    """Draw a set of fixed size with exactly the inclusion probabilities `pi`.
+
+    Systematic sampling in random order: one uniform number, and every item whose stretch of the cumulative sum holds
+    it plus an integer. Weighted sampling without replacement as in `torch.multinomial` has other marginals.
+
+    Args:
+        pi: `(n,)` in [0, 1] with an integer sum r.
+
+    Returns:
+        `(r,)` indices, int64, in random order.
+
+    Reference: Madow 1949 (systematic sampling).
+    """
+    size = round(float(pi.sum()))
+    order = key.fold_in("order").permutation(len(pi))
+    ends = pi.double()[order].cumsum(0) * (size / float(pi.double().sum()))
+    ends[-1] = size  # rounding must not lose or add an item
+    start = key.fold_in("start").uniform()
+    hits = (ends - start).floor() - torch.cat((-start.reshape(1), ends[:-1] - start)).floor()
+    return order[hits > 0]
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """Running estimate of `Sigma = E[GᵀG]`: named eigenpairs and one mean eigenvalue for all other directions.
+
+    Args:
+        vectors: `(n, k)`, orthonormal columns.
+        values: `(k,)` float64 on the host, not negative, descending.
+        rest: mean eigenvalue of the `n - k` directions orthogonal to the named ones.
+    """
+
+    vectors: Tensor
+    values: Tensor
+    rest: float
+
+    def within(self, basis: Tensor) -> Tensor:
+        """`UᵀSigma U` for orthonormal `U (n, r)`: `(r, r)` float64."""
+        cross = (basis.mT @ self.vectors).double().cpu()  # (r, k)
+        eye = torch.eye(basis.shape[1], dtype=torch.float64)
+        return cross * (self.values - self.rest) @ cross.mT + self.rest * eye
+
+    def updated(self, basis: Tensor, moment: Tensor, named: int, rate: float = 1.0) -> "Spectrum":
+        """The estimate that agrees with what was seen in a subspace, changed no more than that needs.
+
+        `Sigma + rate * U (M - Uᵀ Sigma U) Uᵀ` is the smallest change (Frobenius) that moves the block seen in `U` to
+        `M`; over random subspaces it converges to a constant `Sigma` (randomized Kaczmarz). The result is made
+        positive again and cut to `named` eigenpairs, the others sharing their mean.
+
+        Args:
+            basis: orthonormal `U (n, r)`.
+            moment: `M (r, r)`, the second moment of gradients seen in `U`.
+            named: number of eigenpairs to keep.
+            rate: in (0, 1]; smaller averages over more windows.
+        """
+        n = basis.shape[0]
+        change = rate * (moment.double().cpu() - self.within(basis))  # (r, r)
+        span = torch.linalg.qr(torch.cat((self.vectors, basis), dim=1).double().cpu())[0]  # (n, k + r) or fewer
+        named_in, basis_in = span.mT @ self.vectors.double().cpu(), span.mT @ basis.double().cpu()
+        small = named_in * (self.values - self.rest) @ named_in.mT + basis_in @ change @ basis_in.mT
+        shifted, rotation = torch.linalg.eigh((small + small.mT) / 2)  # eigenvalues minus rest, ascending
+        values = (shifted + self.rest).clamp_min(0).flip(0)
+        vectors = (span @ rotation).flip(1)
+        keep = min(named, len(values))
+        outside = n - len(values)
+        left = n - keep
+        total_rest = float(values[keep:].sum()) + outside * self.rest
+        return Spectrum(
+            vectors[:, :keep].to(basis),
+            values[:keep],
+            total_rest / left if left else 0.0,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that define it."""
+        return {
+            "vectors": self.vectors,
+            "values": self.values,
+            "rest": torch.tensor(self.rest, dtype=torch.float64),
+        }
+
+
+def isotropic(n: int, mean: float, like: Tensor) -> Spectrum:
+    """The estimate of one who has only seen the size of the gradient: all directions alike."""
+    return Spectrum(like.new_zeros(n, 0), torch.zeros(0, dtype=torch.float64), mean)
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """What a window's gradients in the coordinates say about their second moment.
+
+    Args:
+        total: sum of the gradients, coords_shape.
+        squares: sum of their second moments on the side of the basis, `(r, r)`.
+        count: number of gradients.
+    """
+
+    total: Tensor
+    squares: Tensor
+    count: int
+
+    def add(self, grad: Tensor, square: Tensor) -> "Moments":
+        """With one more gradient and its second moment."""
+        return Moments(self.total + grad, self.squares + square, self.count + 1)

@@ -1,0 +1,276 @@
+"""Subspace and its kinds: the linear maps between a weight `(m, n)` and its coordinates.
+
+Laws (tests/test_subspaces.py), for every kind, `G (m, n)`, coordinates `C` and inputs `x (..., n)`:
+
+- `<project(G), C> == <G, lift(C)>`;
+- `apply(x, C) == x @ lift(C).T`;
+- rotating or rescaling the basis of the same span leaves what is lifted after `change_from` unchanged.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+Rows = slice | Tensor
+
+
+@dataclass(frozen=True)
+class Change:
+    """How coordinates of an old subspace read in a new one.
+
+    Args:
+        coords: `C_old -> C_new`, the coordinates of the orthogonal projection of `lift_old(C_old)`.
+        squares: the same for a tensor of second moments: each new axis takes the average of the old axes' moments,
+            weighted by squared cosines, so that the mass of a moment is not lost between unrelated subspaces.
+    """
+
+    coords: Callable[[Tensor], Tensor]
+    squares: Callable[[Tensor], Tensor]
+
+
+class Subspace(ABC):
+    """A drawn subspace of one weight `(m, n) = (out_features, in_features)`, for one window."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """`(m, n)` of the weight (any shape for Full)."""
+
+    @property
+    @abstractmethod
+    def coords_shape(self) -> tuple[int, ...]:
+        """Shape of the coordinates."""
+
+    @abstractmethod
+    def project(self, grad: Tensor) -> Tensor:
+        """`(m, n) -> coords_shape`; the gradient in the coordinates when `grad` is the gradient in the weight."""
+
+    @abstractmethod
+    def lift(self, coords: Tensor, rows: Rows = slice(None)) -> Tensor:
+        """`coords_shape -> (m, n)`, the adjoint of `project`; `rows` (a slice or indices) picks rows of the result."""
+
+    @abstractmethod
+    def apply(self, x: Tensor, coords: Tensor) -> Tensor:
+        """`(..., n) -> (..., m)`, equal to `x @ lift(coords).T`, without forming the lifted matrix."""
+
+    @abstractmethod
+    def change_from(self, old: "Subspace") -> Change | None:
+        """How coordinates of `old` read in this subspace; None where no linear map is known."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that define it, by field name; with the kind's name they rebuild it."""
+
+    def factors(self, x: Tensor, coords: Tensor) -> tuple[Tensor, Tensor] | None:
+        """`(a, b)` with `apply(x, coords) == a @ b`, so that the product can be added in place; None if dense."""
+        return None
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Full(Subspace):
+    """The whole space: coordinates are the weight itself.
+
+    Args:
+        size: shape of the weight, of any number of dimensions.
+    """
+
+    size: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.size
+
+    @property
+    def coords_shape(self) -> tuple[int, ...]:
+        return self.size
+
+    def project(self, grad: Tensor) -> Tensor:
+        return grad
+
+    def lift(self, coords: Tensor, rows: Rows = slice(None)) -> Tensor:
+        return coords[rows]
+
+    def apply(self, x: Tensor, coords: Tensor) -> Tensor:
+        return x @ coords.mT
+
+    def change_from(self, old: Subspace) -> Change | None:
+        same = isinstance(old, Full) and old.size == self.size
+        return Change(coords=lambda c: c, squares=lambda v: v) if same else None
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"size": torch.tensor(self.size)}
+
+
+def _overlap(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps between coordinates of two bases of columns `(n, r)`, `(n, s)`.
+
+    Returns:
+        `(r, s)` matrix `R` with `B_old @ R` the coordinates of the orthogonal projection of `B_old oldᵀ` on the span
+        of `new`, and the `(r, s)` weights, columns summing to 1, that average second moments.
+    """
+    cross = old.mT @ new  # (r, s)
+    gram = new.mT @ new  # (s, s)
+    coords = torch.linalg.lstsq(gram, cross.mT).solution.mT  # (r, s): cross @ gram^-1, also when new is singular
+    cosines = cross / (old.norm(dim=0)[:, None] * new.norm(dim=0)).clamp_min(torch.finfo(cross.dtype).tiny)
+    squared = cosines.square()
+    total = squared.sum(0)
+    uniform = torch.full_like(squared, 1 / len(squared))
+    weights = torch.where(total > torch.finfo(cross.dtype).eps, squared / total.clamp_min(1e-30), uniform)
+    # a second moment of gradients scales with the square of the basis it was taken in
+    scale = new.square().sum(0) / old.square().sum(0).clamp_min(torch.finfo(cross.dtype).tiny)[:, None]
+    return coords, weights * scale
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Right(Subspace):
+    """Input side: `lift(B) = B Pᵀ`, `project(G) = G P`.
+
+    Args:
+        basis: `P (n, r)`.
+        m: rows of the weight.
+    """
+
+    basis: Tensor
+    m: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.m, self.basis.shape[0])
+
+    @property
+    def coords_shape(self) -> tuple[int, ...]:
+        return (self.m, self.basis.shape[1])
+
+    def project(self, grad: Tensor) -> Tensor:
+        return grad @ self.basis
+
+    def lift(self, coords: Tensor, rows: Rows = slice(None)) -> Tensor:
+        return coords[rows] @ self.basis.mT
+
+    def apply(self, x: Tensor, coords: Tensor) -> Tensor:
+        return (x @ self.basis) @ coords.mT
+
+    def factors(self, x: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:
+        return x @ self.basis, coords.mT
+
+    def change_from(self, old: Subspace) -> Change | None:
+        if not isinstance(old, Right) or old.shape != self.shape:
+            return None
+        coords, squares = _overlap(old.basis, self.basis)
+        return Change(coords=lambda c: c @ coords, squares=lambda v: v @ squares)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"basis": self.basis, "m": torch.tensor(self.m)}
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Left(Subspace):
+    """Output side: `lift(B) = P B`, `project(G) = Pᵀ G`.
+
+    Args:
+        basis: `P (m, r)`.
+        n: columns of the weight.
+    """
+
+    basis: Tensor
+    n: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.basis.shape[0], self.n)
+
+    @property
+    def coords_shape(self) -> tuple[int, ...]:
+        return (self.basis.shape[1], self.n)
+
+    def project(self, grad: Tensor) -> Tensor:
+        return self.basis.mT @ grad
+
+    def lift(self, coords: Tensor, rows: Rows = slice(None)) -> Tensor:
+        return self.basis[rows] @ coords
+
+    def apply(self, x: Tensor, coords: Tensor) -> Tensor:
+        return (x @ coords.mT) @ self.basis.mT
+
+    def factors(self, x: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:
+        return x @ coords.mT, self.basis.mT
+
+    def change_from(self, old: Subspace) -> Change | None:
+        if not isinstance(old, Left) or old.shape != self.shape:
+            return None
+        coords, squares = _overlap(old.basis, self.basis)
+        return Change(coords=lambda c: coords.mT @ c, squares=lambda v: squares.mT @ v)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"basis": self.basis, "n": torch.tensor(self.n)}
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class TwoSided(Subspace):
+    """Both sides: `lift(B) = U B Vᵀ`, `project(G) = Uᵀ G V`.
+
+    Args:
+        left: `U (m, r)`.
+        right: `V (n, s)`.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.left.shape[0], self.right.shape[0])
+
+    @property
+    def coords_shape(self) -> tuple[int, ...]:
+        return (self.left.shape[1], self.right.shape[1])
+
+    def project(self, grad: Tensor) -> Tensor:
+        return self.left.mT @ grad @ self.right
+
+    def lift(self, coords: Tensor, rows: Rows = slice(None)) -> Tensor:
+        return self.left[rows] @ (coords @ self.right.mT)
+
+    def apply(self, x: Tensor, coords: Tensor) -> Tensor:
+        return (x @ self.right) @ (coords.mT @ self.left.mT)
+
+    def factors(self, x: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:
+        return x @ self.right, coords.mT @ self.left.mT
+
+    def change_from(self, old: Subspace) -> Change | None:
+        if not isinstance(old, TwoSided) or old.shape != self.shape:
+            return None
+        left, left_squares = _overlap(old.left, self.left)
+        right, right_squares = _overlap(old.right, self.right)
+        return Change(
+            coords=lambda c: left.mT @ c @ right,
+            squares=lambda v: left_squares.mT @ v @ right_squares,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"left": self.left, "right": self.right}
+
+
+def rebuild(kind: str, tensors: dict[str, Tensor]) -> Subspace:
+    """A subspace from its kind's name and `tensors()`.
+
+    Raises:
+        ValueError: `kind` names no kind of subspace.
+    """
+    if kind == "Full":
+        return Full(tuple(tensors["size"].tolist()))
+    if kind == "Right":
+        return Right(tensors["basis"], int(tensors["m"]))
+    if kind == "Left":
+        return Left(tensors["basis"], int(tensors["n"]))
+    if kind == "TwoSided":
+        return TwoSided(tensors["left"], tensors["right"])
+    raise ValueError(f"'{kind}' is no kind of subspace; use Full, Right, Left or TwoSided")

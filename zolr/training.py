@@ -1,0 +1,450 @@
+"""The one training loop: steps, evaluation, best weights, early stopping, checkpoints and signals, for every paradigm and verb."""
+
+import copy
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from zolr import checkpoints
+from zolr.engine import Engine, Info
+from zolr.errors import NonFiniteError, StorageError, ZolrError
+
+Batch = Mapping[str, Tensor]
+
+NON_FINITE_LIMIT = 20  # steps in a row without a finite loss: by then waiting longer has never helped
+
+METRICS = ("accuracy", "f1", "matthews")
+
+
+class Interrupted(ZolrError):
+    """A signal ended the run; everything is saved. `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: all that the loop itself has to remember.
+
+    Args:
+        step: steps done, those skipped included.
+        forwards: forward passes through the model, evaluation not counted.
+        tokens: real tokens (no padding) through those forwards.
+        seconds: time spent in steps, over all sessions of the run; evaluation and saving not counted.
+        skipped: steps left out because the loss was not finite.
+        skipped_in_a_row: how many of them just now.
+        evaluated: step of the last evaluation, -1 before the first.
+        before, last: metrics of the untrained weights, and of the last evaluation.
+        best, best_step: metrics of the best evaluation and its step.
+        stale: evaluations in a row without a better one.
+        saved: step and best step of each checkpoint on disk, oldest first.
+    """
+
+    step: int = 0
+    forwards: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    evaluated: int = -1
+    before: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    best_step: int = -1
+    stale: int = 0
+    saved: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run did; the engine holds its best weights.
+
+    Args:
+        progress: the counters at the end.
+        before, after: metrics of the first weights and of those kept; empty without evaluation.
+        kept_step: the step whose weights the engine holds.
+        stopped_early: whether patience ended the run.
+        loss: loss of the last step that was not skipped.
+    """
+
+    progress: Progress
+    before: dict[str, float]
+    after: dict[str, float]
+    kept_step: int
+    stopped_early: bool
+    loss: float | None
+
+
+class Reporter(Protocol):
+    """Who watches a run."""
+
+    def stepped(self, progress: Progress, info: Info) -> None:
+        """One optimizer step is done."""
+
+    def evaluated(self, progress: Progress, metrics: Mapping[str, float]) -> None:
+        """One evaluation is done."""
+
+    def noted(self, text: str) -> None:
+        """Something a person should know."""
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def stepped(self, progress: Progress, info: Info) -> None:
+        """Nothing."""
+
+    def evaluated(self, progress: Progress, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def noted(self, text: str) -> None:
+        """Nothing."""
+
+
+def train(
+    engine: Engine,
+    batch_of_step: Callable[[int], Sequence[Batch]],
+    *,
+    steps: int,
+    evaluate: Callable[[], Mapping[str, float]] | None = None,
+    eval_every: int = 0,
+    metric: str = "accuracy",
+    best: Literal["max", "min"] | None = "max",
+    patience: int | None = None,
+    folder: Path | None = None,
+    save_every: int = 0,
+    resume: bool = False,
+    device: torch.device | str | None = None,
+    reporter: Reporter | None = None,
+) -> Outcome:
+    """Train `engine` up to `steps` steps and leave it at its best weights.
+
+    A step is a function of its number, so a run that was stopped and resumed equals one that was not. In `folder` the loop
+    writes `metrics.jsonl` (one line a step, one an evaluation) and `checkpoints/`: `step-N`, the newest two, and the best
+    weights `best-N`, on disk because a second copy in memory would cost more than the whole of a forward-only step.
+    SIGINT, SIGTERM and SIGHUP save a checkpoint and raise `Interrupted`; a second one leaves at once.
+
+    Args:
+        engine: the attached model with its method.
+        batch_of_step: the micro-batches of step 0, 1, ...; a pure function.
+        steps: optimizer steps in all, those of earlier sessions included.
+        evaluate: metrics of the model as it is now; called before step 0, every `eval_every` steps and at the end.
+        eval_every: steps between evaluations; 0 evaluates at both ends only.
+        metric: the key of `evaluate` that decides; among equals the smaller `"loss"` wins.
+        best: whether more or less of it is better; None keeps the last weights.
+        patience: evaluations in a row without a better one after which the run stops.
+        folder: where to write; None keeps everything in memory.
+        save_every: steps between checkpoints; 0 saves on signals only.
+        resume: go on from the newest good checkpoint of `folder`, or start where there is none.
+        device: where batches are moved after their tokens have been counted.
+        reporter: who watches.
+
+    Raises:
+        NonFiniteError: the loss was not finite in 20 steps in a row.
+        Interrupted: by a signal, after saving.
+        StorageError: a checkpoint cannot be written, or none that is there can be read.
+    """
+    reporter = reporter or Silent()
+    run = _Run(engine, folder, metric, best, reporter)
+    if resume:
+        run.restore()
+    loss, stopped = None, False
+    with _signals() as stop, run.journal():
+        while True:
+            now = run.progress
+            due = now.evaluated < now.step and (now.step >= steps or _due(now.step, eval_every))
+            if evaluate and due and not stop.number:
+                with stop.at_once():  # an evaluation changes nothing, so it may be cut short; it is repeated on resume
+                    measured = dict(evaluate())
+                if not stop.number:
+                    run.evaluated(measured)
+            stopped = patience is not None and run.progress.stale >= patience
+            if stop.number:
+                raise Interrupted(stop.number, run.saved_for_later(stop.name))
+            if now.step >= steps or stopped:
+                break
+            if now.step and save_every and now.step % save_every == 0:
+                run.save()
+            started = time.perf_counter()
+            batches = batch_of_step(now.step)
+            tokens = sum(_tokens(batch) for batch in batches)
+            if device is not None:
+                batches = [{name: part.to(device, non_blocking=True) for name, part in b.items()} for b in batches]
+            info = engine.step(batches)
+            run.stepped(info, tokens * info.forwards // len(batches), time.perf_counter() - started)
+            loss = loss if info.skipped else info.loss
+        kept = run.keep_best()
+    now = run.progress
+    return Outcome(now, now.before, now.best if best else now.last, kept, stopped, loss)
+
+
+def score(metric: str, predictions: Tensor, labels: Tensor, classes: int) -> float:
+    """A classification metric of predicted and true class indices `(rows,)`.
+
+    Args:
+        metric: `accuracy`, `f1` (macro average over the classes) or `matthews` (correlation).
+    """
+    from torchmetrics.functional.classification import (
+        multiclass_accuracy,
+        multiclass_f1_score,
+        multiclass_matthews_corrcoef,
+    )
+
+    if metric == "accuracy":
+        value = multiclass_accuracy(predictions, labels, num_classes=classes, average="micro")
+    elif metric == "f1":
+        value = multiclass_f1_score(predictions, labels, num_classes=classes, average="macro")
+    else:
+        value = multiclass_matthews_corrcoef(predictions, labels, num_classes=classes)
+    return float(value)
+
+
+def _due(step: int, every: int) -> bool:
+    return step == 0 or (every > 0 and step % every == 0)
+
+
+def _tokens(batch: Batch) -> int:
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+
+
+class _Run:
+    """The changing side of one call of `train`."""
+
+    def __init__(
+        self, engine: Engine, folder: Path | None, metric: str, best: Literal["max", "min"] | None, reporter: Reporter
+    ) -> None:
+        self.engine, self.metric, self.sign, self.reporter = engine, metric, {"max": 1, "min": -1, None: 0}[best], reporter
+        self.folder = folder
+        self.progress = Progress()
+        self.in_memory: Any = None  # best weights where there is no folder
+        self.lines: IO[str] | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        assert self.folder is not None
+        return self.folder / "checkpoints"
+
+    def restore(self) -> None:
+        """Go on where the newest good checkpoint stands."""
+        assert self.folder is not None
+        found = checkpoints.newest(self.checkpoints)
+        if found is None:
+            return
+        for line in found.damaged:
+            self.reporter.noted(f"{line}; going on from step {found.step} instead")
+        self.engine.load_state_dict(found.state["engine"])
+        self.progress = Progress(**found.state["progress"])
+        _cut(self.folder / "metrics.jsonl", self.progress)
+
+    @contextmanager
+    def journal(self) -> Iterator[None]:
+        """`metrics.jsonl` open for appending."""
+        if self.folder is None:
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "metrics.jsonl"
+        with open(path, "a" if self.progress.step or self.progress.evaluated >= 0 else "w", encoding="utf-8") as self.lines:
+            yield
+        self.lines = None
+
+    def write(self, **line: Any) -> None:
+        if self.lines is not None:
+            line = {key: _plain(value) for key, value in line.items()}
+            self.lines.write(json.dumps(line, allow_nan=False) + "\n")
+            self.lines.flush()
+
+    def stepped(self, info: Info, tokens: int, seconds: float) -> None:
+        now = self.progress
+        self.progress = now = replace(
+            now,
+            step=now.step + 1,
+            forwards=now.forwards + info.forwards,
+            tokens=now.tokens + tokens,
+            seconds=now.seconds + seconds,
+            skipped=now.skipped + info.skipped,
+            skipped_in_a_row=now.skipped_in_a_row + 1 if info.skipped else 0,
+        )
+        counted = {"forwards": now.forwards, "tokens": now.tokens, "seconds": round(now.seconds, 4)}
+        self.write(step=now.step, loss=info.loss, slope=info.slope, lr=info.lr, skipped=info.skipped, **counted)
+        self.reporter.stepped(now, info)
+        if now.skipped_in_a_row >= NON_FINITE_LIMIT:
+            raise NonFiniteError(
+                f"the loss was not finite in {NON_FINITE_LIMIT} steps in a row, up to step {now.step}; "
+                f"{self._kept()}; try a smaller --lr, --dtype float32, or --clip"
+            )
+
+    def evaluated(self, metrics: dict[str, float]) -> None:
+        now = replace(self.progress, evaluated=self.progress.step, last=metrics)
+        if now.step == 0:
+            now = replace(now, before=metrics)
+        elif self.sign and self._better(metrics, now.best):
+            now = replace(now, best=metrics, best_step=now.step, stale=0)
+            self._hold_best(now.step)
+        else:
+            now = replace(now, stale=now.stale + 1)
+        self.progress = now
+        self.write(step=now.step, eval=metrics)
+        self.reporter.evaluated(now, metrics)
+        self._forget_bests()
+
+    def save(self) -> None:
+        """Save a checkpoint of this moment, unless it is already there."""
+        now = self.progress
+        if self.folder is None or (now.saved and now.saved[-1][0] == now.step):
+            return
+        kept = (*now.saved, (now.step, now.best_step))[-checkpoints.KEEP :]
+        now = replace(now, saved=kept)
+        state = {"engine": self.engine.state_dict(), "progress": asdict(now)}
+        checkpoints.save(self.checkpoints / f"step-{now.step}", state)
+        self.progress = now
+        checkpoints.prune(self.checkpoints)
+        self._forget_bests()
+
+    def saved_for_later(self, name: str) -> str:
+        """Save, and the sentence that says so."""
+        step = self.progress.step
+        if self.folder is None:
+            return f"interrupted by {name} after step {step}; nothing is saved, there is no run folder"
+        self.save()
+        return f"interrupted by {name} after step {step}; saved, go on with --resume --output {self.folder}"
+
+    def keep_best(self) -> int:
+        """Bring the best weights back; the step they are of."""
+        now = self.progress
+        if now.best_step in (-1, now.step):
+            return now.step
+        state = self.in_memory if self.folder is None else checkpoints.load(self.checkpoints / f"best-{now.best_step}")
+        self.engine.load_state_dict(state)
+        return now.best_step
+
+    def _better(self, metrics: dict[str, float], best: dict[str, float]) -> bool:
+        if not best:
+            return True
+        new, old = self.sign * metrics[self.metric], self.sign * best[self.metric]
+        return new > old or (new == old and metrics.get("loss", 0.0) < best.get("loss", 0.0))
+
+    def _hold_best(self, step: int) -> None:
+        if self.folder is None:
+            self.in_memory = _on_host(self.engine.state_dict())
+        else:
+            checkpoints.save(self.checkpoints / f"best-{step}", self.engine.state_dict())
+
+    def _forget_bests(self) -> None:
+        """Remove best weights that neither this moment nor a checkpoint on disk refers to."""
+        if self.folder is None:
+            return
+        needed = {f"best-{step}" for step in (self.progress.best_step, *(best for _, best in self.progress.saved))}
+        for path in self.checkpoints.glob("best-*"):
+            if path.name not in needed:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _kept(self) -> str:
+        now = self.progress
+        if self.folder is None:
+            return "nothing is saved, there is no run folder"
+        if now.best_step >= 0:
+            return f"the best weights (step {now.best_step}) are kept in {self.checkpoints / f'best-{now.best_step}'}"
+        if now.saved:
+            return f"the newest checkpoint is {self.checkpoints / f'step-{now.saved[-1][0]}'}"
+        return "there is no earlier checkpoint"
+
+
+def _cut(path: Path, progress: Progress) -> None:
+    """Drop what `metrics.jsonl` says about steps after the checkpoint: they are about to be done again."""
+    kept = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:  # the last line of a killed run may be cut
+            continue
+        if line["step"] <= (progress.evaluated if "eval" in line else progress.step):
+            kept.append(text + "\n")
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        checkpoints.write_text(aside, "".join(kept))
+        os.replace(aside, path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value; numbers that are not finite are spelled out, not averaged away."""
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return str(value) if isinstance(value, float) and not isfinite(value) else value
+
+
+def _on_host(state: Any) -> Any:
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {key: _on_host(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(_on_host, state))
+    return copy.copy(state)
+
+
+class _Leave(BaseException):
+    """Leaves an evaluation that a signal has made pointless; a BaseException so that user code does not catch it."""
+
+
+class _Stop:
+    """Whether a signal has asked the run to end."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._at_once = False
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.number).name
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            os._exit(128 + number)  # asked twice: whatever is being written is written aside, so leaving harms nothing
+        self.number = number
+        if self._at_once:
+            raise _Leave
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Leave the block as soon as a signal comes."""
+        self._at_once = True
+        try:
+            yield
+        except _Leave:
+            pass
+        finally:
+            self._at_once = False
+
+
+@contextmanager
+def _signals() -> Iterator[_Stop]:
+    """Signals that end a run become a wish that the loop meets between two steps."""
+    stop, before = _Stop(), {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
+                before[number] = signal.signal(number, stop.handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

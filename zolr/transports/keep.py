@@ -1,0 +1,18 @@
+"""Keep the state as it stands."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from zolr.subspaces import Change
+from zolr.transports import State
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Carry the raw state over, as GaLore does; right only where the subspace moves little."""
+
+    needs_change: bool = False
+
+    def __call__(self, state: State, degrees: Mapping[str, int] | None, change: Change | None) -> State:
+        """The state itself."""
+        return state

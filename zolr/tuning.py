@@ -1,0 +1,142 @@
+"""Choosing the probe radius and the learning rate of a forward-only run from what its first losses say.
+
+Along a probe `z` (unit variance in every coordinate) the loss is `L + t c + t² h / 2 + ...` with slope `c` and
+curvature `h = zᵀ H z`; over probes `E[c²] = ‖g‖²` and `E[h] = tr H`.
+
+- Radius. `c(eps)` is off by `O(eps²)` from the third derivative and by `noise / eps` from the arithmetic of the
+  losses. Both show in `c(eps) - c(eps / 3)` along the same probe. The rule takes the radius of a ladder, from 3e-1 to
+  1e-4 of the weights' root mean square, whose two neighbors disagree least with it.
+- Step. A step of SGD along a probe changes the loss by `- lr c² + lr² c² h / 2`, best at `lr = 1 / h`. The curvature
+  is the mean over the probes of `(L₊ + L₋ - 2 L) / eps²`, taken at its upper confidence limit so that a curvature lost
+  in noise gives a small step and not a large one, times half for the noise between batches. No step may move the
+  weights by more than `LARGEST_STEP` of their norm, nor by less than `SMALLEST_STEP`.
+- Optimizers that divide by the size of the gradient (Adam) take steps of `lr` in every coordinate: their rate is the
+  SGD rate times the root mean square of the slopes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zolr.errors import UsageError
+from zolr.keys import Key
+from zolr.probes import Probe
+from zolr.variables import Variable, layout, shifted
+
+LADDER = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
+DIRECTIONS = 4  # directions that judge the radius
+PROBES = 16  # directions that measure slope and curvature
+LARGEST_STEP, SMALLEST_STEP = 1e-2, 1e-6
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was chosen and from what.
+
+    Args:
+        eps: radius of a probe.
+        lr: learning rate.
+        slope: root mean square of the slopes, an estimate of the gradient's norm in the coordinates.
+        curvature: the curvature that the step was taken from.
+        noise: relative disagreement of the slopes at `eps` and the next smaller radius.
+        forwards: forward passes spent.
+    """
+
+    eps: float
+    lr: float
+    slope: float
+    curvature: float
+    noise: float
+    forwards: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers by name."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def tune(
+    loss: Callable[[], Tensor],
+    variables: Sequence[Variable],
+    key: Key,
+    *,
+    eps: float | None,
+    normalized: bool,
+    probes: int = 1,
+) -> Tuning:
+    """Measure and choose.
+
+    Args:
+        loss: mean loss on fixed batches at the model's current point.
+        eps: a radius to keep; None to choose one.
+        normalized: the optimizer divides by the size of the gradient.
+        probes: directions averaged in a step.
+
+    Raises:
+        UsageError: the loss is not finite to begin with, or no radius gives a slope.
+    """
+    base = float(loss())
+    forwards = 1
+    if not abs(base) < float("inf"):
+        raise UsageError(f"the loss is {base} before training; check the model, the data type and the batch")
+    space = layout(variables)
+    weights = sqrt(sum(float(v.weight.float().square().sum()) for v in variables))
+    rms = weights / sqrt(sum(v.weight.numel() for v in variables))
+
+    def sides(direction: Probe, radius: float) -> tuple[float, float]:
+        values = []
+        for scale in (radius, -radius):
+            with shifted(variables, direction, scale):
+                values.append(float(loss()))
+        return values[0], values[1]
+
+    noise = 0.0
+    if eps is None:
+        directions = [Probe(space, "rademacher", key.fold_in("radius", i)) for i in range(DIRECTIONS)]
+        ladder = [f * max(rms, 1e-6) for f in LADDER]
+        slopes = []
+        for radius in ladder:
+            pairs = [sides(d, radius) for d in directions]
+            forwards += 2 * DIRECTIONS
+            slopes.append(torch.tensor([(p - m) / (2 * radius) for p, m in pairs], dtype=torch.float64))
+        eps, noise = _radius(ladder, slopes)
+    found, bends = [], []
+    for i in range(PROBES):
+        plus, minus = sides(Probe(space, "rademacher", key.fold_in("step", i)), eps)
+        forwards += 2
+        found.append((plus - minus) / (2 * eps))
+        bends.append((plus + minus - 2 * base) / eps**2)
+    slope = float(torch.tensor(found, dtype=torch.float64).square().mean().sqrt())
+    bend = torch.tensor(bends, dtype=torch.float64)
+    curvature = float(bend.mean().abs() + 2 * bend.std() / sqrt(PROBES))
+    if not slope < float("inf") or not curvature < float("inf"):
+        raise UsageError(f"the loss is not finite at probes of radius {eps:.3g}; give a smaller --eps and an --lr")
+    # a coordinate entry of size a moves the weights by a in every entry (root mean square) of an unbiased subspace
+    numel = sum(v.weight.numel() for v in variables)
+    length = sqrt(numel)
+    typical = max(slope, 1e-12) / sqrt(probes)
+    rate = 0.5 * min(probes, 8) / max(curvature, 1e-12)
+    step = rate * typical * length
+    step = min(max(step, SMALLEST_STEP * weights), LARGEST_STEP * weights)
+    rate = step / (typical * length)
+    lr = rate * slope / sqrt(probes) if normalized else rate
+    return Tuning(eps=eps, lr=lr, slope=slope, curvature=curvature, noise=noise, forwards=forwards)
+
+
+def _radius(ladder: Sequence[float], slopes: Sequence[Tensor]) -> tuple[float, float]:
+    """The radius whose slopes agree best with those of its neighbors, and that disagreement."""
+    scale = torch.stack(list(slopes)).nan_to_num(0, 0, 0).abs().median().clamp_min(1e-12)
+    gaps = [float((a - b).square().mean().sqrt() / scale) for a, b in zip(slopes, slopes[1:], strict=False)]
+    gaps = [g if g == g else float("inf") for g in gaps]
+    best, chosen = float("inf"), -1
+    for i in range(1, len(ladder) - 1):
+        gap = max(gaps[i - 1], gaps[i])
+        if gap < best:
+            best, chosen = gap, i
+    if chosen < 0:
+        raise UsageError("the loss is not finite around the starting point; give --eps and --lr, or check the data type")
+    return ladder[chosen], gaps[chosen]

@@ -1,0 +1,548 @@
+"""Variable: one trained weight, its subspace and its coordinates; and how a model computes with them.
+
+Attaching swaps the class of every module that uses a trained weight for a subclass that evaluates the weight at the
+variable's current point. `detach` swaps it back. Names, keys, hooks and `deepcopy` are unaffected, and no weight is
+written between folds.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from zolr.errors import UsageError
+from zolr.keys import Key
+from zolr.probes import Layout, Space, row_blocks
+from zolr.subspaces import Full, Left, Right, Subspace, TwoSided
+
+Realization = Literal["auto", "side", "rebuild", "inplace"]
+REALIZATIONS = ("auto", "side", "rebuild", "inplace")
+Shift = Tensor | Callable[[slice], Tensor]
+Kind = Literal["linear", "conv1d", "embedding", "other"]
+
+_BINDINGS = "_zolr_bindings"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One use of a weight.
+
+    Args:
+        module_name: dotted name of the module.
+        module: the module; the weight is looked up through it at every use, since sharding replaces parameters.
+        parameter: name of the parameter in the module.
+        kind: how the module uses it.
+    """
+
+    module_name: str
+    module: nn.Module
+    parameter: str
+    kind: Kind
+
+    @property
+    def name(self) -> str:
+        """Dotted name of the parameter."""
+        return f"{self.module_name}.{self.parameter}" if self.module_name else self.parameter
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter as the module holds it now."""
+        parameter = self.module._parameters[self.parameter]
+        assert parameter is not None  # attach only binds parameters that exist
+        return parameter
+
+
+class Variable:
+    """One trained weight of a model.
+
+    Attributes:
+        name: dotted name of the parameter at its first site.
+        sites: every module that uses the weight; a tied embedding and head are two sites of one variable.
+        shape: `(m, n) = (out_features, in_features)`; a `Conv1D` weight is read transposed. Vectors keep their shape.
+        subspace: the subspace of the current window.
+        value: the coordinates that are trained, float32 (float64 for a float64 model). For a Full subspace of a
+            float32 weight it shares the weight's memory; for a low-precision weight it is a float32 master.
+        window: number of subspaces opened before this one.
+        decay: product of `1 - lr * weight_decay` since the window began; it multiplies the weight in the forward.
+    """
+
+    def __init__(self, sites: Sequence[Site], realization: Realization = "auto") -> None:
+        self.sites = list(sites)
+        self.name = self.sites[0].name
+        self.transposed = any(site.kind == "conv1d" for site in self.sites)
+        self.realization: Realization = realization
+        weight = self.weight
+        self.shape = tuple(reversed(weight.shape)) if self.transposed else tuple(weight.shape)
+        self.dtype = weight.dtype if weight.dtype.itemsize >= 4 else torch.float32
+        self.frozen_row = next(
+            (
+                s.module.padding_idx
+                for s in self.sites
+                if isinstance(s.module, nn.Embedding) and s.module.padding_idx is not None
+            ),
+            None,
+        )
+        self.window = -1
+        self.decay = 1.0
+        self.moved = False
+        self.touched = False
+        self._point: Tensor | None = None
+        self._rows: tuple[Callable[[slice], Tensor], float] | None = None
+        self._plain = True
+        self.subspace: Subspace = Full(self.shape)
+        self.value = nn.Parameter(weight.data.t() if self.transposed else weight.data, requires_grad=False)
+
+    def __repr__(self) -> str:
+        return f"Variable({self.name}, {self.shape}, {type(self.subspace).__name__}{self.subspace.coords_shape})"
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The model's parameter."""
+        return self.sites[0].weight
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the coordinates are the weight itself."""
+        return isinstance(self.subspace, Full)
+
+    @property
+    def space(self) -> Space:
+        """The coordinates as a space that probes are drawn in."""
+        shape = self.subspace.coords_shape
+        return Space(self.name, shape, blocked=self.is_full and len(shape) > 1)
+
+    # ---- windows -------------------------------------------------------------------------------------------------
+
+    def open(self, subspace: Subspace) -> None:
+        """Start a window: the coordinates are zero (Full: they are the weight).
+
+        The caller folds the old window first.
+        """
+        shared = self.is_full
+        self.subspace = self._without_frozen_row(subspace)
+        weight = self.weight
+        if self.is_full:
+            data = weight.data.t() if self.transposed else weight.data
+            self.value = nn.Parameter(data if weight.dtype == self.dtype else data.to(self.dtype))
+        elif self.value.shape == subspace.coords_shape and not shared:
+            self.value.data.zero_()  # the same Parameter, so that optimizers keep knowing it
+        else:
+            self.value = nn.Parameter(weight.new_zeros(subspace.coords_shape, dtype=self.dtype))
+        self.moved = False
+        self.decay = 1.0
+        self.window += 1
+
+    def _without_frozen_row(self, subspace: Subspace) -> Subspace:
+        """A basis of rows must not reach the padding row."""
+        if self.frozen_row is None or isinstance(subspace, Full | Right):
+            return subspace
+        basis = subspace.basis if isinstance(subspace, Left) else subspace.left  # type: ignore[union-attr]
+        basis = basis.clone()
+        basis[self.frozen_row] = 0
+        if isinstance(subspace, Left):
+            return Left(basis, subspace.n)
+        assert isinstance(subspace, TwoSided)
+        return TwoSided(basis, subspace.right)
+
+    def mask(self, coords: Tensor) -> Tensor:
+        """Coordinates (a gradient or a shift) that leave the padding row of an embedding alone."""
+        if self.frozen_row is None or not isinstance(self.subspace, Full | Right):
+            return coords
+        coords = coords.clone()
+        coords[..., self.frozen_row, :] = 0
+        return coords
+
+    @torch.no_grad()
+    def fold(self, *, exact: bool = False, key: Key | None = None) -> None:
+        """`W <- decay * W + lift(value)`, `value <- 0`; the model's output does not change.
+
+        Args:
+            exact: accumulate in float64, one rank after the other, with one rounding at the end, so that the bits
+                are the same on every machine (for forward-only runs); otherwise one matrix product.
+            key: name of the rounding noise of a weight below float32, which is rounded stochastically.
+        """
+        if self.is_full:
+            if self.weight.dtype != self.dtype:
+                self.commit()
+            return
+        if not self.moved and self.decay == 1.0:
+            return
+        weight = self.weight.data.t() if self.transposed else self.weight.data
+        wide = torch.float64 if exact else self.dtype
+        coords = self.value.data.to(wide)
+        for rows in row_blocks(self.shape):
+            block = weight[rows].to(wide) * self.decay
+            if exact:
+                _add_in_rank_order(block, self.subspace, coords, rows)
+            else:
+                block += _widened(self.subspace, wide).lift(coords, rows)
+            low = weight.dtype.itemsize < 4
+            seed = key.fold_in("rounding", self.name, rows.start) if low and key is not None else None
+            weight[rows] = _round_stochastically(block, weight.dtype, seed) if seed else block.to(weight.dtype)
+        self.value.data.zero_()
+        self.moved = False
+        self.decay = 1.0
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Copy a float32 master of a Full subspace into its low-precision weight."""
+        if self.is_full and self.weight.dtype != self.dtype:
+            self.weight.data.copy_(self.value.t() if self.transposed else self.value)
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def at(self, point: Tensor, *, plain: bool = True) -> Iterator[None]:
+        """Evaluate the model with the coordinates at `point` inside the context.
+
+        Args:
+            point: tensor of coords_shape; may carry a tangent or a vmap axis, then `plain` must be False.
+        """
+        before = self._point, self._rows, self._plain
+        self._point, self._rows, self._plain = point, None, plain
+        try:
+            yield
+        finally:
+            self._point, self._rows, self._plain = before
+
+    @contextmanager
+    def shifted(self, shift: Shift, scale: float | Tensor = 1.0, *, plain: bool = True) -> Iterator[None]:
+        """Evaluate the model at `value + scale * shift` inside the context; `value` is never written.
+
+        Args:
+            shift: tensor of coords_shape, or (Full only) a function of a block of rows for spaces as large as a
+                weight, called again at every use.
+            scale: number, or a 0-dim tensor under vmap (then `plain` must be False).
+        """
+        if self.realization == "inplace":
+            with self._walked(shift, scale):
+                yield
+        elif isinstance(shift, Tensor):
+            with self.at(self.value.detach() + scale * self.mask(shift), plain=plain):
+                yield
+        elif not plain:
+            with self.at(self.value.detach() + scale * self.mask(shift(slice(None))), plain=False):
+                yield
+        else:
+            assert not isinstance(scale, Tensor)
+            before = self._point, self._rows, self._plain
+            self._point, self._rows, self._plain = None, (shift, scale), True
+            try:
+                yield
+            finally:
+                self._point, self._rows, self._plain = before
+
+    @contextmanager
+    def _walked(self, shift: Shift, scale: float | Tensor) -> Iterator[None]:
+        """MeZO's in-place walk as published: the weight itself is moved and moved back, with its rounding drift."""
+        self._walk(shift, float(scale))
+        try:
+            yield
+        finally:
+            self._walk(shift, -float(scale))
+
+    @torch.no_grad()
+    def _walk(self, shift: Shift, scale: float) -> None:
+        weight = self.weight.data.t() if self.transposed else self.weight.data
+        for rows in row_blocks(self.shape):
+            if self.is_full:
+                part = shift[rows] if isinstance(shift, Tensor) else shift(rows)
+            else:
+                assert isinstance(shift, Tensor)
+                part = self.subspace.lift(self.mask(shift).to(weight.dtype), rows)
+            if self.is_full and self.frozen_row is not None and rows.start <= self.frozen_row < rows.stop:
+                part = part.clone()
+                part[self.frozen_row - rows.start] = 0
+            weight[rows] += scale * part.to(weight.dtype)
+
+    def point(self) -> Tensor | None:
+        """Coordinates to evaluate at, or None when the stored weight alone is the answer."""
+        if self._point is not None:
+            return self._point
+        if torch.is_grad_enabled():
+            return self.value
+        return self.value if self.moved and not self.is_full else None
+
+    def dense(self, point: Tensor | None) -> Tensor | None:
+        """The weight as the module should see it now, or None when the stored one is right."""
+        if self._rows is not None:
+            shift, scale = self._rows
+            weight = self.weight.detach().clone()
+            oriented = weight.t() if self.transposed else weight
+            for rows in row_blocks(self.shape):
+                part = shift(rows)
+                if self.frozen_row is not None and rows.start <= self.frozen_row < rows.stop:
+                    part = part.clone()
+                    part[self.frozen_row - rows.start] = 0
+                oriented[rows] += (scale * part).to(weight.dtype)
+            return weight
+        if point is None:
+            return None if self.decay == 1.0 else self.weight * self.decay
+        weight = self.weight
+        if self.is_full:
+            oriented = point.to(weight.dtype)
+        elif self._plain and not torch.is_grad_enabled():
+            oriented = (weight.t() if self.transposed else weight) * self.decay
+            coords = point.to(weight.dtype)
+            for rows in row_blocks(self.shape):
+                oriented[rows] += self.subspace.lift(coords, rows)
+        else:
+            oriented = (weight.t() if self.transposed else weight) * self.decay
+            oriented = oriented + self.subspace.lift(point.to(weight.dtype))
+        return oriented.t() if self.transposed else oriented
+
+    def prefers_side(self, kind: Kind, tokens: int) -> bool:
+        """Whether the side path is the cheaper way to this site.
+
+        Without autograd, rebuilding the weight moves `2 m n` numbers and the side path `tokens (n + 2 m)`. With
+        autograd the side path always wins: it saves `x P` only.
+        """
+        if self.is_full or kind == "other" or self.realization == "rebuild":
+            return False
+        if self.realization == "side" or kind == "embedding" or torch.is_grad_enabled() or not self._plain:
+            return True
+        m, n = self.shape
+        # a rebuilt copy must also stay below the activations that the module makes anyway, or it would set the peak
+        return tokens * (n + 2 * m) < 2 * m * n or m * n > tokens * m
+
+
+def _widened(subspace: Subspace, dtype: torch.dtype) -> Subspace:
+    """The subspace with its basis in `dtype`."""
+    if isinstance(subspace, Right):
+        return Right(subspace.basis.to(dtype), subspace.m)
+    if isinstance(subspace, Left):
+        return Left(subspace.basis.to(dtype), subspace.n)
+    if isinstance(subspace, TwoSided):
+        return TwoSided(subspace.left.to(dtype), subspace.right.to(dtype))
+    return subspace
+
+
+def _add_in_rank_order(block: Tensor, subspace: Subspace, coords: Tensor, rows: slice) -> None:
+    """`block += lift(coords)[rows]` in float64, one rank at a time.
+
+    A product of two float32 numbers is exact in float64, so a fused multiply-add gives the same bits as a separate
+    multiply and add: the result does not depend on the machine.
+    """
+    if isinstance(subspace, TwoSided):
+        inner = torch.zeros(coords.shape[0], subspace.right.shape[0], dtype=coords.dtype, device=coords.device)
+        for j in range(coords.shape[1]):
+            inner.addcmul_(coords[:, j : j + 1], subspace.right[:, j].to(coords.dtype))
+        left, right = subspace.left[rows].to(coords.dtype), inner.float().to(coords.dtype)
+    elif isinstance(subspace, Right):
+        left, right = coords[rows], subspace.basis.to(coords.dtype).mT
+    else:
+        assert isinstance(subspace, Left)
+        left, right = subspace.basis[rows].to(coords.dtype), coords
+    for j in range(left.shape[1]):
+        block.addcmul_(left[:, j : j + 1], right[j])
+
+
+def _round_stochastically(block: Tensor, dtype: torch.dtype, key: Key) -> Tensor:
+    """Round up or down with the probabilities that keep the mean; the noise has a name."""
+    down = block.to(dtype)
+    step = torch.where(down.to(block.dtype) > block, -1.0, 1.0)
+    up = torch.nextafter(down, (down + step * float("inf")).to(dtype)) if dtype.itemsize >= 4 else _neighbor(down, step)
+    gap = up.to(block.dtype) - down.to(block.dtype)
+    share = torch.where(gap == 0, torch.zeros_like(block), (block - down.to(block.dtype)) / gap)
+    noise = key.uniform(block.shape).to(block)
+    return torch.where(noise < share, up, down)
+
+
+def _neighbor(x: Tensor, direction: Tensor) -> Tensor:
+    """The next 16-bit float above (direction > 0) or below x."""
+    bits = x.view(torch.int16)
+    away = (x > 0) == (direction > 0)
+    moved = torch.where(away, bits + 1, bits - 1).view(x.dtype)
+    tiny = torch.ones_like(bits).view(x.dtype)  # smallest positive subnormal
+    return torch.where(x == 0, torch.where(direction > 0, tiny, -tiny), moved)
+
+
+# ---- attaching ------------------------------------------------------------------------------------------------------
+
+
+def _kind(module: nn.Module, parameter: str) -> Kind:
+    """How a module uses a parameter; subclasses of the known types may do anything, so only exact types count."""
+    if parameter == "weight":
+        if type(module) is nn.Linear:
+            return "linear"
+        if type(module) is nn.Embedding and module.max_norm is None and not module.sparse:
+            return "embedding"
+        if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+            return "conv1d"
+    return "other"
+
+
+@contextmanager
+def _shadowed(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """Let the module read `tensors` instead of its parameters of the same names.
+
+    The instance dictionary is looked up before `nn.Module.__getattr__` finds a parameter; the parameter itself stays
+    registered and untouched.
+    """
+    try:
+        for name, tensor in tensors.items():
+            module.__dict__[name] = tensor
+        yield
+    finally:
+        for name in tensors:
+            module.__dict__.pop(name, None)
+
+
+def _tokens(x: Any) -> int:
+    return x.numel() // max(1, x.shape[-1]) if isinstance(x, Tensor) and x.dim() else 1
+
+
+@lru_cache(maxsize=None)
+def _attached(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of `cls` that evaluates its bound weights at their variables' points."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        tensors: dict[str, Tensor] = {}
+        side: tuple[Variable, Kind, Tensor | None] | None = None
+        bindings: dict[str, tuple[Variable, Kind]] = self.__dict__[_BINDINGS]
+        for name, (variable, kind) in bindings.items():
+            variable.touched = True
+            point = variable.point()
+            if variable._rows is None and args and variable.prefers_side(kind, _tokens(args[0])):
+                side = variable, kind, point
+            else:
+                dense = variable.dense(point)
+                if dense is not None:
+                    tensors[name] = dense
+        with _shadowed(self, tensors):
+            if side is None:
+                return cls.forward(self, *args, **kwargs)
+            return _with_side(cls, self, side, *args, **kwargs)
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "_zolr_original": cls})
+
+
+def _with_side(
+    cls: type[nn.Module],
+    module: nn.Module,
+    side: tuple[Variable, Kind, Tensor | None],
+    x: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """Output of a linear or embedding module plus the side path of its variable."""
+    variable, kind, point = side
+    decay = variable.decay
+    if kind == "embedding":
+        out = cls.forward(module, x, *args, **kwargs)
+        out = out if decay == 1.0 else out * decay
+        if point is None:
+            return out
+        rows = variable.subspace.lift(point.to(out.dtype), x.flatten()).unflatten(0, x.shape)
+        in_place = variable._plain and not torch.is_grad_enabled()
+        return out.add_(rows) if in_place else out + rows
+    # W (decay x) + bias: the decay multiplies the weight and not the bias
+    out = cls.forward(module, x if decay == 1.0 else x * decay, *args, **kwargs)
+    if point is None:
+        return out
+    if variable._plain and not torch.is_grad_enabled() and out.is_contiguous():
+        factors = variable.subspace.factors(x.flatten(0, -2), point.to(x.dtype))
+        assert factors is not None  # Full subspaces never take the side path
+        out.view(-1, out.shape[-1]).addmm_(*factors)
+        return out
+    return out + variable.subspace.apply(x, point.to(x.dtype))
+
+
+def attach(
+    model: nn.Module,
+    select: Callable[[str, nn.Parameter], bool],
+    realization: Realization = "auto",
+) -> list[Variable]:
+    """Make variables of the selected weights of a model and let the model compute with them.
+
+    Every use of a selected parameter becomes a site of the same variable. All parameters of the model stop requiring
+    gradients (gradients are taken in the variables' values); `detach` restores that.
+
+    Args:
+        select: of a parameter's first name and the parameter, whether to train it.
+        realization: how a perturbation reaches a weight; "auto" picks per site by the bytes moved.
+
+    Raises:
+        UsageError: nothing selected, a model attached already, or an unknown realization.
+    """
+    if realization not in REALIZATIONS:
+        raise UsageError(f"realization '{realization}' is not known; use one of {', '.join(REALIZATIONS)}")
+    sites: dict[int, list[Site]] = {}
+    first: dict[int, tuple[str, nn.Parameter]] = {}
+    for module_name, module in model.named_modules():
+        if _BINDINGS in module.__dict__:
+            raise UsageError(f"module '{module_name}' is attached to a run already; detach that run first")
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            full_name = f"{module_name}.{name}" if module_name else name
+            first.setdefault(id(parameter), (full_name, parameter))
+            sites.setdefault(id(parameter), []).append(Site(module_name, module, name, _kind(module, name)))
+    chosen = [sites[code] for code, (name, p) in first.items() if p.is_floating_point() and select(name, p)]
+    if not chosen:
+        raise UsageError("no weight of the model is selected for training; widen the selection (select='all')")
+    variables = [Variable(group, realization) for group in chosen]
+    for variable in variables:
+        for site in variable.sites:
+            module = site.module
+            if _BINDINGS not in module.__dict__:
+                module.__dict__[_BINDINGS] = {}
+                module.__class__ = _attached(type(module))
+            module.__dict__[_BINDINGS][site.parameter] = (variable, site.kind)
+    for _, parameter in first.values():
+        parameter.requires_grad_(False)
+    return variables
+
+
+def detach(model: nn.Module, trainable: Sequence[str] | None = None) -> nn.Module:
+    """Give every module its own class back; weights are left as they are (fold first).
+
+    Args:
+        trainable: names of parameters that shall require gradients again.
+    """
+    for module in model.modules():
+        if _BINDINGS in module.__dict__:
+            del module.__dict__[_BINDINGS]
+            module.__class__ = type(module)._zolr_original  # type: ignore[attr-defined]
+    if trainable is not None:
+        wanted = set(trainable)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in wanted:
+                parameter.requires_grad_(True)
+    return model
+
+
+@lru_cache(maxsize=8)
+def _layout(spaces: tuple[Space, ...], device: torch.device) -> Layout:
+    return Layout(spaces, device)
+
+
+def layout(variables: Sequence[Variable]) -> Layout:
+    """The layout of one flat draw over all variables; built once for given shapes."""
+    return _layout(tuple(v.space for v in variables), variables[0].value.device)
+
+
+@contextmanager
+def shifted(
+    variables: Sequence[Variable],
+    direction: Callable[..., Tensor],
+    scale: float | Tensor,
+    *,
+    plain: bool = True,
+) -> Iterator[None]:
+    """Evaluate the model with every variable moved by `scale * direction(name)`."""
+    with ExitStack() as stack:
+        for variable in variables:
+            name = variable.name
+            if variable.space.blocked:
+                shift: Shift = lambda rows, name=name: direction(name, rows)  # noqa: E731
+            else:
+                shift = direction(name).to(variable.value.dtype)
+            stack.enter_context(variable.shifted(shift, scale, plain=plain))
+        yield
+
+
