@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zolr.errors import UsageError
 from zolr.estimators import Estimate, mean_loss
+from zolr.estimators.likelihood_ratio import LikelihoodRatio
 from zolr.estimators.spsa import Spsa
 from zolr.keys import Key
 from zolr.methods import Method
@@ -148,7 +149,7 @@ class Engine:
         self.tuning: Tuning | None = None
         self.step_count = 0
         self._loss = loss
-        self._tune = method.paradigm == "zo" and (lr is None or method.estimator.eps is None)
+        self._tune = _eps(method) is not _NO_EPS and (lr is None or _eps(method) is None)
         self._trainable = [n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
         self._moments: dict[str, Moments] = {}
         self._spectra: dict[str, Spectrum] = {}
@@ -347,7 +348,8 @@ class Engine:
         if self.clip is not None:
             norm = nn.utils.get_total_norm(gradients)
             factor = (self.clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, factor)
+            for gradient in gradients:
+                gradient.mul_(factor)
         for (variable, _), gradient in zip(received, gradients, strict=True):
             self._decay(variable, lr)
             variable.value.grad = gradient
@@ -396,7 +398,7 @@ class Engine:
             lambda: mean_loss(lambda batch: self._loss(self.model, batch), batches),
             self.variables,
             self.key.fold_in("tuning"),
-            eps=getattr(estimator, "eps", None),
+            eps=_eps(self.method),
             normalized=self.method.optimizer.name not in ("sgd", "momentum", "SGD"),
             probes=getattr(estimator, "probes", 1),
         )
@@ -408,8 +410,8 @@ class Engine:
     def _adopt(self, tuning: Tuning) -> None:
         self.tuning = tuning
         estimator = self.method.estimator
-        if isinstance(estimator, Spsa) or hasattr(estimator, "eps"):
-            self.method = replace(self.method, estimator=replace(estimator, eps=tuning.eps))  # type: ignore[type-var]
+        if isinstance(estimator, Spsa | LikelihoodRatio):
+            self.method = replace(self.method, estimator=replace(estimator, eps=tuning.eps))
         self._tune = False
         self.base_lr = tuning.lr
         for group in self.optimizer.param_groups:
@@ -565,6 +567,15 @@ class Engine:
         """A folded, plain copy of the model; the run goes on untouched."""
         twin = copy.deepcopy(self)
         return twin.detach().eval()
+
+
+_NO_EPS = object()
+
+
+def _eps(method: Method) -> Any:
+    """Probe radius of a method: a number, None when it is to be chosen, `_NO_EPS` where there is none."""
+    estimator = method.estimator
+    return estimator.eps if isinstance(estimator, Spsa | LikelihoodRatio) else _NO_EPS
 
 
 def _copied(value: Any) -> Any:

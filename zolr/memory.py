@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
 
+from zolr import variables
 from zolr.engine import Engine
 from zolr.errors import UsageError
 from zolr.methods import Method
@@ -135,6 +136,10 @@ class LiveBytes(TorchDispatchMode):
             hook.remove()
         self._take_records()
         self._known.clear()  # drops the callbacks: what dies later is no longer followed
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the default wraps every call and imports the compiler, which takes seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and count what it returns."""
@@ -303,7 +308,7 @@ def predict(
     if objective not in LOSSES:
         raise UsageError(f"objective '{objective}' is not known; use one of {', '.join(LOSSES)}")
     config = model if isinstance(model, PreTrainedConfig) else load_config(model)
-    with FakeTensorMode():
+    with _fake_tensors():
         net = build(
             config,
             kind="classes" if objective == "classes" else "lm",
@@ -363,6 +368,17 @@ def predict(
             assumptions=assumptions,
             records=tuple(live.records),
         )
+
+
+@contextlib.contextmanager
+def _fake_tensors() -> Iterator[None]:
+    """A fake mode that neither meets real tensors kept in caches nor leaves fake ones there."""
+    variables._layout.cache_clear()
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        variables._layout.cache_clear()
 
 
 LOSSES: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], Any]] = {

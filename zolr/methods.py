@@ -49,7 +49,9 @@ class Method:
     def __post_init__(self) -> None:
         every = self.refresh_every
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-            raise UsageError(f"refresh_every = {every!r} is no number of steps; use at least 1, or none to never refresh")
+            raise UsageError(
+                f"refresh_every = {every!r} is no number of steps; use at least 1, or none to never refresh"
+            )
         if self.projector.needs == "gradient" and self.paradigm != "fo":
             raise UsageError(
                 f"projector '{key_of(PROJECTORS, self.projector)}' needs a gradient, but paradigm '{self.paradigm}' "
@@ -65,7 +67,7 @@ class Method:
 
     @property
     def paradigm(self) -> str:
-        """"fo" (backprop), "zo" (forward only) or "fwd" (forward mode)."""
+        """ "fo" (backprop), "zo" (forward only) or "fwd" (forward mode)."""
         return self.estimator.paradigm
 
 
@@ -249,7 +251,7 @@ def _lookup(kind: str, registry: Mapping[str, Any], name: str) -> Any:
 
 def _shared(part: Any, cls: type) -> dict[str, Any]:
     """Settings of `part` that class `cls` has too, so that changing the law keeps rank, side, eps, ..."""
-    names = {f.name for f in fields(cls)} - {"needs", "unbiased", "paradigm", "exact"}
+    names = {f.name for f in fields(cls)}
     return {f.name: getattr(part, f.name) for f in fields(part) if f.name in names}
 
 
@@ -296,9 +298,7 @@ def compose(
     result = replace(
         result,
         projector=_with(result.projector, key_of(PROJECTORS, result.projector), rank=rank, side=side),
-        estimator=_with(
-            result.estimator, f"paradigm '{result.paradigm}'", probes=probes, eps=eps, law=law
-        ),
+        estimator=_with(result.estimator, f"paradigm '{result.paradigm}'", probes=probes, eps=eps, law=law),
     )
     if optimizer is not None and optimizer != result.optimizer.name:
         result = replace(result, optimizer=OptimizerRule(optimizer))
@@ -318,5 +318,3 @@ def _with(part: Any, owner: str, **settings: Any) -> Any:
         if name not in known:
             raise UsageError(f"{owner} has no setting '{name}'; leave it out")
     return replace(part, **given) if given else part
-
-

@@ -7,6 +7,7 @@ so logits of shape `(batch, tokens, vocab)`, usually the largest tensor of a run
 
 import copy
 import difflib
+import inspect
 import os
 import re
 import socket
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -526,11 +528,15 @@ def encode(model: nn.Module, batch: Batch) -> Tensor:
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     names = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
     inputs: dict[str, Any] = {name: batch[name] for name in names if name in batch}
-    if not is_masked(model):
-        inputs["use_cache"] = (
-            False  # a training step never continues a text, and the cache is as large as k and v
-        )
+    if _caches(type(model.base_model if splits(model) else model)):
+        inputs["use_cache"] = False  # a step never continues a text, and the cache is as large as keys and values
     return inputs
+
+
+@lru_cache(maxsize=None)
+def _caches(cls: type[nn.Module]) -> bool:
+    """Whether a model may keep keys and values for the next token."""
+    return "use_cache" in inspect.signature(cls.forward).parameters
 
 
 def head(model: nn.Module, hidden: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from pathlib import Path
@@ -45,6 +45,7 @@ class Progress:
         step: steps done, those skipped included.
         forwards: forward passes through the model, evaluation not counted.
         tokens: real tokens (no padding) through those forwards.
+        tokens_seen: real tokens of the batches, each counted once.
         seconds: time spent in steps, over all sessions of the run; evaluation and saving not counted.
         skipped: steps left out because the loss was not finite.
         skipped_in_a_row: how many of them just now.
@@ -58,6 +59,7 @@ class Progress:
     step: int = 0
     forwards: int = 0
     tokens: int = 0
+    tokens_seen: int = 0
     seconds: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -103,6 +105,14 @@ class Reporter(Protocol):
         """Something a person should know."""
 
 
+class Meter(Protocol):
+    """Who measures a step."""
+
+    def around(self, batches: Sequence[Batch]) -> AbstractContextManager[None]:
+        """Surrounds one optimizer step on these batches."""
+        ...
+
+
 class Silent:
     """A reporter that says nothing."""
 
@@ -130,6 +140,7 @@ def train(
     save_every: int = 0,
     resume: bool = False,
     device: torch.device | str | None = None,
+    meter: Meter | None = None,
     reporter: Reporter | None = None,
 ) -> Outcome:
     """Train `engine` up to `steps` steps and leave it at its best weights.
@@ -152,6 +163,7 @@ def train(
         save_every: steps between checkpoints; 0 saves on signals only.
         resume: go on from the newest good checkpoint of `folder`, or start where there is none.
         device: where batches are moved after their tokens have been counted.
+        meter: who measures the memory of steps.
         reporter: who watches.
 
     Raises:
@@ -185,8 +197,9 @@ def train(
             tokens = sum(_tokens(batch) for batch in batches)
             if device is not None:
                 batches = [{name: part.to(device, non_blocking=True) for name, part in b.items()} for b in batches]
-            info = engine.step(batches)
-            run.stepped(info, tokens * info.forwards // len(batches), time.perf_counter() - started)
+            with meter.around(batches) if meter else nullcontext():
+                info = engine.step(batches)
+            run.stepped(info, len(batches), tokens, time.perf_counter() - started)
             loss = loss if info.skipped else info.loss
         kept = run.keep_best()
     now = run.progress
@@ -211,7 +224,7 @@ def score(metric: str, predictions: Tensor, labels: Tensor, classes: int) -> flo
         value = multiclass_f1_score(predictions, labels, num_classes=classes, average="macro")
     else:
         value = multiclass_matthews_corrcoef(predictions, labels, num_classes=classes)
-    return float(value)
+    return round(float(value), 6)  # float32 spells 0.7 as 0.699999988
 
 
 def _due(step: int, every: int) -> bool:
@@ -270,13 +283,14 @@ class _Run:
             self.lines.write(json.dumps(line, allow_nan=False) + "\n")
             self.lines.flush()
 
-    def stepped(self, info: Info, tokens: int, seconds: float) -> None:
+    def stepped(self, info: Info, batches: int, tokens: int, seconds: float) -> None:
         now = self.progress
         self.progress = now = replace(
             now,
             step=now.step + 1,
             forwards=now.forwards + info.forwards,
-            tokens=now.tokens + tokens,
+            tokens=now.tokens + tokens * info.forwards // batches,
+            tokens_seen=now.tokens_seen + tokens,
             seconds=now.seconds + seconds,
             skipped=now.skipped + info.skipped,
             skipped_in_a_row=now.skipped_in_a_row + 1 if info.skipped else 0,

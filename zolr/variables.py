@@ -8,7 +8,7 @@ written between folds.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -278,7 +278,7 @@ class Variable:
                 if self.frozen_row is not None and rows.start <= self.frozen_row < rows.stop:
                     part = part.clone()
                     part[self.frozen_row - rows.start] = 0
-                oriented[rows] += (scale * part).to(weight.dtype)
+                oriented[rows] += (scale * part.to(self.dtype)).to(weight.dtype)
             return weight
         if point is None:
             return None if self.decay == 1.0 else self.weight * self.decay
@@ -331,7 +331,9 @@ def _add_in_rank_order(block: Tensor, subspace: Subspace, coords: Tensor, rows: 
         inner = torch.zeros(coords.shape[0], subspace.right.shape[0], dtype=coords.dtype, device=coords.device)
         for j in range(coords.shape[1]):
             inner.addcmul_(coords[:, j : j + 1], subspace.right[:, j].to(coords.dtype))
-        left, right = subspace.left[rows].to(coords.dtype), inner.float().to(coords.dtype)
+        if subspace.right.dtype != torch.float64:
+            inner = inner.float().to(coords.dtype)  # short enough for the next products to be exact
+        left, right = subspace.left[rows].to(coords.dtype), inner
     elif isinstance(subspace, Right):
         left, right = coords[rows], subspace.basis.to(coords.dtype).mT
     else:
@@ -396,7 +398,7 @@ def _tokens(x: Any) -> int:
     return x.numel() // max(1, x.shape[-1]) if isinstance(x, Tensor) and x.dim() else 1
 
 
-@lru_cache(maxsize=None)
+@cache
 def _attached(cls: type[nn.Module]) -> type[nn.Module]:
     """A subclass of `cls` that evaluates its bound weights at their variables' points."""
 

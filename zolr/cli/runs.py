@@ -3,15 +3,20 @@
 import fcntl
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from zolr.checkpoints import write_text
 from zolr.errors import DataError, StorageError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file and flush it to the disk."""
+    from zolr.checkpoints import write_text as write  # brings torch, which the command line's help must not
+
+    write(path, text)
 
 CONFIG, RESULT, TASK, METRICS, MEMORY, CARD = "config.toml", "result.json", "task.json", "metrics.jsonl", "memory.json", "README.md"
 CHECKPOINTS = "checkpoints"
@@ -150,7 +155,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _aside(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(3)}")
+    return folder.with_name(f"{folder.name}.tmp-{os.urandom(3).hex()}")
 
 
 def _refused(folder: Path, error: OSError) -> StorageError:

@@ -19,7 +19,7 @@ REFRESH = 4  # progress lines a second: more would be felt in a run whose step t
 
 def console(quiet: bool = False) -> Console:
     """A console on stderr."""
-    return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=False)
+    return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
 
 
 def size(count: float | None) -> str:
@@ -64,9 +64,9 @@ class Screen:
         self._task: Any = None
         self._loss, self._drawn = 0.0, 0.0
 
-    def begin(self, step: int, steps: int) -> None:
+    def begin(self, steps: int) -> None:
         """Show the line."""
-        self._task = self._bar.add_task("", total=steps, completed=step, text="")
+        self._task = self._bar.add_task("", total=steps, text="")
 
     def stepped(self, progress: "Counters", info: "Info") -> None:
         """Move the line; the loss is a running mean, since one batch says little."""
@@ -97,17 +97,17 @@ class Screen:
 
 
 @contextmanager
-def watching(shown: Console, memory: Any, step: int, steps: int) -> Iterator[Screen]:
+def watching(shown: Console, memory: Any, steps: int) -> Iterator[Screen]:
     """A screen with its progress line.
 
     Args:
         memory: function giving live and peak bytes.
-        step, steps: where the run stands and where it ends.
+        steps: where the run ends.
     """
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
     # Drawn by a thread only where somebody looks: logs get the evaluations and not thousands of lines
     bar = Progress(*columns, console=shown, refresh_per_second=REFRESH, transient=True, disable=shown.quiet or not shown.is_terminal)
     with bar:
         screen = Screen(shown, bar, memory)
-        screen.begin(step, steps)
+        screen.begin(steps)
         yield screen

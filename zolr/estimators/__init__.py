@@ -6,7 +6,7 @@ projector, never writes a value and leaves no `.grad` behind.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ Emit = Callable[[Variable, Tensor], None]
 class Estimator(Protocol):
     """A frozen rule that turns losses into one gradient per variable."""
 
-    paradigm: Literal["fo", "zo", "fwd"]
-    exact: bool  # the emitted gradient is that of the given batches, without noise of the estimator's own
+    paradigm: ClassVar[Literal["fo", "zo", "fwd"]]  # the family it belongs to
+    exact: ClassVar[bool]  # the gradient is that of the given batches, without noise of the estimator's own
 
     def __call__(
         self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], emit: Emit, key: Key
@@ -63,7 +63,10 @@ def totals(output: Any) -> tuple[Tensor, Tensor | float]:
     elif output.dim() == 0:
         total, count = output, 1.0
     else:
-        total, count = output.float().sum() if output.dtype.itemsize < 4 else output.sum(), float(output.numel())
+        total, count = (
+            output.float().sum() if output.dtype.itemsize < 4 else output.sum(),
+            float(output.numel()),
+        )
     return (total.float() if total.dtype.itemsize < 4 else total), count
 
 
@@ -115,7 +118,9 @@ def check_probes(probes: int) -> None:
 def check_eps(eps: float | None) -> None:
     """Refuse a radius that means nothing; None lets the engine choose."""
     if eps is not None and not 0 < eps < float("inf"):
-        raise UsageError(f"eps = {eps} is no probe radius; use a positive number (1e-3 is usual), or leave it out")
+        raise UsageError(
+            f"eps = {eps} is no probe radius; use a positive number (1e-3 is usual), or leave it out"
+        )
 
 
 from zolr.estimators.backprop import Backprop  # noqa: E402  (the files obey the protocol above)

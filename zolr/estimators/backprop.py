@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ class Backprop:
     at once has one alive.
     """
 
-    paradigm: Literal["fo"] = "fo"
-    exact: bool = True
+    paradigm: ClassVar[Literal["fo", "zo", "fwd"]] = "fo"
+    exact: ClassVar[bool] = True
 
     def forwards(self, batches: int) -> int:
         """One forward and a backward (counted as two) a micro-batch."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.autograd import forward_ad
@@ -35,8 +35,8 @@ class Forward:
 
     probes: int = 1
     law: str = "rademacher"
-    paradigm: Literal["fwd"] = "fwd"
-    exact: bool = False
+    paradigm: ClassVar[Literal["fo", "zo", "fwd"]] = "fwd"
+    exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_probes(self.probes)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -32,8 +32,8 @@ class LikelihoodRatio:
 
     eps: float | None = None
     probes: int = 1
-    paradigm: Literal["zo"] = "zo"
-    exact: bool = False
+    paradigm: ClassVar[Literal["fo", "zo", "fwd"]] = "zo"
+    exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_eps(self.eps)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -45,8 +45,8 @@ class Spsa:
     sides: int = 2
     directions: Literal["fresh", "orthonormal"] = "fresh"
     signs: Literal["sequence", "together"] = "sequence"
-    paradigm: Literal["zo"] = "zo"
-    exact: bool = False
+    paradigm: ClassVar[Literal["fo", "zo", "fwd"]] = "zo"
+    exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_eps(self.eps)

@@ -90,9 +90,13 @@ _REFUSED = {"LBFGS": "it needs several evaluations a step", "SparseAdam": "it ne
 
 def _is_torch_class(name: str) -> bool:
     if name in _REFUSED:
-        raise UsageError(f"optimizer '{name}' cannot be used ({_REFUSED[name]}); use adamw, sgd or another class")
+        raise UsageError(
+            f"optimizer '{name}' cannot be used ({_REFUSED[name]}); use adamw, sgd or another class"
+        )
     cls = getattr(torch.optim, name, None)
-    return isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
+    return (
+        isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
+    )
 
 
 def _construct(

@@ -6,7 +6,7 @@ mean the same thing in every subspace and at every rank.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ Side = Literal["right", "left", "short"]
 class Projector(Protocol):
     """A frozen rule that draws subspaces; it holds hyper-parameters and no state."""
 
-    needs: Literal["nothing", "gradient", "spectrum"]  # what a draw wants beyond its key
-    unbiased: bool
+    needs: ClassVar[Literal["nothing", "gradient", "spectrum"]]  # what a draw wants beyond its key
+    unbiased: ClassVar[bool]  # whether E[lift(project(G))] = c G
 
     def draw(
         self,

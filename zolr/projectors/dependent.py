@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -61,17 +61,21 @@ class Dependent:
     alpha: float = 0.1
     named: int = 4
     rate: float = 0.5
-    needs: Literal["spectrum"] = "spectrum"
-    unbiased: bool = True
+    needs: ClassVar[Literal["nothing", "gradient", "spectrum"]] = "spectrum"
+    unbiased: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_rank(self.rank, self.c)
         check_side(self.side)
         for name, share in (("alpha", self.alpha), ("rate", self.rate)):
             if not 0 < share <= 1:
-                raise UsageError(f"{name} = {share} is outside (0, 1]; without it the estimate loses directions")
+                raise UsageError(
+                    f"{name} = {share} is outside (0, 1]; without it the estimate loses directions"
+                )
         if self.named < 1:
-            raise UsageError(f"named = {self.named} keeps no eigenpair; use at least 1, or projector 'stiefel'")
+            raise UsageError(
+                f"named = {self.named} keeps no eigenpair; use at least 1, or projector 'stiefel'"
+            )
 
     def draw(
         self, shape: tuple[int, ...], key: Key, *, like: Tensor, spectrum: Spectrum | None = None, **_: Any
@@ -97,7 +101,9 @@ class Dependent:
         if others:
             gauss = key.fold_in("rest").normal((n, others)).to(vectors)
             gauss = gauss - vectors @ (vectors.mT @ gauss)
-            complement = orthonormal(gauss - vectors @ (vectors.mT @ gauss))  # twice is enough for full precision
+            complement = orthonormal(
+                gauss - vectors @ (vectors.mT @ gauss)
+            )  # twice is enough for full precision
             columns.append(complement * sqrt(self.c / float(pi[named])))
         return one_sided(self.side, shape, torch.cat(columns, dim=1).to(like))
 

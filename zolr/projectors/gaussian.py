@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from zolr.keys import Key
-from zolr.projectors import Side, check_rank, check_side, one_sided, projected_length
+from zolr.projectors import Side, check_rank, check_side, one_sided, projected_length, working_dtype
 from zolr.subspaces import Subspace
 
 
@@ -32,8 +32,8 @@ class Gaussian:
     rank: int = 8
     side: Side = "right"
     c: float = 1.0
-    needs: Literal["nothing"] = "nothing"
-    unbiased: bool = True
+    needs: ClassVar[Literal["nothing", "gradient", "spectrum"]] = "nothing"
+    unbiased: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_rank(self.rank, self.c)
@@ -43,4 +43,6 @@ class Gaussian:
         """Draw the subspace of one weight."""
         n = projected_length(self.side, shape)
         r = min(self.rank, n)
-        return one_sided(self.side, shape, (key.normal((n, r)) * sqrt(self.c / r)).to(like))
+        return one_sided(
+            self.side, shape, (key.normal((n, r)).to(working_dtype(like)) * sqrt(self.c / r)).to(like)
+        )

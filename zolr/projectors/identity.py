@@ -1,7 +1,7 @@
 """The whole space: plain training and MeZO."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -13,8 +13,8 @@ from zolr.subspaces import Full, Subspace
 class Identity:
     """No projection: the coordinates are the weight itself."""
 
-    needs: Literal["nothing"] = "nothing"
-    unbiased: bool = True
+    needs: ClassVar[Literal["nothing", "gradient", "spectrum"]] = "nothing"
+    unbiased: ClassVar[bool] = True
 
     def draw(self, shape: tuple[int, ...], key: Key, *, like: Tensor, **_: Any) -> Subspace:
         """The full space of the weight; nothing is drawn."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -39,8 +39,8 @@ class Stiefel:
     rank: int = 8
     side: Side = "right"
     c: float = 1.0
-    needs: Literal["nothing"] = "nothing"
-    unbiased: bool = True
+    needs: ClassVar[Literal["nothing", "gradient", "spectrum"]] = "nothing"
+    unbiased: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_rank(self.rank, self.c)

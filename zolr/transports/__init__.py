@@ -1,7 +1,7 @@
 """What optimizer state becomes when the subspace changes: the Transport protocol and the registry."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from zolr.subspaces import Change
 
@@ -11,7 +11,7 @@ State = dict[str, Any]
 class Transport(Protocol):
     """A frozen rule from the state of an old window to that of a new one."""
 
-    needs_change: bool  # whether the map between the two subspaces must be computed for it
+    needs_change: ClassVar[bool]  # whether the map between the two subspaces must be computed for it
 
     def __call__(self, state: State, degrees: Mapping[str, int] | None, change: Change | None) -> State:
         """The state to start the new window with.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from zolr.errors import UsageError
 from zolr.subspaces import Change
@@ -20,7 +21,7 @@ class Align:
     arXiv 2410.16103 and PLUMAGE arXiv 2505.18313 (second moments; the mass-preserving average is ours).
     """
 
-    needs_change: bool = True
+    needs_change: ClassVar[bool] = True
 
     def __call__(self, state: State, degrees: Mapping[str, int] | None, change: Change | None) -> State:
         """The state in the new coordinates.
@@ -32,6 +33,8 @@ class Align:
             return {}
         if degrees is None or any(name not in degrees for name in state):
             unknown = ", ".join(sorted(set(state) - set(degrees or {})))
-            raise UsageError(f"transport 'align' does not know the state '{unknown}'; use transport 'reset' or 'keep'")
+            raise UsageError(
+                f"transport 'align' does not know the state '{unknown}'; use transport 'reset' or 'keep'"
+            )
         maps = {0: lambda x: x, 1: change.coords, 2: lambda v: change.squares(v).clamp_min(0)}
         return {name: maps[degrees[name]](value) for name, value in state.items()}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from zolr.subspaces import Change
 from zolr.transports import State
@@ -11,7 +12,7 @@ from zolr.transports import State
 class Keep:
     """Carry the raw state over, as GaLore does; right only where the subspace moves little."""
 
-    needs_change: bool = False
+    needs_change: ClassVar[bool] = False
 
     def __call__(self, state: State, degrees: Mapping[str, int] | None, change: Change | None) -> State:
         """The state itself."""

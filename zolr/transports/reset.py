@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from zolr.subspaces import Change
 from zolr.transports import State
@@ -14,7 +15,7 @@ class Reset:
     The right choice for independent random subspaces: they share only `r / n` of their energy.
     """
 
-    needs_change: bool = False
+    needs_change: ClassVar[bool] = False
 
     def __call__(self, state: State, degrees: Mapping[str, int] | None, change: Change | None) -> State:
         """An empty state."""

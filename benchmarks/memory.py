@@ -1,0 +1,175 @@
+"""How much memory does one training step take, by method, against a plain forward of the same model and batch?
+
+Predicted from numbers alone: the engine's own step runs on tensors without data, so this needs neither weights nor a
+GPU. Run `python benchmarks/memory.py`, with `--json` for machines, or `--profile "zo stiefel"` to see what lives at
+the peak of one row.
+"""
+
+import argparse
+import json
+import platform
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from zolr.memory import Prediction, predict
+from zolr.methods import Method, compose
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    Args:
+        method: row of METHODS; None for the forward alone.
+        paradigm: "fo", "zo" or "fwd".
+        settings: further arguments of `predict`.
+        ranked: whether the rank given on the command line applies.
+        target: largest acceptable peak as `(value, unit)`, unit "x" (times the forward) or "GB".
+    """
+
+    method: str | None
+    paradigm: str | None = None
+    settings: tuple[tuple[str, Any], ...] = ()
+    ranked: bool = False
+    target: tuple[float, str] | None = None
+
+    def build(self, rank: int | None) -> Method | None:
+        """The method of this row."""
+        if self.method is None:
+            return None
+        return compose(self.method, self.paradigm, rank=rank if self.ranked else None)
+
+
+CHECKPOINTING = (("checkpointing", True),)
+CASES = {
+    "forward": Case(None),
+    "zo stiefel": Case("stiefel", "zo", ranked=True, target=(1.03, "x")),
+    "zo stiefel, signs together": Case("stiefel", "zo", (("signs", "together"),), ranked=True),
+    "mezo": Case("mezo", "zo"),
+    "fo stiefel": Case("stiefel", "fo", ranked=True),
+    "fo stiefel, checkpointing": Case("stiefel", "fo", CHECKPOINTING, ranked=True, target=(3.4, "GB")),
+    "adamw": Case("adamw", "fo"),
+    "adamw, checkpointing": Case("adamw", "fo", CHECKPOINTING),
+}
+
+
+def run(name: str, options: argparse.Namespace, profile: bool = False) -> Prediction:
+    """The prediction of one row."""
+    case = CASES[name]
+    return predict(
+        options.model,
+        case.build(options.rank),
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        dtype=getattr(torch, options.dtype),
+        objective=options.objective,
+        select=options.train,
+        profile=profile,
+        **dict(case.settings),
+    )
+
+
+def verdict(case: Case, prediction: Prediction) -> str:
+    """Whether the row reaches its target."""
+    if case.target is None:
+        return ""
+    bound, unit = case.target
+    value = prediction.ratio if unit == "x" else prediction.peak_bytes / GB
+    return f"{'met' if value <= bound else 'MISSED'} (<= {bound:g} {unit})"
+
+
+def table(options: argparse.Namespace) -> int:
+    """Print all rows; 1 if a target is missed."""
+    rows = []
+    for name in options.rows or CASES:
+        start = time.perf_counter()
+        prediction = run(name, options)
+        rows.append(
+            {
+                "row": name,
+                **{key: value for key, value in prediction.as_dict().items() if key != "assumptions"},
+                "target": verdict(CASES[name], prediction),
+                "seconds": round(time.perf_counter() - start, 1),
+            }
+        )
+        if options.json:
+            continue
+        if len(rows) == 1:
+            conditions(options, prediction)
+            print(f"{'row':28} {'peak GB':>8} {'x forward':>9} {'bases, coords':>13} {'optimizer':>9}  phase")
+        print(
+            f"{name:28} {prediction.peak_bytes / GB:8.3f} {prediction.ratio:9.3f} "
+            f"{prediction.coords_bytes / GB:13.3f} {prediction.optimizer_bytes / GB:9.3f}  "
+            f"{prediction.phase:10} {rows[-1]['target']}",
+            flush=True,
+        )
+    if options.json:
+        print(json.dumps({"conditions": vars(options), "versions": versions(), "rows": rows}, indent=1))
+    return int(any("MISSED" in row["target"] for row in rows))
+
+
+def versions() -> dict[str, str]:
+    """What the figures depend on besides the settings."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def conditions(options: argparse.Namespace, prediction: Prediction) -> None:
+    """Print what the figures hold for."""
+    found = ", ".join(f"{name} {version}" for name, version in versions().items())
+    print(f"predicted live bytes (1 GB = 1e9 bytes) of {options.model}, {prediction.weights_bytes / GB:.3f} GB of weights")
+    print(f"objective {options.objective}, trained: {options.train}; rank {options.rank or 'of the method'}; {found}")
+    for line in prediction.assumptions:
+        print(f"- {line}")
+
+
+def profile(name: str, options: argparse.Namespace) -> None:
+    """Print the largest storages alive at the peak of a row, equal ones together."""
+    prediction = run(name, options, profile=True)
+    conditions(options, prediction)
+    print(f"{name}: {prediction.peak_bytes / GB:.3f} GB, {prediction.ratio:.3f} x forward, at {prediction.phase}")
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for record in prediction.records:
+        key = (record.bytes, record.shape, str(record.dtype).removeprefix("torch."), record.op, record.phase)
+        groups.setdefault(key, []).append(record.module)
+    largest = sorted(groups.items(), key=lambda item: -item[0][0] * len(item[1]))
+    print(f"{'GB':>7} {'count':>5}  {'shape, dtype':32} {'made by':36} {'phase':10} last in")
+    for (size, shape, dtype, op, phase), modules in largest[: options.top]:
+        what = f"{'x'.join(map(str, shape))} {dtype}"
+        print(f"{size * len(modules) / GB:7.3f} {len(modules):5}  {what:32} {op:36} {phase:10} {modules[-1]}")
+    rest = sum(key[0] * len(modules) for key, modules in largest[options.top :])
+    print(f"{rest / GB:7.3f} {'':5}  everything else")
+
+
+def main() -> int:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"some of: {', '.join(CASES)}; all by default")
+    parser.add_argument("--model", default="roberta-large", help="preset, folder or hub name; only its config is read")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--objective", default="prompt", choices=["prompt", "classes", "lm"])
+    parser.add_argument("--rank", type=int, help="of the stiefel rows; by default the method's own")
+    parser.add_argument("--train", default="all", help="which weights: all, or kinds joined by +, such as linear+norm")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--profile", metavar="ROW", help="list the live storages at the peak of one row")
+    parser.add_argument("--top", type=int, default=20, help="lines of the profile")
+    options = parser.parse_args()
+    for name in [*options.rows, *([options.profile] if options.profile else [])]:
+        if name not in CASES:
+            parser.error(f"no row '{name}'; rows: {', '.join(CASES)}")
+    torch.set_num_threads(1)
+    if options.profile:
+        profile(options.profile, options)
+        return 0
+    return table(options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,136 @@
+"""`zolr compare`: the same task under several methods, each in a process of its own, in one table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from zolr.cli import runs
+from zolr.cli.config import Settings, add, flag, nearest, spelled
+from zolr.cli.finetune import Finetune, Schedule
+from zolr.cli.workload import DataChoice, Machine, ModelChoice
+from zolr.errors import UsageError, ZolrError
+
+SHOWN = ("before", "after", "steps", "forwards", "tokens", "seconds", "peak_bytes_measured", "peak_bytes_predicted")
+
+
+@dataclass(frozen=True)
+class Contest(Settings):
+    """What competes."""
+
+    methods: tuple[str, ...] = flag(
+        (), "Methods to compare: stiefel,mezo,adamw, with a paradigm as in stiefel:fo.", "Method"
+    )
+
+
+@dataclass(frozen=True)
+class Report(Settings):
+    """Where to."""
+
+    output: str | None = flag(None, "Folder of the runs.", "Output", shown="runs/compare-TASK", saved=False)
+    json: bool = flag(False, "Print JSON.", "Output", saved=False)
+    quiet: bool = flag(False, "Print nothing but the table and errors.", "Output", saved=False)
+
+
+@dataclass(frozen=True)
+class Compare(Report, Machine, Schedule, Contest, DataChoice, ModelChoice):
+    """Settings of `zolr compare`."""
+
+
+def run(settings: Compare) -> None:
+    """The same task under several methods, in one table."""
+    from zolr.cli.screen import console
+
+    shown = console(settings.quiet)
+    competitors = [_parsed(word.strip()) for part in settings.methods for word in part.split(",")]
+    if not competitors:
+        raise UsageError("nothing to compare; give --methods stiefel:zo,stiefel:fo,adamw (zolr methods lists them)")
+    shared = {f.name: getattr(settings, f.name) for f in fields(Compare) if f.name in {g.name for g in fields(Finetune)}}
+    shared |= {"output": None, "json": True, "quiet": True}
+    plans = [Finetune(**{**shared, "method": method, "paradigm": paradigm}).filled() for method, paradigm in competitors]
+    task = plans[0].task or Path(settings.data or "data").stem
+    root = Path(settings.output) if settings.output else runs.free_folder(f"compare-{task}")
+    runs.check_free(root, overwrite=False, resume=False)
+    rows = []
+    for plan in plans:
+        name = f"{plan.method}-{plan.paradigm}"
+        shown.print(f"{name} ...")
+        rows.append({"method": plan.method, "paradigm": plan.paradigm, **_raced(replace(plan, output=str(root / name)))})
+        if "error" in rows[-1]:
+            shown.print(rows[-1]["error"], markup=False)
+    if settings.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        _print(rows, task)
+    failed = [row for row in rows if "error" in row]
+    if len(failed) == len(rows):
+        error = ZolrError(f"every method failed; the first one with: {failed[0]['error']}")
+        error.exit_code = failed[0]["exit_code"]
+        raise error
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    add(app, "compare", Compare, run)
+
+
+def _parsed(word: str) -> tuple[str, str | None]:
+    """Method and paradigm of `stiefel:fo`, checked."""
+    from zolr.methods import METHODS
+
+    name, _, paradigm = word.partition(":")
+    if name not in METHODS:
+        raise UsageError(f"--methods: method '{name}' is not known; {nearest(name, list(METHODS))}")
+    METHODS[name].build(paradigm or None)
+    return name, paradigm or METHODS[name].paradigms[0]
+
+
+def _raced(plan: Finetune) -> dict[str, Any]:
+    """One run in a process of its own: memory of one method must not count for the next."""
+    command = [sys.executable, "-m", "zolr", "finetune", *arguments(plan)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        return {"error": said[-1] if said else f"ended with exit code {done.returncode}", "exit_code": done.returncode}
+    result = json.loads(done.stdout)
+    return {key: result[key] for key in ("metric", *SHOWN)}
+
+
+def arguments(settings: Finetune) -> list[str]:
+    """The flags that give these settings."""
+    words = []
+    for field in fields(settings):
+        value, name = getattr(settings, field.name), f"--{spelled(field.name)}"
+        if value is None or value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(name if value else f"--no-{spelled(field.name)}")
+        else:
+            for each in value if isinstance(value, tuple) else (value,):
+                words += [name, str(each)]
+    return words
+
+
+def _print(rows: Sequence[dict[str, Any]], task: str) -> None:
+    from rich.console import Console
+
+    from zolr.cli.screen import size, table
+
+    metric = next((row["metric"] for row in rows if "metric" in row), "metric")
+    columns = ("method", f"{metric} before", "after", "steps", "forwards", "tokens", "seconds", "peak (predicted)")
+    lines = []
+    for row in rows:
+        name = f"{row['method']}:{row['paradigm']}"
+        if "error" in row:
+            lines.append((name, None, row["error"], *[None] * 5))
+            continue
+        peak = f"{size(row['peak_bytes_measured'])} ({size(row['peak_bytes_predicted'])})"
+        lines.append((name, *(row[key] for key in SHOWN[:5]), f"{row['seconds']:.1f}", peak))
+    Console(highlight=False).print(table(f"{task}, each method in its own process", columns, lines))

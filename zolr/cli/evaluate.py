@@ -1,0 +1,121 @@
+"""`zolr evaluate`: how well a run, or a model as it is, does on a task or on an own file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from annotated_types import Ge
+
+from zolr.cli import runs
+from zolr.cli.config import Settings, add, flag, resolve
+from zolr.cli.workload import DataChoice, Machine, Workload
+from zolr.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Subject(Settings):
+    """What is measured."""
+
+    model: str = flag("demo", "Run folder, or a model: folder, hub name or the demo model.", "Model", argument=True, path=True)
+
+
+@dataclass(frozen=True)
+class Evaluate(Machine, DataChoice, Subject):
+    """Settings of `zolr evaluate`."""
+
+    data_seed: int = flag(0, "Seed of the splits of an own file without --task.", "Data")
+    batch_size: Annotated[int, Ge(1)] = flag(32, "Examples of a forward pass.", "Memory")
+    json: bool = flag(False, "Print JSON.", "Output", saved=False)
+
+
+def run(settings: Evaluate) -> None:
+    """Measure a run or a model on a task or on your own file."""
+    from zolr.cli.workload import device_of, set_threads
+
+    set_threads(settings.threads)
+    device = device_of(settings.device)
+    folder = Path(settings.model)
+    task, head, examples = _of_run(settings, folder) if (folder / runs.TASK).is_file() else _of_model(settings)
+    work = Workload(settings.model, task, head, max_length=settings.max_length, dtype=settings.dtype, device=device)
+    metrics = work.evaluate(work.encode(examples), settings.batch_size)
+    if settings.json:
+        print(json.dumps({"model": settings.model, "task": task.name, "rows": len(examples), "metric": task.metric, **metrics}))
+        return
+    from rich.console import Console
+
+    from zolr.cli.screen import console, table
+
+    for note in work.notes:
+        console().print(note, markup=False)
+    title = f"{settings.model} on {task.name}, {len(examples)} rows"
+    Console(highlight=False).print(table(title, list(metrics), [list(metrics.values())]))
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    add(app, "evaluate", Evaluate, run)
+
+
+def _of_run(settings: Evaluate, folder: Path):  # noqa: ANN202
+    """Task, head and examples of a finished run: its own test set unless other data are given."""
+    from zolr.cli.finetune import Finetune
+    from zolr.cli.workload import splits_of, task_from, words_of
+    from zolr.tasks import load_file
+
+    saved = runs.read_json(folder / runs.TASK)
+    task = task_from(saved["task"], folder / runs.TASK)
+    words = words_of(settings.label_words, task.classes) if settings.label_words else None
+    task = task.changed(template=settings.template, words=words)
+    trained = resolve(Finetune, {}, folder / runs.CONFIG)
+    if settings.data is not None:  # every row of it, with the run's classes
+        columns = settings.text_column or trained.text_column or task.columns
+        if len(columns) != len(task.columns):
+            raise UsageError(f"--text-column: the run reads {len(task.columns)} texts ({', '.join(task.columns)}); name as many")
+        label = settings.label_column or trained.label_column or "label"
+        return task, saved["head"], load_file(settings.data, columns, label, task.classes)[0][: settings.eval_rows]
+    if settings.task is not None:
+        choice = replace(settings, text_column=(), label_column=None)
+        from zolr.tasks import find_task
+
+        other = find_task(settings.task)
+        if other.classes != task.classes:
+            raise UsageError(
+                f"task '{other.name}' has classes {', '.join(other.classes)}, but the run learned {', '.join(task.classes)}; "
+                "evaluate it on a task with the same classes"
+            )
+        return task, saved["head"], splits_of(choice, other, seed=trained.data_seed, k=None, train_rows=None, more={}).test
+    choice = replace(trained, eval_rows=settings.eval_rows, data_dir=settings.data_dir or trained.data_dir)
+    known = None if trained.task is None else _named(trained.task)
+    files = {"validation_data": trained.validation, "test_data": trained.test}
+    splits = splits_of(choice, known, seed=trained.data_seed, k=trained.k, train_rows=trained.train_rows, more=files)
+    return task, saved["head"], splits.test
+
+
+def _of_model(settings: Evaluate):  # noqa: ANN202
+    """Task, head and examples for a model as it is, without training."""
+    from zolr.cli.workload import splits_of, task_of, words_of
+    from zolr.tasks import load_file, own_task
+
+    if settings.head == "classes":
+        raise UsageError("--head classes would measure a head that was never trained; give a run folder, or use --head prompt")
+    task = task_of(settings, settings.model == "demo")
+    if settings.data is not None:
+        columns = settings.text_column or (task.columns if task else ("text",))
+        examples, classes = load_file(settings.data, columns, settings.label_column or "label", task.classes if task else None)
+        task = task or own_task(Path(settings.data).stem, columns, classes)
+        examples = examples[: settings.eval_rows]
+    else:
+        assert task is not None
+        examples = splits_of(settings, task, seed=settings.data_seed, k=None, train_rows=None, more={}).test
+    words = words_of(settings.label_words, task.classes) if settings.label_words else None
+    return task.changed(template=settings.template, words=words), settings.head, examples
+
+
+def _named(name: str):  # noqa: ANN202
+    from zolr.tasks import find_task
+
+    return find_task(name)

@@ -1,0 +1,430 @@
+"""`zolr finetune`: fine-tune a model on a task or on own files, and leave a run folder that plain transformers loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import cos, pi
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+import typer
+from annotated_types import Ge, Gt
+
+from zolr.cli import runs
+from zolr.cli.config import Settings, add, as_dict, flag, resolve, toml
+from zolr.cli.workload import DataChoice, Machine, ModelChoice, Workload
+from zolr.errors import NonFiniteError, UsageError
+
+if TYPE_CHECKING:
+    from zolr.engine import Engine
+    from zolr.methods import Method
+    from zolr.tasks import Splits
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a run does unless it is told: a forward-only step is cheap and says little, a backprop step neither."""
+
+    steps: int
+    batch_size: int
+    eval_every: int
+    save_every: int
+
+
+DEFAULTS = {
+    "fo": Numbers(steps=300, batch_size=16, eval_every=50, save_every=100),
+    "zo": Numbers(steps=2000, batch_size=16, eval_every=250, save_every=500),
+    "fwd": Numbers(steps=1000, batch_size=16, eval_every=125, save_every=250),
+}
+
+# Learning rate where neither the user nor the method's row has one for this optimizer (zo: the engine measures one)
+LEARNING_RATES = {"sgd": 1e-2, "momentum": 1e-2, "adamw": 3e-4, "adafactor": 3e-4, "muon": 1e-3}
+OTHER_OPTIMIZER = 1e-3
+
+OBJECTIVES = ("loss", "accuracy", "f1")
+MAY_CHANGE = ("steps", "device", "threads")  # on --resume; anything else would make it another run
+
+
+@dataclass(frozen=True)
+class Composition(Settings):
+    """How to train."""
+
+    method: str | None = flag(None, "A row of `zolr methods`.", "Method", shown="stiefel")
+    paradigm: Literal["fo", "zo", "fwd"] | None = flag(
+        None, "fo: backprop; zo: forward passes only; fwd: forward mode.", "Method", shown="the method's first"
+    )
+    projector: str | None = flag(None, "How subspaces are drawn: stiefel, gaussian, identity, ...", "Method", shown="the method's")
+    rank: int | None = flag(None, "Rank of the subspaces.", "Method", shown="the method's")
+    refresh_every: int | None = flag(None, "Steps a subspace lives.", "Method", shown="the method's")
+    optimizer: str | None = flag(None, "sgd, momentum, adamw, muon, ..., or a class of torch.optim.", "Method", shown="the method's")
+    transport: str | None = flag(None, "Optimizer state at a refresh: reset, keep, align.", "Method", shown="the method's")
+    probes: int | None = flag(None, "Directions a step (zo, fwd).", "Method", shown="the method's")
+    eps: float | None = flag(None, "Probe radius (zo).", "Method", shown="measured, or the method's")
+    side: str | None = flag(None, "Which side of a matrix is projected: right, left, short.", "Method", shown="the method's")
+    train: str | None = flag(
+        None, "Weights to train: all, or linear, head, embedding, bias, norm joined by +.", "Method", shown="the method's"
+    )
+
+
+@dataclass(frozen=True)
+class Schedule(Settings):
+    """How long, how fast, and on how much."""
+
+    k: Annotated[int, Ge(1)] | None = flag(None, "Few-shot: training examples a class.", "Training", shown="all rows")
+    train_rows: Annotated[int, Ge(1)] | None = flag(None, "Training rows at most.", "Training", shown="all rows")
+    validation: str | None = flag(None, "Own file to choose the best step on.", "Data", shown="a share of --data", path=True)
+    test: str | None = flag(None, "Own file to report on.", "Data", shown="a share of --data", path=True)
+    lr: Annotated[float, Gt(0)] | None = flag(
+        None, "Learning rate.", "Training", shown="the method's; zo: measured on the first batch", aliases=("learning_rate",)
+    )
+    schedule: Literal["constant", "linear", "cosine"] = flag("constant", "Course of the rate: constant, linear, cosine.", "Training")
+    warmup: Annotated[int, Ge(0)] = flag(0, "Steps in which the rate rises from zero.", "Training")
+    weight_decay: Annotated[float, Ge(0)] = flag(0.0, "Decoupled decay of the matrices.", "Training")
+    clip: Annotated[float, Gt(0)] | None = flag(None, "Largest norm of a gradient.", "Training", shown="no clipping")
+    steps: Annotated[int, Ge(1)] | None = flag(
+        None, "Optimizer steps.", "Training", shown=", ".join(f"{p} {n.steps}" for p, n in DEFAULTS.items())
+    )
+    epochs: Annotated[float, Gt(0)] | None = flag(
+        None, "Passes over the training rows, instead of steps.", "Training", aliases=("num_train_epochs",)
+    )
+    batch_size: Annotated[int, Ge(1)] | None = flag(
+        None, "Examples of a forward pass.", "Training", shown="16", aliases=("per_device_train_batch_size",)
+    )
+    accumulate: Annotated[int, Ge(1)] = flag(
+        1, "Batches of a step.", "Training", aliases=("gradient_accumulation_steps",)
+    )
+    objective: Literal["loss", "accuracy", "f1"] = flag(
+        "loss", "What training improves: loss, accuracy, f1 (the last two under zo).", "Training"
+    )
+    eval_every: Annotated[int, Ge(1)] | None = flag(
+        None, "Steps between evaluations.", "Training", shown=", ".join(f"{p} {n.eval_every}" for p, n in DEFAULTS.items())
+    )
+    patience: Annotated[int, Ge(1)] | None = flag(
+        None, "Stop after so many evaluations without a better one.", "Training", shown="never"
+    )
+    seed: int = flag(0, "Seed of directions, subspaces and a fresh head.", "Training")
+    data_seed: int = flag(0, "Seed of splits and order of the data.", "Training")
+    checkpointing: bool = flag(False, "Recompute activations in the backward pass (fo).", "Memory")
+
+
+@dataclass(frozen=True)
+class Writing(Settings):
+    """Where to."""
+
+    output: str | None = flag(
+        None, "Run folder.", "Output", shown="runs/TASK-METHOD-SEED", aliases=("output_dir",), saved=False
+    )
+    overwrite: bool = flag(False, "Replace a run that is there.", "Output", saved=False)
+    save_every: Annotated[int, Ge(1)] | None = flag(
+        None, "Steps between checkpoints, which then stay after the run.", "Output", shown="some, removed when the run is done"
+    )
+    resume: bool = flag(False, "Go on from the newest good checkpoint of --output.", "Output", saved=False)
+    json: bool = flag(False, "Print the result as JSON on stdout.", "Output", saved=False)
+    quiet: bool = flag(False, "Print nothing but the result and errors.", "Output", saved=False)
+
+
+@dataclass(frozen=True)
+class Finetune(Writing, Machine, Schedule, Composition, DataChoice, ModelChoice):
+    """Settings of `zolr finetune`."""
+
+    @classmethod
+    def gather(cls, given: dict[str, Any], config: Path | None) -> Self:
+        """On resume the run's own config file stands in for the flags that are not repeated."""
+        if not given.get("resume"):
+            return resolve(cls, given, config).filled()
+        folder = Path(given["output"]) if "output" in given else config.parent if config else None
+        if folder is None:
+            raise UsageError("--resume needs the run to go on with; give --output RUN")
+        saved = folder / runs.CONFIG
+        runs.check_free(folder, overwrite=False, resume=True)
+        if not saved.is_file():
+            raise UsageError(f"{folder} is no run folder: it has no {runs.CONFIG}; give --output RUN, or start without --resume")
+        original = resolve(cls, {}, saved)
+        settings = resolve(cls, {**given, "output": str(folder)}, config or saved).filled()
+        before, now = (dict(line.split(" = ", 1) for line in toml(s).splitlines()) for s in (original, settings))
+        for key in before.keys() | now.keys():
+            if before.get(key) != now.get(key) and key.replace("-", "_") not in MAY_CHANGE:
+                raise UsageError(
+                    f"--{key} {now.get(key, 'not given')} differs from the run to resume ({before.get(key, 'not given')} in {saved}); "
+                    "leave it out, or start a new run"
+                )
+        return settings
+
+    def filled(self) -> Self:
+        """The settings with every number that depends on the method, and checked as far as names go."""
+        method = self.composed()
+        numbers = DEFAULTS[method.paradigm]
+        if self.epochs is not None and self.steps is not None:
+            raise UsageError(f"--epochs {self.epochs} and --steps {self.steps} both say how long; give one of them")
+        if self.objective != "loss" and method.paradigm != "zo":
+            raise UsageError(
+                f"--objective {self.objective} has no derivative, so paradigm '{method.paradigm}' cannot use it; "
+                "use --objective loss, or --paradigm zo"
+            )
+        if self.checkpointing and method.paradigm != "fo":
+            raise UsageError(f"--checkpointing is for backprop; paradigm '{method.paradigm}' saves no activations, leave it out")
+        if self.warmup and self.steps is not None and self.warmup >= self.steps:
+            raise UsageError(f"--warmup {self.warmup} leaves none of {self.steps} steps; use less")
+        return replace(
+            self,
+            method=self.method or "stiefel",
+            paradigm=method.paradigm,
+            task=self.task or (None if self.data or self.model != "demo" else "questions"),
+            steps=self.steps if self.steps or self.epochs else numbers.steps,
+            eval_every=self.eval_every or min(numbers.eval_every, self.steps or numbers.eval_every),
+        )
+
+    def composed(self) -> Method:
+        """The method these settings describe."""
+        from zolr.methods import compose
+
+        parts = {f: getattr(self, f) for f in ("projector", "rank", "refresh_every", "optimizer", "transport", "probes", "eps", "side")}
+        return compose(self.method, self.paradigm, **parts)
+
+    def learning_rate(self, method: Method) -> float | None:
+        """The rate: as given, else of the method's row, else of its optimizer; None is for the engine to measure."""
+        from zolr.methods import METHODS
+
+        if self.lr is not None:
+            return self.lr
+        row = METHODS[self.method or "stiefel"]
+        if row.methods[method.paradigm].optimizer.name == method.optimizer.name:
+            return row.lr.get(method.paradigm)
+        return None if method.paradigm == "zo" else LEARNING_RATES.get(method.optimizer.name, OTHER_OPTIMIZER)
+
+    @property
+    def name(self) -> str:
+        """What the run is called: task, method and seed."""
+        task = self.task or Path(self.data or "data").stem
+        method = self.projector if self.projector and self.method in (None, "stiefel") else self.method
+        return f"{task}-{method}-{self.seed}"
+
+
+def run(settings: Finetune, dry_run: bool) -> None:
+    """Fine-tune a language model on a task or on your own file."""
+    from zolr.cli.screen import console
+
+    shown = console(settings.quiet)
+    folder = Path(settings.output) if settings.output else runs.free_folder(settings.name)
+    if not dry_run:
+        runs.check_free(folder, overwrite=settings.overwrite, resume=settings.resume)
+        if settings.resume and (folder / runs.RESULT).is_file() and not (folder / runs.CHECKPOINTS).is_dir():
+            shown.print(f"the run in {folder} is finished; nothing to resume")
+            _present(runs.read_json(folder / runs.RESULT), settings)
+            return
+    job = Job(settings)
+    for note in job.notes:
+        shown.print(note, markup=False)
+    shown.print(job.summary(), markup=False)
+    for line in job.examples():
+        shown.print(line, markup=False)
+    if dry_run:
+        _rehearsed(job, settings)
+        return
+    with runs.claimed(folder, overwrite=settings.overwrite, resume=settings.resume) as place:
+        result = job.train(place, shown)
+    _present({**result, "folder": str(folder)}, settings)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    add(app, "finetune", Finetune, run, dry_run=True)
+
+
+def schedule_of(course: str, warmup: int, steps: int) -> Callable[[int], float] | None:
+    """Factor on the learning rate by step: a linear rise over `warmup` steps, then constant or down to zero at `steps`.
+
+    >>> [round(schedule_of("linear", 2, 6)(step), 2) for step in range(6)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    if course == "constant" and not warmup:
+        return None
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        done = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + cos(pi * done))}[course]
+
+    return factor
+
+
+def _rehearsed(job: Job, settings: Finetune) -> None:
+    """What a dry run has found."""
+    from zolr.cli.screen import size
+
+    found = {"truncated": job.truncated, "trained_share": job.engine.trained_share, "peak_bytes_predicted": job.predicted()}
+    if settings.json:
+        print(json.dumps({**found, "settings": as_dict(job.settings)}, indent=2))
+    else:
+        print(f"dry run: everything is in place; predicted peak memory {size(found['peak_bytes_predicted'])}")
+
+
+def _present(result: dict[str, Any], settings: Finetune) -> None:
+    """The result for people or for programs."""
+    if settings.json:
+        print(json.dumps(result, indent=2))
+        return
+    from rich.console import Console
+
+    from zolr.cli.screen import size, table
+
+    columns = [f"{result['metric']} before", "after", "steps", "forwards", "tokens", "seconds", "peak (predicted)"]
+    row = [result[key] for key in ("before", "after", "steps", "forwards", "tokens")]
+    row += [f"{result['seconds']:.1f}", f"{size(result['peak_bytes_measured'])} ({size(result['peak_bytes_predicted'])})"]
+    title = f"{result['task']}, {result['method']} {result['paradigm']}: {result['rows']['test']} test rows"
+    Console(highlight=False).print(table(title, columns, [row]))
+    if "folder" in result:
+        print(f"run folder: {result['folder']}")
+
+
+class Job:
+    """One fine-tuning run, loaded and ready to go."""
+
+    def __init__(self, settings: Finetune) -> None:
+        from zolr import models
+        from zolr.cli.workload import device_of, set_threads, splits_of, task_of, words_of
+        from zolr.engine import Engine
+        from zolr.methods import METHODS
+        from zolr.tasks import own_task, truncation_share
+
+        set_threads(settings.threads)
+        device = device_of(settings.device)
+        task = task_of(settings, settings.model == "demo")
+        files = {"validation_data": settings.validation, "test_data": settings.test}
+        self.splits: Splits = splits_of(
+            settings, task, seed=settings.data_seed, k=settings.k, train_rows=settings.train_rows, more=files
+        )
+        if task is None:
+            task = own_task(Path(settings.data or "").stem, self.splits.columns, self.splits.classes)
+        words = words_of(settings.label_words, task.classes) if settings.label_words else None
+        task = task.changed(template=settings.template, words=words)
+        self.work = Workload(
+            settings.model,
+            task,
+            settings.head,
+            max_length=settings.max_length,
+            dtype=settings.dtype,
+            device=device,
+            seed=settings.seed,
+        )
+        self.train_set = self.work.encode(self.splits.train)
+        self.validation = self.work.encode(self.splits.validation)
+        self.test = self.work.encode(self.splits.test)
+        self.truncated = truncation_share(self.train_set)
+        self.settings = settings = self._sized(settings)
+        if settings.checkpointing:
+            models.checkpoint_activations(self.work.model)
+        method = settings.composed()
+        self.metric = "f1" if settings.objective == "f1" else task.metric
+        self.notes = list(self.work.notes)
+        self.engine: Engine = Engine(
+            self.work.model,
+            method,
+            lr=settings.learning_rate(method),
+            loss=self.work.objective(settings.objective),
+            select=settings.train or METHODS[settings.method or "stiefel"].train,
+            seed=settings.seed,
+            weight_decay=settings.weight_decay,
+            schedule=schedule_of(settings.schedule, settings.warmup, settings.steps or 1),
+            clip=settings.clip,
+            # families whose forward we know need no proof that the coordinates reach the loss; it costs a pass per weight
+            check=None if models.splits(self.work.model) else self._moved(self.batches(0)[0]),
+        )
+
+    def _sized(self, settings: Finetune) -> Finetune:
+        """The settings with what depends on the number of rows."""
+        rows = len(self.train_set)
+        size = settings.batch_size or min(DEFAULTS[settings.paradigm or "zo"].batch_size, rows)
+        if size * settings.accumulate > rows:
+            raise UsageError(
+                f"--batch-size {size} times --accumulate {settings.accumulate} is more than the {rows} training rows; use less"
+            )
+        steps = settings.steps or max(1, round((settings.epochs or 1) * rows / (size * settings.accumulate)))
+        if settings.warmup >= steps:
+            raise UsageError(f"--warmup {settings.warmup} leaves none of {steps} steps; use less")
+        return replace(settings, batch_size=size, steps=steps, epochs=None)
+
+    @property
+    def batch_size(self) -> int:
+        """Examples of a forward pass."""
+        return self.settings.batch_size or 1
+
+    def batches(self, step: int) -> list[dict[str, Any]]:
+        """The micro-batches of a step."""
+        from zolr.tasks import training_batches
+
+        return training_batches(
+            self.train_set,
+            batch_size=self.batch_size * self.settings.accumulate,
+            micro_batch_size=self.batch_size,
+            seed=self.settings.data_seed,
+            step=step,
+            pad_id=self.work.pad_id,
+        )
+
+    def _moved(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {name: part.to(self.work.device) for name, part in batch.items()}
+
+    def summary(self) -> str:
+        """What is about to happen, in two lines."""
+        s, splits = self.settings, self.splits
+        rows = f"{len(splits.train)} train, {len(splits.validation)} validation, {len(splits.test)} test rows from {splits.source}"
+        total = sum(p.numel() for p in self.work.model.parameters())
+        return (
+            f"{splits.name}: {rows}; {self.truncated:.1%} of the training rows cut to {self.work.task.max_length} tokens\n"
+            f"{s.model} ({total:,} parameters, {self.engine.trained_share:.1%} trained): method {s.method}, paradigm {s.paradigm}, "
+            f"{s.steps} steps of {self.batch_size * s.accumulate} examples"
+        )
+
+    def examples(self) -> list[str]:
+        """Two training examples as the model sees them, of different classes."""
+        first = self.splits.train[0]
+        second = next((e for e in self.splits.train if e.label != first.label), first)
+        return [self.work.input.show(example) for example in (first, second)]
+
+    def predicted(self) -> int | None:
+        """Peak bytes of a step as predicted before it is run, None where there is no predictor."""
+        return None
+
+    def train(self, place: runs.RunFolder, shown: Any) -> dict[str, Any]:
+        """Train, complete the run folder, and return what is in its `result.json`."""
+        from zolr.cli import record
+        from zolr.cli.screen import watching
+        from zolr.memory import resident
+        from zolr.training import train
+
+        settings, work = self.settings, self.work
+        meter = record.Meter(self.engine, work.device)
+        if not settings.resume:
+            runs.write_text(place.work / runs.CONFIG, toml(settings))
+        try:
+            # on resume too: the engine still has the first weights, and the model's answer to them does not change
+            before = work.evaluate(self.test, self.batch_size)
+            with watching(shown, lambda: resident(work.device), settings.steps or 0) as screen:
+                outcome = train(
+                    self.engine,
+                    self.batches,
+                    steps=settings.steps or 0,
+                    evaluate=lambda: work.evaluate(self.validation, self.batch_size),
+                    eval_every=settings.eval_every or 0,
+                    metric=self.metric,
+                    patience=settings.patience,
+                    folder=place.work,
+                    save_every=settings.save_every or DEFAULTS[settings.paradigm or "zo"].save_every,
+                    resume=settings.resume,
+                    device=work.device,
+                    meter=meter,
+                    reporter=screen,
+                )
+        except NonFiniteError:
+            raise
+        except Exception:
+            place.discard()
+            raise
+        after = work.evaluate(self.test, self.batch_size)
+        result = record.result_of(self, outcome, before, after, meter)
+        record.complete(self, place, result, meter)
+        return result

@@ -1,0 +1,202 @@
+"""What a finished run leaves: result, memory, model, task, and a card that says how it came about."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zolr.cli import runs
+from zolr.cli.config import as_dict, toml
+from zolr.cli.screen import number, size
+from zolr.cli.workload import described
+
+if TYPE_CHECKING:
+    import torch
+
+    from zolr.cli.finetune import Job
+    from zolr.engine import Engine
+    from zolr.training import Outcome
+
+
+class Meter:
+    """Peak memory of a run's steps.
+
+    On CUDA the allocator counts by itself. Elsewhere live tensors are counted, which slows a step down, so only steps
+    whose padded batch is larger than any before are counted: they are the ones that can set a new peak.
+
+    Attributes:
+        counter: what is counted.
+        peak: bytes at most.
+        shape: rows and tokens of the batch that took them.
+    """
+
+    def __init__(self, engine: Engine, device: torch.device) -> None:
+        import torch
+
+        self._engine, self._device = engine, device
+        self.counter, self.shape, self._peak = "live tensors of a step", (0, 0), 0
+        if device.type == "cuda":
+            self.counter = "cuda allocated"
+            torch.cuda.reset_peak_memory_stats(device)
+
+    @property
+    def peak(self) -> int:
+        """Bytes at most so far."""
+        if self._device.type == "cuda":
+            from zolr.memory import resident
+
+            return resident(self._device).peak
+        return self._peak
+
+    @contextmanager
+    def around(self, batches: list[Mapping[str, torch.Tensor]]) -> Iterator[None]:
+        """Count one step."""
+        shape = max((tuple(batch["input_ids"].shape) for batch in batches), key=lambda s: s[0] * s[1])
+        larger = shape[0] * shape[1] > self.shape[0] * self.shape[1]
+        tuning = self._engine.base_lr is None  # many forward passes that hold no more than a step does
+        if self._device.type == "cuda":
+            self.shape = max(shape, self.shape, key=lambda s: s[0] * s[1])
+        if not larger or tuning or self._device.type == "cuda":
+            yield
+            return
+        from zolr.memory import LiveBytes
+
+        self.shape = shape
+        live = LiveBytes()
+        live.track(self._engine.model, *batches)
+        for variable in self._engine.variables:
+            state = self._engine.optimizer.state.get(variable.value, {})
+            tensors = [variable.value, *variable.subspace.tensors().values(), *state.values()]
+            live.track(*(t for t in tensors if hasattr(t, "untyped_storage")))
+        with live:
+            yield
+        self._peak = max(self._peak, live.peak)
+
+
+def versions() -> dict[str, str]:
+    """What the result may depend on."""
+    import zolr
+
+    installed = {name: version(name) for name in ("torch", "transformers", "datasets", "safetensors")}
+    return {"zolr": zolr.__version__, "python": platform.python_version(), **installed}
+
+
+def result_of(
+    job: Job, outcome: Outcome, before: Mapping[str, float], after: Mapping[str, float], meter: Meter
+) -> dict[str, Any]:
+    """The content of `result.json`."""
+    progress, settings, metric = outcome.progress, job.settings, job.metric
+    return {
+        "method": settings.method,
+        "paradigm": settings.paradigm,
+        "task": job.splits.name,
+        "metric": metric,
+        "before": before[metric],
+        "after": after[metric],
+        "steps": progress.step,
+        "kept_step": outcome.kept_step,
+        "stopped_early": outcome.stopped_early,
+        "skipped": progress.skipped,
+        "forwards": progress.forwards,
+        "tokens": progress.tokens,
+        "tokens_seen": progress.tokens_seen,
+        "seconds": round(progress.seconds, 3),
+        "peak_bytes_predicted": job.predicted(),
+        "peak_bytes_measured": meter.peak,
+        "lr": job.engine.base_lr,
+        "eps": getattr(job.engine.method.estimator, "eps", None),
+        "trained_share": job.engine.trained_share,
+        "rows": {"train": len(job.splits.train), "validation": len(job.splits.validation), "test": len(job.splits.test)},
+        "metrics": {
+            "test": {"before": before, "after": after},
+            "validation": {"before": outcome.before, "after": outcome.after},
+        },
+        "settings": as_dict(settings),
+        "versions": versions(),
+    }
+
+
+def complete(job: Job, place: runs.RunFolder, result: dict[str, Any], meter: Meter) -> None:
+    """Put everything into the run folder; `result.json` is the last to appear."""
+    from zolr.memory import resident
+
+    settings, work = job.settings, job.work
+    memory = {
+        "peak_bytes_predicted": result["peak_bytes_predicted"],
+        "peak_bytes_measured": meter.peak,
+        "counter": meter.counter,
+        "process_bytes": resident("cpu").peak,
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "device": str(work.device),
+        "batch": list(meter.shape),
+        "attention": getattr(work.model.config, "_attn_implementation", None),
+    }
+    task = {"task": described(work.task), "head": settings.head, "metric": job.metric}
+
+    def fill(folder: Path) -> None:
+        model: Any = job.engine.detach()  # the run is over, so no copy has to be made
+        model.eval().save_pretrained(folder)
+        work.tokenizer.save_pretrained(folder)
+        runs.write_text(folder / runs.CONFIG, toml(settings))
+        runs.write_json(folder / runs.TASK, task)
+        runs.write_json(folder / runs.MEMORY, memory)
+        runs.write_text(folder / runs.CARD, card(job, result, memory))
+        runs.write_json(folder / runs.RESULT, result)
+
+    place.complete(fill)
+    if settings.save_every is None:  # they guarded the run; asked for, they stay
+        shutil.rmtree(place.path / runs.CHECKPOINTS, ignore_errors=True)
+
+
+def card(job: Job, result: Mapping[str, Any], memory: Mapping[str, Any]) -> str:
+    """The model card."""
+    s, work, metric = job.settings, job.work, result["metric"]
+    method = job.engine.method
+    pipeline = {"classes": "text-classification"}.get(s.head, "fill-mask" if _is_masked(job) else "text-generation")
+    reading = f"template: `{work.input.template}`, label words: {', '.join(work.task.words)}" if s.head == "prompt" else "classification head"
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"pipeline_tag: {pipeline}",
+        "tags: [zolr]",
+        "---",
+        "",
+        f"# {Path(s.model).name} fine-tuned on {job.splits.name}",
+        "",
+        f"Trained with zolr {result['versions']['zolr']}: method `{s.method}`, paradigm `{s.paradigm}`.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| task | {job.splits.name}: {', '.join(work.task.classes)} |",
+        f"| data | {result['rows']['train']} training rows from {Path(job.splits.source).name}, data seed {s.data_seed} |",
+        f"| reading | {reading} |",
+        f"| projector | `{method.projector}` |",
+        f"| optimizer | `{method.optimizer.name}`, lr {number(result['lr'])}, eps {number(result['eps'])} |",
+        f"| seed | {s.seed} |",
+        f"| steps | {result['steps']} of {job.batch_size * s.accumulate} examples, weights of step {result['kept_step']} |",
+        f"| forward passes, tokens through them | {result['forwards']:,}, {result['tokens']:,} |",
+        f"| {metric} on {result['rows']['test']} test rows, before | {result['before']:.4f} |",
+        f"| {metric} on {result['rows']['test']} test rows, after | {result['after']:.4f} |",
+        f"| peak memory, measured ({memory['counter']}, {memory['dtype']}, batch {memory['batch'][0]} x {memory['batch'][1]}) "
+        f"| {size(memory['peak_bytes_measured'])} |",
+        f"| peak memory, predicted | {size(memory['peak_bytes_predicted'])} |",
+        "",
+        "`zolr predict` labels texts with this folder; `config.toml` repeats the run:",
+        "",
+        "```",
+        "zolr finetune --config config.toml",
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _is_masked(job: Job) -> bool:
+    from zolr.models import is_masked
+
+    return is_masked(job.work.model)

@@ -1,0 +1,310 @@
+"""What the verbs work on: examples of a task, and a model that reads them by a prompt or by a classification head."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge
+
+from zolr.cli.config import Settings, flag, nearest
+from zolr.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from zolr.tasks import ClassInput, Encoded, Example, Prompt, Splits, Task
+
+DEMO_TASK = "questions"  # the task that comes with the package, as the demo model does
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ModelChoice(Settings):
+    """Which model."""
+
+    model: str = flag(
+        "demo",
+        "Folder, hub name, preset with random weights, or the demo model of the package.",
+        "Model",
+        aliases=("model_name_or_path",),
+        path=True,
+    )
+
+
+@dataclass(frozen=True)
+class DataChoice(Settings):
+    """Which examples, and how a model reads them."""
+
+    head: Literal["prompt", "classes"] = flag(
+        "prompt", "Predict a label word in a prompt, or train a fresh classification head (classes).", "Model"
+    )
+    task: str | None = flag(None, "Task by name, such as sst2, trec or questions.", "Data", shown="questions with the demo model")
+    data: str | None = flag(None, "Own file with texts and labels: csv, tsv, json, jsonl or parquet.", "Data", path=True)
+    data_dir: str | None = flag(None, "Folder with the task's train.tsv, dev.tsv and test.tsv.", "Data", path=True)
+    text_column: tuple[str, ...] = flag((), "Column with the text; twice for pairs.", "Data", shown="text, or the task's")
+    label_column: str | None = flag(None, "Column with the label.", "Data", shown="label")
+    template: str | None = flag(None, "Prompt, such as '{text} It was {mask}.'", "Data", shown="the task's")
+    label_words: tuple[str, ...] = flag(
+        (), "One word a class in class order: great,terrible; or class=word,class=word.", "Data", shown="the task's, or class names"
+    )
+    max_length: Annotated[int, Ge(1)] | None = flag(None, "Tokens of an example at most.", "Data", shown="the task's")
+    eval_rows: Annotated[int, Ge(1)] = flag(500, "Rows of the validation and of the test set at most.", "Data")
+
+
+@dataclass(frozen=True)
+class Machine(Settings):
+    """Where and in which precision."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Precision of the weights: float32, bfloat16, float16.", "Memory")
+    device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.", "Memory")
+    threads: Annotated[int, Ge(1)] | None = flag(None, "CPU threads.", "Memory", shown="torch's choice", saved=False)
+
+
+def device_of(name: str) -> torch.device:
+    """The device a setting names.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as error:  # an unknown type is a RuntimeError, a missing one an AssertionError, ...
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise UsageError(f"--device '{name}' is not there; {nearest(name, there)}") from error
+    if device.type == "meta":
+        raise UsageError("--device 'meta' holds no numbers; use cpu or cuda")
+    return device
+
+
+def set_threads(threads: int | None) -> None:
+    """Use so many CPU threads."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def task_of(choice: DataChoice, demo: bool) -> Task | None:
+    """The task that is asked for; None for own files with classes of their own."""
+    from zolr.tasks import find_task
+
+    if choice.task is not None:
+        return find_task(choice.task)
+    if choice.data is not None:
+        return None
+    if demo:
+        return find_task(DEMO_TASK)
+    from zolr.tasks import TASKS
+
+    raise UsageError(f"nothing to train on; give --task ({', '.join(TASKS)}), or a file of your own as --data")
+
+
+def splits_of(choice: DataChoice, task: Task | None, *, seed: int, k: int | None, train_rows: int | None, more: dict[str, Any]) -> Splits:
+    """Train, validation and test examples.
+
+    Args:
+        more: further arguments of `load_splits`.
+    """
+    from zolr.tasks import load_splits
+
+    return load_splits(
+        task,
+        data_dir=choice.data_dir,
+        data=choice.data,
+        text_columns=choice.text_column or None,
+        label_column=choice.label_column,
+        k=k,
+        seed=seed,
+        train_rows=train_rows,
+        validation_rows=choice.eval_rows,
+        test_rows=choice.eval_rows,
+        **more,
+    )
+
+
+def words_of(words: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
+    """Label words in class order, from `great,terrible` or `positive=great,negative=terrible`.
+
+    Raises:
+        UsageError: an unknown class, or one without a word.
+    """
+    flat = [word.strip() for part in words for word in part.split(",")]
+    pairs = [word.rsplit("=", 1) for word in flat]
+    if not all(len(pair) == 2 for pair in pairs):
+        return tuple(flat)
+    by_class = {name.strip(): word.strip() for name, word in pairs}
+    for name in by_class:
+        if name not in classes:
+            raise UsageError(f"--label-words: there is no class '{name}'; {nearest(name, classes)}")
+    missing = [name for name in classes if name not in by_class]
+    if missing:
+        raise UsageError(f"--label-words: class '{missing[0]}' has no word; give one for each of {', '.join(classes)}")
+    return tuple(by_class[name] for name in classes)
+
+
+def described(task: Task) -> dict[str, Any]:
+    """A task as JSON, from which `task_from` makes it again."""
+    return {key: value for key, value in asdict(task).items() if key not in ("hub", "folder")}
+
+
+def task_from(saved: dict[str, Any], where: Path) -> Task:
+    """The task of a finished run.
+
+    Raises:
+        DataError: the file is not of a run.
+    """
+    from zolr.tasks import Task
+
+    names = {f.name for f in fields(Task)}
+    try:
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items() if key in names}
+        return Task(**values)
+    except TypeError as error:
+        raise DataError(f"{where} does not describe a task: {error}") from error
+
+
+class Workload:
+    """A model with what it takes to read examples, and to say how well it does.
+
+    Args:
+        name: folder, preset, hub name or "demo".
+        task: template, words, classes and limits.
+        head: "prompt" or "classes".
+        max_length: tokens of an example at most, where that was asked for; else the task's limit or the model's.
+        dtype, device: of the weights.
+        seed: of a fresh classification head.
+
+    Raises:
+        UsageError: a length that the model cannot read.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        task: Task,
+        head: str,
+        *,
+        max_length: int | None = None,
+        dtype: str = "float32",
+        device: torch.device,
+        seed: int = 0,
+    ) -> None:
+        import torch
+
+        from zolr import models
+        from zolr.tasks import pad_id
+
+        self.name, self.head, self.device = name, head, device
+        with noted() as self.notes:
+            self.tokenizer = models.load_tokenizer(name)
+            self.model: nn.Module = models.load_model(
+                name,
+                kind="classes" if head == "classes" else "lm",
+                num_labels=len(task.classes) if head == "classes" else None,
+                dtype=getattr(torch, dtype),
+                device=device,
+                seed=seed,
+            )
+        config: Any = self.model.config
+        longest = longest_text(config, self.tokenizer)
+        if longest is not None and max_length is not None and max_length > longest:
+            raise UsageError(f"--max-length {max_length} is more than model '{name}' can read; use {longest} or less")
+        self.task = task = task.changed(max_length=max_length or min(task.max_length, longest or task.max_length))
+        self.input: Prompt | ClassInput
+        if head == "classes":
+            self.input = task.class_input(self.tokenizer)
+            config.id2label = dict(enumerate(task.classes))
+            config.label2id = {label: i for i, label in enumerate(task.classes)}
+            self.logits: Callable[[nn.Module, Any], Tensor] = models.class_logits
+            self.loss: Callable[[nn.Module, Any], Tensor] = models.class_loss
+        else:
+            prompt = self.input = task.prompt(self.tokenizer, masked=models.is_masked(self.model))
+            self.logits = lambda model, batch: models.prompt_logits(model, batch, prompt.label_ids)
+            self.loss = models.prompt_loss(prompt.label_ids)
+        self.pad_id = pad_id(self.tokenizer)
+
+    def encode(self, examples: Sequence[Example]) -> list[Encoded]:
+        """Examples as token ids."""
+        return self.input.encode(examples)
+
+    def objective(self, name: str) -> Callable[[nn.Module, Any], Tensor]:
+        """What training minimizes: the loss, the error rate, or one minus macro F1 of the batch."""
+        if name == "loss":
+            return self.loss
+        if name == "accuracy":
+            return lambda model, batch: (self.logits(model, batch).argmax(-1) != batch["labels"]).float()
+        return lambda model, batch: 1.0 - macro_f1(self.logits(model, batch).argmax(-1), batch["labels"], len(self.task.classes))
+
+    def predictions(self, encoded: Sequence[Encoded], batch_size: int) -> Tensor:
+        """Logits of all examples `(rows, classes)`, float32 on the host, in their order."""
+        import torch
+
+        from zolr.tasks import evaluation_batches
+
+        out = torch.empty(len(encoded), len(self.task.classes))
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                for rows, batch in evaluation_batches(encoded, batch_size=batch_size, pad_id=self.pad_id):
+                    moved = {key: part.to(self.device) for key, part in batch.items()}
+                    out[rows] = self.logits(self.model, moved).float().cpu()
+        finally:
+            self.model.train(training)
+        return out
+
+    def evaluate(self, encoded: Sequence[Encoded], batch_size: int) -> dict[str, float]:
+        """Accuracy, macro F1, Matthews correlation and mean loss; a loss that is not finite is reported as it is."""
+        import torch
+
+        from zolr.training import METRICS, score
+
+        logits = self.predictions(encoded, batch_size)
+        labels = torch.tensor([one["label"] for one in encoded])
+        scores = {name: score(name, logits.argmax(-1), labels, len(self.task.classes)) for name in METRICS}
+        return {**scores, "loss": float(torch.nn.functional.cross_entropy(logits, labels))}
+
+
+def macro_f1(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Macro F1 over the classes that occur in a batch, a scalar on the device.
+
+    `2 TP / (predicted + true)` per class; torchmetrics would wait for the device at every call.
+    """
+    import torch.nn.functional as F
+
+    guess, truth = F.one_hot(predicted, classes).float(), F.one_hot(labels, classes).float()  # (b, c)
+    both, total = (guess * truth).sum(0), guess.sum(0) + truth.sum(0)
+    return (2 * both / total.clamp_min(1)).sum() / (total > 0).sum()
+
+
+def longest_text(config: Any, tokenizer: Any) -> int | None:
+    """Tokens a model can read at most, None where nothing says so."""
+    limits = [tokenizer.model_max_length] if tokenizer.model_max_length < 10**6 else []
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        # models of this family count positions from the padding id on
+        offset = config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "camembert" else 0
+        limits.append(positions - offset)
+    return min(limits, default=None)
+
+
+@contextmanager
+def noted() -> Iterator[list[str]]:
+    """Warnings of a block as lines for the screen instead of Python's own format."""
+    notes: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default", UserWarning)
+        yield notes
+    notes += [f"note: {' '.join(str(w.message).split())}" for w in caught if issubclass(w.category, UserWarning)]
