@@ -49,6 +49,14 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     assert same(state(), checkpoints.load(tmp_path / "step-1"))
 
 
+def test_memory_comes_back_as_torch_lays_it_out(tmp_path: Path) -> None:
+    """Rounding depends on strides and alignment, and resuming has to be exact."""
+    checkpoints.save(tmp_path / "step-1", state() | {"odd": torch.ones(3, dtype=torch.uint8)})
+    found = checkpoints.load(tmp_path / "step-1")
+    assert found["transposed"].stride() == state()["transposed"].stride() == (1, 5)
+    assert all(value.data_ptr() % 64 == 0 for value in found.values() if isinstance(value, torch.Tensor))
+
+
 def test_nan_comes_back(tmp_path: Path) -> None:
     checkpoints.save(tmp_path / "step-1", {"loss": float("nan"), "w": torch.tensor([float("nan"), 1.0])})
     found = checkpoints.load(tmp_path / "step-1")

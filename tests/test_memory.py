@@ -1,16 +1,20 @@
 """Laws of memory.py: bytes counted equal bytes that exist, fake tensors count as real ones do."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-from zolr.memory import LiveBytes, measure, resident, size_of
-from zolr.models import build, lm_loss, prompt_loss
+from zolr.engine import Engine
+from zolr.errors import DataError, UsageError
+from zolr.memory import LiveBytes, measure, predict, resident, size_of
+from zolr.methods import compose
+from zolr.models import build, checkpoint_activations, class_loss, lm_loss, prompt_loss
 
 KB = 1024  # one tensor of 256 float32 numbers
 
@@ -180,6 +184,136 @@ def test_fake_tensors_count_as_real_ones_do(family, step):
     with FakeTensorMode():
         fake = peak_of(family, step)
     assert fake == pytest.approx(real, rel=0.01)
+
+
+def small(**changes) -> PreTrainedConfig:
+    numbers = dict(vocab_size=512, hidden_size=64, num_hidden_layers=3, num_attention_heads=2)
+    return AutoConfig.for_model("roberta", **{**numbers, "intermediate_size": 256, **changes})
+
+
+PREDICTED = {
+    "zo": ("stiefel", "zo", {}),
+    "zo, rebuilt": ("stiefel", "zo", dict(realization="rebuild")),
+    "zo, two batches, side": ("lozo", "zo", dict(realization="side", accumulation=2)),
+    "zo, language model": ("lozo-m", "zo", dict(objective="lm")),
+    "mezo": ("mezo", "zo", {}),
+    "fo": ("stiefel", "fo", {}),
+    "fo, decay and clip": ("stiefel", "fo", dict(weight_decay=0.1, clip=1.0)),
+    "fo, checkpointing": ("stiefel", "fo", dict(checkpointing=True)),
+    "fo, two batches": ("rso", "fo", dict(accumulation=2)),
+    "fo, classes": ("rso", "fo", dict(objective="classes")),
+    "adamw": ("adamw", "fo", {}),
+    "adamw, language model": ("adamw", "fo", dict(objective="lm")),
+    "muon": ("muon", "fo", {}),
+    "fwd": ("stiefel", "fwd", {}),
+}
+
+
+@pytest.mark.parametrize("name", sorted(PREDICTED))
+def test_predicted_peak_is_that_of_the_real_step(name):
+    row, paradigm, settings = PREDICTED[name]
+    rows, tokens = 16, 32
+    method = compose(row, paradigm)
+    method = replace(method, refresh_every=method.refresh_every and 1)
+    if getattr(method.estimator, "eps", 1.0) is None:
+        method = replace(method, estimator=replace(method.estimator, eps=1e-3))
+    before = torch.get_rng_state()
+    predicted = predict(small(), method, batch_size=rows, max_length=tokens, **settings)
+    assert torch.equal(torch.get_rng_state(), before)
+
+    objective = settings.get("objective", "prompt")
+    model = build(small(), kind="classes" if objective == "classes" else "lm", num_labels=2, dropout=0.0)
+    if settings.get("checkpointing"):
+        checkpoint_activations(model)
+    batches = []
+    for _ in range(settings.get("accumulation", 1)):
+        ids = torch.ones(rows, tokens, dtype=torch.long)
+        mask = torch.ones_like(ids)
+        mask[:, -1] = 0
+        row_of_ones = torch.ones(rows, dtype=torch.long)
+        batch = dict(input_ids=ids, attention_mask=mask, positions=row_of_ones, labels=row_of_ones.clone())
+        if objective == "lm":
+            batch = dict(input_ids=ids, labels=ids.clone())
+        elif objective == "classes":
+            del batch["positions"]
+        batches.append(batch)
+    loss = {"prompt": prompt_loss((3, 4)), "classes": class_loss, "lm": lm_loss}[objective]
+    with LiveBytes() as live:
+        live.track(model, *batches)
+        kept = {k: v for k, v in settings.items() if k in ("realization", "weight_decay", "clip")}
+        engine = Engine(model, method, lr=1e-3, loss=loss, guard=False, **kept)
+        for _ in range(2):
+            engine.step(batches)
+    assert predicted.peak_bytes == pytest.approx(live.peak, rel=0.01)
+    assert predicted.weights_bytes == size_of(model)
+    assert predicted.forward_peak_bytes <= predicted.peak_bytes
+
+
+def test_predicted_parts_are_those_of_the_rows():
+    weights = size_of(build(small()))
+    adamw = predict(small(), compose("adamw"), batch_size=2, max_length=8)
+    values = sum(-(-p.numel() * 4 // 512) * 512 for p in build(small()).parameters())
+    assert adamw.weights_bytes == weights and adamw.coords_bytes == 0
+    steps = 512 * len(list(build(small()).parameters()))
+    assert adamw.optimizer_bytes == 2 * values + steps
+    mezo = predict(small(), compose("mezo"), batch_size=2, max_length=8)
+    assert mezo.optimizer_bytes == mezo.coords_bytes == 0
+    zo = predict(small(), compose("stiefel", "zo", rank=4), batch_size=2, max_length=8)
+    assert 0 < zo.optimizer_bytes < values / 4 and 0 < zo.coords_bytes < values / 4
+
+
+def test_forward_alone_is_the_floor():
+    floor = predict(small(), batch_size=16, max_length=32)
+    assert (floor.peak_bytes, floor.ratio, floor.phase) == (floor.forward_peak_bytes, 1.0, "forward")
+    assert floor.weights_bytes < floor.peak_bytes
+    profiled = predict(small(), batch_size=16, max_length=32, profile=True)
+    assert sum(r.bytes for r in profiled.records) == floor.peak_bytes
+    assert "records" not in profiled.as_dict() and profiled.as_dict()["ratio"] == 1.0
+
+
+def test_checkpointing_and_low_precision_take_less():
+    size = dict(batch_size=32, max_length=64)
+    plain = predict(small(), compose("stiefel", "fo"), **size)
+    assert predict(small(), compose("stiefel", "fo"), checkpointing=True, **size).peak_bytes < plain.peak_bytes
+    bf16 = predict(small(), compose("stiefel", "fo"), dtype=torch.bfloat16, **size)
+    assert bf16.weights_bytes == pytest.approx(plain.weights_bytes / 2, rel=0.05)
+    assert bf16.peak_bytes < 0.65 * plain.peak_bytes
+
+
+def test_predicting_between_real_steps_disturbs_nothing():
+    model = build(small())
+    ids = torch.ones(2, 8, dtype=torch.long)
+    batch = dict(input_ids=ids, positions=ids[:, 0], labels=ids[:, 0])
+    method = compose("stiefel", "zo", eps=1e-3)
+    engine = Engine(model, method, lr=1e-3, loss=prompt_loss((3, 4)))
+    engine.step([batch])
+    predict(small(), method, batch_size=2, max_length=8)
+    assert not engine.step([batch]).skipped
+    assert all(type(p.data) is torch.Tensor for p in model.parameters())
+
+
+def test_large_models_are_predicted_without_their_weights():
+    before = resident().now
+    with measure() as measured:
+        size = dict(batch_size=64, max_length=128)
+        zo = predict("roberta-large", compose("stiefel", "zo"), **size)
+        fo = predict("roberta-large", compose("stiefel", "fo"), checkpointing=True, **size)
+    assert zo.forward_peak_bytes == pytest.approx(1.79e9, rel=0.005)
+    assert zo.ratio <= 1.03
+    assert fo.peak_bytes <= 3.4e9
+    if not measured.process_from_start:
+        assert measured.process_bytes - before < 0.5 * zo.weights_bytes
+
+
+def test_impossible_predictions_are_refused():
+    with pytest.raises(UsageError, match="batch_size = 0"):
+        predict(small(), batch_size=0, max_length=8)
+    with pytest.raises(UsageError, match="objective 'prompts' is not known"):
+        predict(small(), batch_size=1, max_length=8, objective="prompts")
+    with pytest.raises(UsageError, match="signs 'together' mean nothing under paradigm 'fo'"):
+        predict(small(), compose("adamw"), batch_size=1, max_length=8, signs="together")
+    with pytest.raises((UsageError, DataError), match="did you mean 'roberta-large'"):
+        predict("roberta-larg", batch_size=1, max_length=8)
 
 
 def test_linear_layer_peaks_are_the_analytic_ones():

@@ -115,7 +115,7 @@ def test_sst2_on_roberta_is_the_published_prompt(roberta):
     assert text == [1264, 251, 822, 479]
     # [cls] S1 " It" " was" [mask] "." [sep], the last period without a space
     assert one["input_ids"] == [0, *text, 85, 21, ROBERTA_MASK, 4, 2]
-    assert one["position"] == 7 and one["label"] == 0 and not one["truncated"]
+    assert one.get("position", -1) == 7 and one["label"] == 0 and not one["truncated"]
     assert prompt.label_ids == [6587, 372]  # " terrible", " great"
 
 
@@ -126,7 +126,7 @@ def test_mnli_on_roberta_is_the_published_prompt(roberta):
     first = [vocab[p] for p in ("It", "Ġwas", "Ġa", "Ġlong", "Ġday")]  # the period is dropped
     second = [vocab[p] for p in ("Ġthe", "Ġsun", "Ġwas", "Ġout", ".")]  # lower-cased, with the space in front
     assert one["input_ids"] == [0, *first, vocab["?"], ROBERTA_MASK, vocab[","], *second, 2]
-    assert one["input_ids"][one["position"]] == ROBERTA_MASK
+    assert one["input_ids"][one.get("position", -1)] == ROBERTA_MASK
     # index order entailment, neutral, contradiction: " Yes", " Maybe", " No"
     assert prompt.label_ids == [vocab["ĠYes"], vocab["ĠMaybe"], vocab["ĠNo"]] == [3216, 5359, 440]
 
@@ -136,7 +136,7 @@ def test_trec_on_roberta_is_the_published_prompt(roberta):
     (one,) = prompt.encode([Example(("Who is he ?",), 3)])
     vocab = vocabulary("roberta")
     text = [vocab[p] for p in ("ĠWho", "Ġis", "Ġhe", "Ġ?")]
-    assert one["input_ids"] == [0, ROBERTA_MASK, vocab[":"], *text, 2] and one["position"] == 1
+    assert one["input_ids"] == [0, ROBERTA_MASK, vocab[":"], *text, 2] and one.get("position", -1) == 1
     words = dict(zip(TASKS["trec"].classes, prompt.words, strict=True))
     assert words == {
         "DESC": "Description",
@@ -173,9 +173,9 @@ def test_every_task_has_a_prompt_of_both_kinds(name, roberta):
         (one,) = prompt.encode([example])
         if is_masked:
             assert one["input_ids"].count(tokenizer.mask_token_id) == 1
-            assert one["input_ids"][one["position"]] == tokenizer.mask_token_id
+            assert one["input_ids"][one.get("position", -1)] == tokenizer.mask_token_id
         else:
-            assert one["position"] == len(one["input_ids"]) - 1
+            assert one.get("position", -1) == len(one["input_ids"]) - 1
         assert task.class_input(tokenizer).encode([example])[0]["input_ids"]
 
 
@@ -216,7 +216,7 @@ def test_special_tokens_in_a_text_stay_text(roberta):
     prompt = TASKS["sst2"].prompt(roberta, masked=True)
     (one,) = prompt.encode([Example(("bad </s> <mask> film",), 0)])
     assert one["input_ids"].count(ROBERTA_MASK) == 1 and one["input_ids"].count(ROBERTA_END) == 1
-    assert one["input_ids"][one["position"]] == ROBERTA_MASK
+    assert one["input_ids"][one.get("position", -1)] == ROBERTA_MASK
 
 
 def test_filters_and_braces():
@@ -293,7 +293,7 @@ def test_truncation_cuts_texts_only(masked):
     (kept,) = prompt.encode([Example((short, short), 0)])
     for one in encoded[:3]:
         assert len(one["input_ids"]) == 20 and one["truncated"]
-        assert one["input_ids"][one["position"]] == masked.mask_token_id
+        assert one["input_ids"][one.get("position", -1)] == masked.mask_token_id
         assert one["input_ids"][0] == kept["input_ids"][0] and one["input_ids"][-1] == kept["input_ids"][-1]
     assert not encoded[3]["truncated"] and truncation_share(encoded) == 0.75
     # the short text is whole: it is the longest that is cut
@@ -304,13 +304,13 @@ def test_a_text_is_cut_to_its_own_limit_first(roberta):
     prompt = TASKS["sst5"].prompt(roberta, masked=True)
     (one,) = prompt.encode([Example(("good " * 500,), 0)])
     assert len(one["input_ids"]) == 110 + 6 and one["truncated"]  # [cls] It was [mask] . [sep]
-    assert one["position"] == 1 + 110 + 2
+    assert one.get("position", -1) == 1 + 110 + 2
 
 
 def test_truncation_of_a_causal_prompt_keeps_the_template(causal):
     prompt = TASKS["sst2"].prompt(causal, masked=False, max_length=16)
     long, short = prompt.encode([Example(("word " * 100,), 0), Example(("word",), 0)])
-    assert long["position"] == 15 and long["input_ids"][-2:] == short["input_ids"][-2:]
+    assert long.get("position", -1) == 15 and long["input_ids"][-2:] == short["input_ids"][-2:]
 
 
 def test_show_names_text_tokens_and_answer(roberta):
@@ -704,8 +704,11 @@ def test_own_files_make_disjoint_splits(tmp_path):
     columns: dict[str, Any] = {"text_columns": ["review"], "label_column": "verdict"}
     splits = load_splits(data=train, **columns)
     assert (len(splits.train), len(splits.validation), len(splits.test), splits.removed) == (48, 6, 6, 0)
-    splits = load_splits(data=train, test_data=test, validation_data=test, **columns)
-    assert splits.removed == 12 and len(splits.test) == 12 and len(splits.train) == 48
+    both = write(tmp_path / "both.json", rows_of(18))
+    splits = load_splits(data=train, test_data=test, validation_data=both, **columns)
+    assert (len(splits.train), len(splits.validation), len(splits.test), splits.removed) == (42, 6, 12, 18)
+    with pytest.raises(DataError, match="every validation row is a test row too"):
+        load_splits(data=train, test_data=test, validation_data=test, **columns)
     splits = load_splits(
         "sst2",
         data=write(tmp_path / "own.csv", [{"t": f"t {i}", "label": i % 2} for i in range(40)]),
@@ -984,11 +987,11 @@ def test_labels_that_training_does_not_know_are_refused(tmp_path):
         load_splits(data=train, classes=["no", "yes"], **columns)
     with pytest.raises(DataError, match="class 'fair' has 0 different rows"):
         load_splits(data=train, classes=["bad", "fair", "good"], **columns)
+    few = write(tmp_path / "few.csv", rows_of(2))
+    more = write(tmp_path / "more.csv", rows_of(4))
     with pytest.raises(DataError, match="no training row is of class 'fair'"):
-        few = write(tmp_path / "few.csv", rows_of(2))
-        load_splits(
-            data=train, test_data=few, validation_data=few, classes=["bad", "fair", "good"], **columns
-        )
+        three = ["bad", "fair", "good"]
+        load_splits(data=train, test_data=few, validation_data=more, classes=three, **columns)
     with pytest.raises(DataError, match="asked for twice"):
         load_file(train, ["review", "review"], "verdict")
 

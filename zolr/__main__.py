@@ -1,5 +1,6 @@
 """`python -m zolr`: the command line."""
 
-from zolr.cli import run
+from zolr.cli import run as main
 
-run()
+if __name__ == "__main__":
+    main()

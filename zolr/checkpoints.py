@@ -103,7 +103,7 @@ def load(folder: str | Path) -> dict[str, Any]:
     Raises:
         StorageError: it is missing, incomplete or damaged; the message says which part.
     """
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
     folder = Path(folder)
     try:
@@ -116,7 +116,10 @@ def load(folder: str | Path) -> dict[str, Any]:
         path = folder / _TENSORS
         if _file_digest(path) != manifest["files"][_TENSORS]["sha256"]:
             raise StorageError(f"checkpoint {folder} is damaged: {_TENSORS} does not match its hash")
-        return _decode(manifest["tree"], load_file(path))
+        with safe_open(path, framework="pt") as file:
+            # copies, because the file's own memory is not aligned as torch aligns its tensors, and rounding depends on that
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        return _decode(manifest["tree"], tensors)
     except StorageError:
         raise
     except OSError as error:
@@ -173,7 +176,9 @@ def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
             raise StorageError(f"{where} has dtype {value.dtype}, which a checkpoint cannot hold")
         name = str(len(tensors))
         tensors[name] = value.detach()
-        return {"tensor": name}
+        # rounding depends on the order in which a kernel walks a tensor, so a transposed one must come back transposed
+        permuted = value.dim() > 1 and not value.is_contiguous() and torch.empty_like(value).stride() == value.stride()
+        return {"tensor": [name, list(value.stride()) if permuted else None]}
     if isinstance(value, Mapping):  # pairs, not a JSON object: keys may be integers, as in torch.optim's states
         items = [[_encode(k, tensors, where), _encode(v, tensors, f"{where}.{k}")] for k, v in value.items()]
         return {"dict": items}
@@ -192,7 +197,8 @@ def _decode(tree: Any, tensors: dict[str, Tensor]) -> Any:
         return tree
     ((kind, content),) = tree.items()
     if kind == "tensor":
-        return tensors[content]
+        name, stride = content
+        return tensors[name] if stride is None else torch.empty_strided(tensors[name].shape, stride, dtype=tensors[name].dtype).copy_(tensors[name])
     if kind == "float":
         return float.fromhex(content)
     if kind == "dict":

@@ -16,7 +16,7 @@ from zolr.keys import Key
 from zolr.methods import Method
 from zolr.projectors.dependent import Dependent
 from zolr.projectors.identity import Identity
-from zolr.spectra import Moments, Spectrum
+from zolr.spectra import Moments, Sketch, Spectrum
 from zolr.subspaces import rebuild
 from zolr.tuning import Tuning, tune
 from zolr.variables import Realization, Variable, attach, detach
@@ -143,6 +143,10 @@ class Engine:
             raise UsageError(f"paradigm '{method.paradigm}' needs a learning rate; give lr")
         if weight_decay < 0 or (clip is not None and not clip > 0):
             raise UsageError(f"weight_decay = {weight_decay} and clip = {clip} must not be negative")
+        if realization == "inplace" and getattr(method.estimator, "signs", "sequence") == "together":
+            raise UsageError("realization 'inplace' holds one sign at a time; use signs 'sequence', or realization 'auto'")
+        if method.dense and clip is not None:
+            raise UsageError(f"clip = {clip} needs all gradients at once, a dense method has one; leave clip out")
         self.model, self.method, self.seed = model, method, seed
         self.key = Key(seed)
         self.weight_decay, self.clip, self.guard = weight_decay, clip, guard
@@ -158,11 +162,20 @@ class Engine:
         self._check_rank(model, predicate)
         self.variables = attach(model, predicate, realization)
         self.trained_share = sum(v.weight.numel() for v in self.variables) / total
-        self._open_windows()
-        self.optimizer = method.optimizer.build([v.value for v in self.variables], lr or 1.0)
         self.base_lr = lr
         self._schedule = schedule
         self._scheduler: Any = None
+        self._refreshed_at = 0
+        try:
+            self._begin(check)
+        except BaseException:
+            detach(model, self._trainable)  # a run that never began leaves the model as it was
+            raise
+
+    def _begin(self, check: Any) -> None:
+        method, clip = self.method, self.clip
+        self._open_windows()
+        self.optimizer = method.optimizer.build([v.value for v in self.variables], self.base_lr or 1.0)
         self._set_schedule()
         # a direction as large as a weight is applied one weight at a time, so that one of them is alive
         self.streams = method.dense or (
@@ -196,7 +209,7 @@ class Engine:
         return self._projector(variable).draw(
             variable.shape,
             self.key.fold_in("subspace", variable.window + 1, variable.name),
-            like=variable.weight.data if variable.weight.dtype.itemsize >= 4 else variable.value.data.float()[:0],
+            like=variable.weight.data,
             previous=None if variable.window < 0 else variable.subspace,
             spectrum=self._spectra.get(variable.name),
         )
@@ -208,7 +221,8 @@ class Engine:
                 continue
             name = variable.name
             projector = self._projector(variable)
-            if isinstance(projector, Dependent) and name in self._moments:
+            if name in self._moments:
+                assert isinstance(projector, Dependent)
                 learned = projector.learn(
                     self._spectra.get(name),
                     variable.subspace,
@@ -233,6 +247,34 @@ class Engine:
             return
         for group in self.optimizer.param_groups:
             group["params"] = [after if p is before else p for p in group["params"]]
+
+    @property
+    def _watches(self) -> bool:
+        projector = self.method.projector
+        return isinstance(projector, Dependent) and projector.source == "activations"
+
+    @torch.no_grad()
+    def _watch(self, batches: Sequence[Any]) -> int:
+        """Estimate spectra from the inputs of every linear site on these batches."""
+        projector = self.method.projector
+        assert isinstance(projector, Dependent)
+        named = projector.named * projector.rank
+        sketches = {}
+        for variable in self.variables:
+            if not variable.is_full:
+                key = self.key.fold_in("sketch", variable.name)
+                sketches[variable.name] = Sketch(variable.shape[1], named + 8, key, variable.value)
+                variable.watch = sketches[variable.name].add
+        try:
+            mean_loss(lambda batch: self._loss(self.model, batch), batches)
+        finally:
+            for variable in self.variables:
+                variable.watch = None
+        for name, sketch in sketches.items():
+            spectrum = sketch.spectrum(named)
+            if spectrum is not None:
+                self._spectra[name] = spectrum
+        return len(batches)
 
     def fold(self) -> None:
         """`W <- decay * W + lift(value)` and `value <- 0` everywhere; the model's output does not change."""
@@ -259,12 +301,16 @@ class Engine:
 
     def _step(self, batches: Sequence[Any]) -> Info:
         forwards = 0
-        if self._tune:
-            forwards += self._choose(batches)
         every = self.method.refresh_every
-        refreshed = bool(every and self.step_count and self.step_count % every == 0)
+        refreshed = bool(every and self.step_count % every == 0 and self.step_count != self._refreshed_at)
+        if self._watches and (refreshed or not self._spectra):
+            forwards += self._watch(batches)
+            refreshed = True
         if refreshed:
             self.refresh()
+            self._refreshed_at = self.step_count  # a skipped step comes again, its window does not
+        if self._tune:
+            forwards += self._choose(batches)
         key = self.key.fold_in("step", self.step_count)
         lr = float(self.optimizer.param_groups[0]["lr"])
         received: list[tuple[Variable, Tensor]] = []
@@ -336,7 +382,7 @@ class Engine:
 
     def _observe(self, variable: Variable, gradient: Tensor) -> None:
         projector = self.method.projector
-        if isinstance(projector, Dependent) and not variable.is_full:
+        if isinstance(projector, Dependent) and projector.source == "gradients" and not variable.is_full:
             seen = self._moments.get(variable.name)
             self._moments[variable.name] = projector.observe(variable.subspace, seen, gradient)
 
@@ -508,6 +554,7 @@ class Engine:
         return {
             "version": 1,
             "step": self.step_count,
+            "refreshed_at": self._refreshed_at,
             "seed": self.seed,
             "lr": [float(group["lr"]) for group in self.optimizer.param_groups],
             "base_lr": self.base_lr,
@@ -552,7 +599,7 @@ class Engine:
             if "spectrum" in saved:
                 s = saved["spectrum"]
                 self._spectra[v.name] = Spectrum(s["vectors"], s["values"], float(s["rest"]))
-        self.step_count = state["step"]
+        self.step_count, self._refreshed_at = state["step"], state["refreshed_at"]
         if self._scheduler is not None and state["scheduler"] is not None:
             self._scheduler.load_state_dict(state["scheduler"])
         for group, lr in zip(self.optimizer.param_groups, state["lr"], strict=True):

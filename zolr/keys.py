@@ -71,7 +71,9 @@ class Key:
 
     def integer(self) -> int:
         """64-bit integer that stands for the whole name (blake2b of seed and path)."""
-        text = "/".join([str(self.seed), *(f"{type(p).__name__[0]}:{p}" for p in self.path)])
+        # a slash inside a part is escaped, so that no two names read the same
+        parts = (f"{type(p).__name__[0]}:{p}".replace("%", "%25").replace("/", "%2F") for p in self.path)
+        text = "/".join([str(self.seed), *parts])
         return name_hash(text)
 
     def generator(self) -> torch.Generator:

@@ -327,6 +327,7 @@ def predict(
         assumptions = (
             f"{batch_size} x {max_length} tokens a micro-batch, weights in {str(dtype).removeprefix('torch.')}",
             f"{net.config._attn_implementation} attention, fused where the kernel exists; dropout 0",
+            "rows are padded; the optimizer holds temporaries of one tensor at a time (not foreach)",
             "bytes of live tensors; allocator cache, kernel workspaces and the CUDA context come on top",
         )
         if method is None:

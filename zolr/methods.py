@@ -141,7 +141,7 @@ _ROWS = (
         "directions sampled by the spectrum of the gradient's second moment, the instance-dependent optimum",
         {
             "fo": Method(Backprop(), Dependent(rank=16), ADAMW, Reset(), 100),
-            "zo": Method(Spsa(law="gaussian"), Dependent(rank=4, alpha=0.2), SGD, Reset(), 500),
+            "zo": Method(Spsa(), Dependent(rank=4, alpha=0.2, source="activations"), ZO_ADAMW, Reset(), 500),
         },
         "P = [sqrt(1/pi_i) q_i], pi_i = min(1, sqrt(sigma_i)/lambda), sum pi = r, E[GᵀG] = Q diag(sigma) Qᵀ",
         "arXiv 2603.20632",
@@ -293,6 +293,10 @@ def compose(
             result = replace(result, refresh_every=100)
     if estimator is not None:
         cls = _lookup("estimator", ESTIMATORS, estimator)
+        if paradigm is not None and cls.paradigm != paradigm:
+            raise UsageError(
+                f"estimator '{estimator}' belongs to paradigm '{cls.paradigm}', not to '{paradigm}'; name one of the two"
+            )
         if type(result.estimator) is not cls:
             result = replace(result, estimator=cls(**_shared(result.estimator, cls)))
     result = replace(

@@ -378,7 +378,7 @@ def _prepare(config: Any, kind: str, dropout: float | None) -> None:
 def _nearest(name: str) -> str:
     known = [*PRESETS, "demo", *(p.hub for p in PRESETS.values() if p.hub)]
     near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
+    return f" (did you mean '{near[0]}'?)" if near else ""
 
 
 def _locate(name: str) -> tuple[str, bool]:
@@ -440,7 +440,7 @@ def _plain_errors(name: str, remote: bool) -> Iterator[None]:
             raise DataError(f"model folder '{name}' cannot be read: {reason}") from error
         way_out = f"use a folder, a preset ({', '.join(PRESETS)}) or 'demo'"
         if {"LocalEntryNotFoundError", "OfflineModeIsEnabled"} & set(causes) or "connect" in reason:
-            what = f"is not a folder or preset{_nearest(name)} and the hub cannot be reached"
+            what = f"is not a folder or preset{_nearest(name)}, and the hub cannot be reached"
             raise DataError(f"model '{name}' {what}; {way_out}") from error
         if "GatedRepoError" in causes:
             raise DataError(f"model '{name}' is gated; accept its terms on the hub and log in") from error

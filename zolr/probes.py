@@ -4,6 +4,7 @@ Every law has `E[z zᵀ] = I` over all entries together, so that `E[slope * z]` 
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod, sqrt
 
@@ -16,6 +17,17 @@ from zolr.keys import SIGNS_PER_COUNTER, Key, name_hash
 BLOCK = 1 << 20  # entries of a space too large to be drawn whole are drawn in blocks of this many
 
 LAWS = ("rademacher", "gaussian", "sphere")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Factorizations on one thread: with several the bits of QR depend on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
@@ -87,7 +99,9 @@ class Layout:
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Cut a flat draw `(..., length)` into one tensor a space."""
         return {
-            s.name: flat[..., self.offsets[s.name] : self.offsets[s.name] + s.size].unflatten(-1, s.shape)
+            s.name: flat[..., self.offsets[s.name] : self.offsets[s.name] + s.size].reshape(
+                flat.shape[:-1] + s.shape
+            )
             for s in self.spaces
             if not s.blocked
         }
@@ -139,7 +153,8 @@ class Probe:
     def __call__(self, name: str, rows: slice = slice(None)) -> Tensor:
         """The part of the direction in one space, float32; `rows` picks a block along its first axis."""
         if name in self._parts:
-            return self._parts[name][rows]
+            part = self._parts[name]
+            return part[rows] if part.dim() else part
         shape = self._shapes[name]
         if self.law != "rademacher":
             return self._host_draw(name, shape, rows)
@@ -162,7 +177,8 @@ class Combination:
 
     def __call__(self, name: str, rows: slice = slice(None)) -> Tensor:
         """The part of the direction in one space."""
-        return self._parts[name][rows]
+        part = self._parts[name]
+        return part[rows] if part.dim() else part
 
 
 def orthonormal(layout: Layout, count: int, key: Key) -> list[Combination]:
@@ -182,7 +198,8 @@ def orthonormal(layout: Layout, count: int, key: Key) -> list[Combination]:
         torch.cat([key.fold_in("orthonormal", i, s.name).normal(s.shape).flatten() for s in layout.spaces])
         for i in range(count)
     ]
-    q, upper = torch.linalg.qr(torch.stack(columns, dim=1))  # (size, count), (count, count)
+    with one_thread():
+        q, upper = torch.linalg.qr(torch.stack(columns, dim=1))  # (size, count), (count, count)
     q = q * (upper.diagonal().sign() * sqrt(layout.size))  # QR alone is not Haar: fix the signs (Mezzadri 2007)
     directions = []
     for column in q.to(layout.device).unbind(1):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zolr.keys import Key
+from zolr.probes import one_thread
 
 
 def inclusion_probabilities(sigma: Tensor, rank: int) -> Tensor:
@@ -87,6 +88,7 @@ class Spectrum:
         eye = torch.eye(basis.shape[1], dtype=torch.float64)
         return cross * (self.values - self.rest) @ cross.mT + self.rest * eye
 
+    @one_thread()
     def updated(self, basis: Tensor, moment: Tensor, named: int, rate: float = 1.0) -> "Spectrum":
         """The estimate that agrees with what was seen in a subspace, changed no more than that needs.
 
@@ -130,6 +132,50 @@ class Spectrum:
 def isotropic(n: int, mean: float, like: Tensor) -> Spectrum:
     """The estimate of one who has only seen the size of the gradient: all directions alike."""
     return Spectrum(like.new_zeros(n, 0), torch.zeros(0, dtype=torch.float64), mean)
+
+
+class Sketch:
+    """Spectrum of the second moment `sum_t x_t x_tᵀ` of vectors seen once, without forming the `(n, n)` matrix.
+
+    Keeps `Y = sum_t x_t (x_tᵀ Ω)` for a Gaussian `Ω (n, size)` and reads the spectrum off the Nystrom approximation
+    `Y (Ωᵀ Y)⁻¹ Yᵀ`.
+
+    Args:
+        n: length of the vectors.
+        size: columns of the sketch; a few more than the eigenpairs wanted.
+        key: name of `Ω`.
+        like: its device is that of the vectors.
+
+    Reference: Tropp et al., Fixed-rank approximation of a positive-semidefinite matrix from streaming data (2017).
+    """
+
+    def __init__(self, n: int, size: int, key: Key, like: Tensor) -> None:
+        self.omega = torch.linalg.qr(key.normal((n, min(size, n))))[0].to(like.device)  # (n, size)
+        self.seen = torch.zeros_like(self.omega)
+        self.trace = torch.zeros((), device=like.device)
+
+    def add(self, x: Tensor) -> None:
+        """Add vectors `(..., n)`."""
+        x = x.detach().flatten(0, -2).float()
+        self.seen += x.mT @ (x @ self.omega)
+        self.trace += x.square().sum()
+
+    def spectrum(self, named: int) -> "Spectrum | None":
+        """The leading eigenpairs and the mean of all other eigenvalues; None if nothing but zeros was seen."""
+        seen, omega = self.seen.double().cpu(), self.omega.double().cpu()
+        trace = float(self.trace)
+        if not 0 < trace < float("inf"):
+            return None
+        shift = 1e-7 * float(seen.norm())  # keeps the Cholesky factor of a singular sketch real
+        shifted = seen + shift * omega
+        core = omega.mT @ shifted
+        factor = torch.linalg.cholesky((core + core.mT) / 2)
+        left = torch.linalg.solve_triangular(factor, shifted.mT, upper=False).mT
+        vectors, singular, _ = torch.linalg.svd(left, full_matrices=False)
+        values = (singular.square() - shift).clamp_min(0)
+        n, keep = seen.shape[0], min(named, len(values))
+        rest = max(trace - float(values[:keep].sum()), 0.0)
+        return Spectrum(vectors[:, :keep].float(), values[:keep], rest / (n - keep) if n > keep else 0.0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -93,7 +93,7 @@ class Full(Subspace):
         return grad
 
     def lift(self, coords: Tensor, rows: Rows = slice(None)) -> Tensor:
-        return coords[rows]
+        return coords[rows] if coords.dim() else coords
 
     def apply(self, x: Tensor, coords: Tensor) -> Tensor:
         return x @ coords.mT
@@ -111,18 +111,23 @@ def _overlap(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         `(r, s)` matrix `R` with `B_old @ R` the coordinates of the orthogonal projection of `B_old oldᵀ` on the span
-        of `new`, and the `(r, s)` weights, columns summing to 1, that average second moments.
+        of `new`, and the `(r, s)` weights, columns summing to 1 for bases of equal lengths, that average second
+        moments. Both are the identity when the bases are the same, orthogonal or not.
     """
     cross = old.mT @ new  # (r, s)
-    gram = new.mT @ new  # (s, s)
-    coords = torch.linalg.lstsq(gram, cross.mT).solution.mT  # (r, s): cross @ gram^-1, also when new is singular
-    cosines = cross / (old.norm(dim=0)[:, None] * new.norm(dim=0)).clamp_min(torch.finfo(cross.dtype).tiny)
-    squared = cosines.square()
-    total = squared.sum(0)
-    uniform = torch.full_like(squared, 1 / len(squared))
-    weights = torch.where(total > torch.finfo(cross.dtype).eps, squared / total.clamp_min(1e-30), uniform)
+    # a pseudo-inverse: columns may depend on each other, or be zero where a padding row was cut out
+    coords = cross @ torch.linalg.pinv(new.mT @ new, hermitian=True)  # (r, s)
+    # a gradient seen as g in the old basis is g @ turn in the new one, as far as it lies in the old span
+    turn = torch.linalg.pinv(old.mT @ old, hermitian=True) @ cross  # (r, s)
+    lengths = old.square().sum(0)[:, None]  # (r, 1)
+    seen = lengths > 0
+    squared = turn.square() * lengths  # (r, s): squared cosines times the squared lengths of the new axes
+    share = squared / squared.sum(0).clamp_min(torch.finfo(cross.dtype).tiny)
+    uniform = (seen.to(cross) / seen.sum().clamp_min(1)).expand_as(cross)
+    size = new.square().sum(0)  # (s,)
+    weights = torch.where(squared.sum(0) > torch.finfo(cross.dtype).eps * size, share, uniform)
     # a second moment of gradients scales with the square of the basis it was taken in
-    scale = new.square().sum(0) / old.square().sum(0).clamp_min(torch.finfo(cross.dtype).tiny)[:, None]
+    scale = torch.where(seen, size / lengths, torch.zeros_like(cross))
     return coords, weights * scale
 
 

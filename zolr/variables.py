@@ -90,6 +90,7 @@ class Variable:
         self.decay = 1.0
         self.moved = False
         self.touched = False
+        self.watch: Callable[[Tensor], None] | None = None  # sees the inputs of every linear site
         self._point: Tensor | None = None
         self._rows: tuple[Callable[[slice], Tensor], float] | None = None
         self._plain = True
@@ -248,6 +249,10 @@ class Variable:
     @torch.no_grad()
     def _walk(self, shift: Shift, scale: float) -> None:
         weight = self.weight.data.t() if self.transposed else self.weight.data
+        if not self.shape:
+            weight += scale * shift if isinstance(shift, Tensor) else 0
+            return
+        scale = scale / self.decay  # the forward multiplies the weight, and what is walked with it, by the decay
         for rows in row_blocks(self.shape):
             if self.is_full:
                 part = shift[rows] if isinstance(shift, Tensor) else shift(rows)
@@ -278,7 +283,7 @@ class Variable:
                 if self.frozen_row is not None and rows.start <= self.frozen_row < rows.stop:
                     part = part.clone()
                     part[self.frozen_row - rows.start] = 0
-                oriented[rows] += (scale * part.to(self.dtype)).to(weight.dtype)
+                oriented[rows] += (scale * part).to(weight.dtype)
             return weight
         if point is None:
             return None if self.decay == 1.0 else self.weight * self.decay
@@ -408,6 +413,8 @@ def _attached(cls: type[nn.Module]) -> type[nn.Module]:
         bindings: dict[str, tuple[Variable, Kind]] = self.__dict__[_BINDINGS]
         for name, (variable, kind) in bindings.items():
             variable.touched = True
+            if variable.watch is not None and kind in ("linear", "conv1d") and args:
+                variable.watch(args[0])
             point = variable.point()
             if variable._rows is None and args and variable.prefers_side(kind, _tokens(args[0])):
                 side = variable, kind, point
@@ -541,7 +548,8 @@ def shifted(
         for variable in variables:
             name = variable.name
             if variable.space.blocked:
-                shift: Shift = lambda rows, name=name: direction(name, rows)  # noqa: E731
+                dtype = variable.value.dtype
+                shift: Shift = lambda rows, name=name, dtype=dtype: direction(name, rows).to(dtype)  # noqa: E731
             else:
                 shift = direction(name).to(variable.value.dtype)
             stack.enter_context(variable.shifted(shift, scale, plain=plain))

@@ -44,18 +44,26 @@ def run(
     for step, batch in enumerate(batches):
         if step % interval == 0:
             window = Key(seed).fold_in("subspace", step // interval)
-            v = {n: window.fold_in(n).normal((w.shape[1], rank)).double() for n, w in weights.items() if w.dim() == 2}
-        factors = gaussian({n: (w.shape[0], rank) if n in v else w.shape for n, w in weights.items()}, seed, step)
+            v = {
+                n: window.fold_in(n).normal((w.shape[1], rank)).double()
+                for n, w in weights.items()
+                if w.dim() == 2
+            }
+        factors = gaussian(
+            {n: (w.shape[0], rank) if n in v else w.shape for n, w in weights.items()}, seed, step
+        )
         probed = applied = direction(factors)
         if released_refresh_defect and step % interval == 0:
             probe_stream = torch.Generator().manual_seed(step)
-            for n, w in weights.items():
+            for n in weights:
                 if n in v:
                     v[n] = torch.randn(v[n].shape, generator=probe_stream).double()
                 factors[n] = torch.randn(factors[n].shape, generator=probe_stream).double()
             probed = direction(factors)
             update_stream = torch.Generator().manual_seed(step)
-            applied = direction({n: torch.randn(f.shape, generator=update_stream).double() for n, f in factors.items()})
+            applied = direction(
+                {n: torch.randn(f.shape, generator=update_stream).double() for n, f in factors.items()}
+            )
         plus = loss_at(model, loss, {n: w + eps * probed[n] for n, w in weights.items()}, batch)
         minus = loss_at(model, loss, {n: w - eps * probed[n] for n, w in weights.items()}, batch)
         slope = (plus - minus) / (2 * eps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -58,6 +59,7 @@ def run(settings: Compare) -> None:
     task = plans[0].task or Path(settings.data or "data").stem
     root = Path(settings.output) if settings.output else runs.free_folder(f"compare-{task}")
     runs.check_free(root, overwrite=False, resume=False)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the child is told, too
     rows = []
     for plan in plans:
         name = f"{plan.method}-{plan.paradigm}"
@@ -95,11 +97,17 @@ def _parsed(word: str) -> tuple[str, str | None]:
 def _raced(plan: Finetune) -> dict[str, Any]:
     """One run in a process of its own: memory of one method must not count for the next."""
     command = [sys.executable, "-m", "zolr", "finetune", *arguments(plan)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        said = done.stderr.strip().splitlines()
-        return {"error": said[-1] if said else f"ended with exit code {done.returncode}", "exit_code": done.returncode}
-    result = json.loads(done.stdout)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            out, said = child.communicate()
+        except BaseException:  # interrupted: the child saves and leaves too
+            child.terminate()
+            child.wait()
+            raise
+    if child.returncode:
+        lines = said.strip().splitlines()
+        return {"error": lines[-1] if lines else f"ended with exit code {child.returncode}", "exit_code": child.returncode}
+    result = json.loads(out)
     return {key: result[key] for key in ("metric", *SHOWN)}
 
 
@@ -124,13 +132,13 @@ def _print(rows: Sequence[dict[str, Any]], task: str) -> None:
     from zolr.cli.screen import size, table
 
     metric = next((row["metric"] for row in rows if "metric" in row), "metric")
-    columns = ("method", f"{metric} before", "after", "steps", "forwards", "tokens", "seconds", "peak (predicted)")
+    columns = ("method", f"{metric} before", "after", "steps", "forwards", "tokens", "seconds", "peak", "predicted")
     lines = []
     for row in rows:
         name = f"{row['method']}:{row['paradigm']}"
         if "error" in row:
-            lines.append((name, None, row["error"], *[None] * 5))
+            lines.append((name, None, row["error"], *[None] * 6))
             continue
-        peak = f"{size(row['peak_bytes_measured'])} ({size(row['peak_bytes_predicted'])})"
-        lines.append((name, *(row[key] for key in SHOWN[:5]), f"{row['seconds']:.1f}", peak))
+        peaks = size(row["peak_bytes_measured"]), size(row["peak_bytes_predicted"])
+        lines.append((name, *(row[key] for key in SHOWN[:5]), f"{row['seconds']:.1f}", *peaks))
     Console(highlight=False).print(table(f"{task}, each method in its own process", columns, lines))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from annotated_types import Ge
@@ -14,6 +14,9 @@ from zolr.cli import runs
 from zolr.cli.config import Settings, add, flag, resolve
 from zolr.cli.workload import DataChoice, Machine, Workload
 from zolr.errors import UsageError
+
+if TYPE_CHECKING:
+    from zolr.tasks import Example, Task
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,12 @@ def register(app: typer.Typer) -> None:
     add(app, "evaluate", Evaluate, run)
 
 
-def _of_run(settings: Evaluate, folder: Path):  # noqa: ANN202
+def _of_run(settings: Evaluate, folder: Path) -> tuple[Task, str, list[Example]]:
     """Task, head and examples of a finished run: its own test set unless other data are given."""
     from zolr.cli.finetune import Finetune
     from zolr.cli.workload import splits_of, task_from, words_of
-    from zolr.tasks import load_file
+    from zolr.tasks import find_task, load_file
+    from zolr.tasks.fewshot import cut
 
     saved = runs.read_json(folder / runs.TASK)
     task = task_from(saved["task"], folder / runs.TASK)
@@ -76,11 +80,10 @@ def _of_run(settings: Evaluate, folder: Path):  # noqa: ANN202
         if len(columns) != len(task.columns):
             raise UsageError(f"--text-column: the run reads {len(task.columns)} texts ({', '.join(task.columns)}); name as many")
         label = settings.label_column or trained.label_column or "label"
-        return task, saved["head"], load_file(settings.data, columns, label, task.classes)[0][: settings.eval_rows]
+        examples, _ = load_file(settings.data, columns, label, task.classes)
+        return task, saved["head"], cut(examples, settings.eval_rows)
     if settings.task is not None:
         choice = replace(settings, text_column=(), label_column=None)
-        from zolr.tasks import find_task
-
         other = find_task(settings.task)
         if other.classes != task.classes:
             raise UsageError(
@@ -89,16 +92,17 @@ def _of_run(settings: Evaluate, folder: Path):  # noqa: ANN202
             )
         return task, saved["head"], splits_of(choice, other, seed=trained.data_seed, k=None, train_rows=None, more={}).test
     choice = replace(trained, eval_rows=settings.eval_rows, data_dir=settings.data_dir or trained.data_dir)
-    known = None if trained.task is None else _named(trained.task)
+    known = None if trained.task is None else find_task(trained.task)
     files = {"validation_data": trained.validation, "test_data": trained.test}
     splits = splits_of(choice, known, seed=trained.data_seed, k=trained.k, train_rows=trained.train_rows, more=files)
     return task, saved["head"], splits.test
 
 
-def _of_model(settings: Evaluate):  # noqa: ANN202
+def _of_model(settings: Evaluate) -> tuple[Task, str, list[Example]]:
     """Task, head and examples for a model as it is, without training."""
     from zolr.cli.workload import splits_of, task_of, words_of
     from zolr.tasks import load_file, own_task
+    from zolr.tasks.fewshot import cut
 
     if settings.head == "classes":
         raise UsageError("--head classes would measure a head that was never trained; give a run folder, or use --head prompt")
@@ -107,15 +111,10 @@ def _of_model(settings: Evaluate):  # noqa: ANN202
         columns = settings.text_column or (task.columns if task else ("text",))
         examples, classes = load_file(settings.data, columns, settings.label_column or "label", task.classes if task else None)
         task = task or own_task(Path(settings.data).stem, columns, classes)
-        examples = examples[: settings.eval_rows]
+        examples = cut(examples, settings.eval_rows)
     else:
         assert task is not None
         examples = splits_of(settings, task, seed=settings.data_seed, k=None, train_rows=None, more={}).test
     words = words_of(settings.label_words, task.classes) if settings.label_words else None
     return task.changed(template=settings.template, words=words), settings.head, examples
 
-
-def _named(name: str):  # noqa: ANN202
-    from zolr.tasks import find_task
-
-    return find_task(name)

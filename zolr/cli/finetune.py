@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import cos, pi
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -204,7 +205,7 @@ class Finetune(Writing, Machine, Schedule, Composition, DataChoice, ModelChoice)
 
 def run(settings: Finetune, dry_run: bool) -> None:
     """Fine-tune a language model on a task or on your own file."""
-    from zolr.cli.screen import console
+    from zolr.cli.screen import console, size
 
     shown = console(settings.quiet)
     folder = Path(settings.output) if settings.output else runs.free_folder(settings.name)
@@ -223,6 +224,8 @@ def run(settings: Finetune, dry_run: bool) -> None:
     if dry_run:
         _rehearsed(job, settings)
         return
+    if job.predicted is not None:
+        shown.print(f"expected peak memory of a step: {size(job.predicted)}")
     with runs.claimed(folder, overwrite=settings.overwrite, resume=settings.resume) as place:
         result = job.train(place, shown)
     _present({**result, "folder": str(folder)}, settings)
@@ -255,7 +258,7 @@ def _rehearsed(job: Job, settings: Finetune) -> None:
     """What a dry run has found."""
     from zolr.cli.screen import size
 
-    found = {"truncated": job.truncated, "trained_share": job.engine.trained_share, "peak_bytes_predicted": job.predicted()}
+    found = {"truncated": job.truncated, "trained_share": job.engine.trained_share, "peak_bytes_predicted": job.predicted}
     if settings.json:
         print(json.dumps({**found, "settings": as_dict(job.settings)}, indent=2))
     else:
@@ -271,9 +274,9 @@ def _present(result: dict[str, Any], settings: Finetune) -> None:
 
     from zolr.cli.screen import size, table
 
-    columns = [f"{result['metric']} before", "after", "steps", "forwards", "tokens", "seconds", "peak (predicted)"]
+    columns = [f"{result['metric']} before", "after", "steps", "forwards", "tokens", "seconds", "peak", "predicted"]
     row = [result[key] for key in ("before", "after", "steps", "forwards", "tokens")]
-    row += [f"{result['seconds']:.1f}", f"{size(result['peak_bytes_measured'])} ({size(result['peak_bytes_predicted'])})"]
+    row += [f"{result['seconds']:.1f}", size(result["peak_bytes_measured"]), size(result["peak_bytes_predicted"])]
     title = f"{result['task']}, {result['method']} {result['paradigm']}: {result['rows']['test']} test rows"
     Console(highlight=False).print(table(title, columns, [row]))
     if "folder" in result:
@@ -318,6 +321,7 @@ class Job:
         if settings.checkpointing:
             models.checkpoint_activations(self.work.model)
         method = settings.composed()
+        self.select = settings.train or METHODS[settings.method or "stiefel"].train
         self.metric = "f1" if settings.objective == "f1" else task.metric
         self.notes = list(self.work.notes)
         self.engine: Engine = Engine(
@@ -325,7 +329,7 @@ class Job:
             method,
             lr=settings.learning_rate(method),
             loss=self.work.objective(settings.objective),
-            select=settings.train or METHODS[settings.method or "stiefel"].train,
+            select=self.select,
             seed=settings.seed,
             weight_decay=settings.weight_decay,
             schedule=schedule_of(settings.schedule, settings.warmup, settings.steps or 1),
@@ -385,9 +389,32 @@ class Job:
         second = next((e for e in self.splits.train if e.label != first.label), first)
         return [self.work.input.show(example) for example in (first, second)]
 
+    @cached_property
     def predicted(self) -> int | None:
-        """Peak bytes of a step as predicted before it is run, None where there is no predictor."""
-        return None
+        """Peak bytes of a step on the longest examples, as predicted without running one; None where that fails."""
+        import torch
+
+        from zolr.memory import predict
+
+        s = self.settings
+        try:
+            return predict(
+                self.work.model.config,  # pyright: ignore[reportArgumentType]
+                self.engine.method,
+                batch_size=self.batch_size,
+                max_length=max(len(one["input_ids"]) for one in self.train_set),
+                dtype=getattr(torch, s.dtype),
+                objective="classes" if s.head == "classes" else "prompt",
+                num_labels=len(self.work.task.classes),
+                accumulation=s.accumulate,
+                checkpointing=s.checkpointing,
+                select=self.select,
+                weight_decay=s.weight_decay,
+                clip=s.clip,
+            ).peak_bytes
+        except Exception as error:  # an operation that fake tensors cannot run must not stop a run that works
+            self.notes.append(f"note: no memory prediction ({type(error).__name__}: {error})")
+            return None
 
     def train(self, place: runs.RunFolder, shown: Any) -> dict[str, Any]:
         """Train, complete the run folder, and return what is in its `result.json`."""
@@ -403,7 +430,7 @@ class Job:
         try:
             # on resume too: the engine still has the first weights, and the model's answer to them does not change
             before = work.evaluate(self.test, self.batch_size)
-            with watching(shown, lambda: resident(work.device), settings.steps or 0) as screen:
+            with watching(shown, lambda: resident(work.device), 0, settings.steps or 0) as screen:
                 outcome = train(
                     self.engine,
                     self.batches,

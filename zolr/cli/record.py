@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -54,7 +54,7 @@ class Meter:
         return self._peak
 
     @contextmanager
-    def around(self, batches: list[Mapping[str, torch.Tensor]]) -> Iterator[None]:
+    def around(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[None]:
         """Count one step."""
         shape = max((tuple(batch["input_ids"].shape) for batch in batches), key=lambda s: s[0] * s[1])
         larger = shape[0] * shape[1] > self.shape[0] * self.shape[1]
@@ -106,7 +106,7 @@ def result_of(
         "tokens": progress.tokens,
         "tokens_seen": progress.tokens_seen,
         "seconds": round(progress.seconds, 3),
-        "peak_bytes_predicted": job.predicted(),
+        "peak_bytes_predicted": job.predicted,
         "peak_bytes_measured": meter.peak,
         "lr": job.engine.base_lr,
         "eps": getattr(job.engine.method.estimator, "eps", None),
@@ -159,7 +159,8 @@ def card(job: Job, result: Mapping[str, Any], memory: Mapping[str, Any]) -> str:
     s, work, metric = job.settings, job.work, result["metric"]
     method = job.engine.method
     pipeline = {"classes": "text-classification"}.get(s.head, "fill-mask" if _is_masked(job) else "text-generation")
-    reading = f"template: `{work.input.template}`, label words: {', '.join(work.task.words)}" if s.head == "prompt" else "classification head"
+    template = work.task.template if _is_masked(job) else work.task.causal_template
+    reading = f"template: `{template}`, label words: {', '.join(work.task.words)}" if s.head == "prompt" else "classification head"
     lines = [
         "---",
         "library_name: transformers",

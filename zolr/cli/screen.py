@@ -47,7 +47,7 @@ def number(value: Any) -> str:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     """A table with numbers to the right."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_header=any(columns))
+    made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_header=any(columns), padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
         numeric = any(isinstance(row[i], (int, float)) for row in rows)
         made.add_column(column, justify="right" if numeric else "left", overflow="fold")
@@ -64,9 +64,9 @@ class Screen:
         self._task: Any = None
         self._loss, self._drawn = 0.0, 0.0
 
-    def begin(self, steps: int) -> None:
+    def begin(self, step: int, steps: int) -> None:
         """Show the line."""
-        self._task = self._bar.add_task("", total=steps, text="")
+        self._task = self._bar.add_task("", total=steps, completed=step, text="")
 
     def stepped(self, progress: "Counters", info: "Info") -> None:
         """Move the line; the loss is a running mean, since one batch says little."""
@@ -97,17 +97,17 @@ class Screen:
 
 
 @contextmanager
-def watching(shown: Console, memory: Any, steps: int) -> Iterator[Screen]:
+def watching(shown: Console, memory: Any, step: int, steps: int) -> Iterator[Screen]:
     """A screen with its progress line.
 
     Args:
         memory: function giving live and peak bytes.
-        steps: where the run ends.
+        step, steps: where the run stands and where it ends.
     """
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
     # Drawn by a thread only where somebody looks: logs get the evaluations and not thousands of lines
     bar = Progress(*columns, console=shown, refresh_per_second=REFRESH, transient=True, disable=shown.quiet or not shown.is_terminal)
     with bar:
         screen = Screen(shown, bar, memory)
-        screen.begin(steps)
+        screen.begin(step, steps)
         yield screen

@@ -169,7 +169,7 @@ def task_from(saved: dict[str, Any], where: Path) -> Task:
 
     names = {f.name for f in fields(Task)}
     try:
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items() if key in names}
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items() if key in names}
         return Task(**values)
     except TypeError as error:
         raise DataError(f"{where} does not describe a task: {error}") from error

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -27,8 +28,10 @@ class OptimizerRule:
 
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS and not _is_torch_class(self.name):
+            close = get_close_matches(self.name, OPTIMIZERS, n=1, cutoff=0.4)
+            hint = f"did you mean '{close[0]}'? " if close else ""
             raise UsageError(
-                f"optimizer '{self.name}' is not known; use one of {', '.join(OPTIMIZERS)}, or a class of torch.optim"
+                f"optimizer '{self.name}' is not known; {hint}use one of {', '.join(OPTIMIZERS)}, or a class of torch.optim"
             )
 
     @property

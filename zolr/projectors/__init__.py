@@ -4,8 +4,6 @@ Convention: a projector is scaled so that `E[lift(project(G))] = c G` with `c = 
 mean the same thing in every subspace and at every rank.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from zolr.errors import UsageError
 from zolr.keys import Key
+from zolr.probes import one_thread
 from zolr.spectra import Spectrum
 from zolr.subspaces import Left, Right, Subspace
 
@@ -75,17 +74,6 @@ def one_sided(side: Side, shape: tuple[int, ...], basis: Tensor) -> Subspace:
 def projected_length(side: Side, shape: tuple[int, ...]) -> int:
     """Length of the dimension that is projected."""
     return shape[1] if is_right(side, shape) else shape[0]
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Factorizations on one thread: with several the bits of QR depend on their number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def working_dtype(like: Tensor) -> torch.dtype:

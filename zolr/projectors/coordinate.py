@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zolr.keys import Key
-from zolr.projectors import Side, check_rank, check_side, one_sided, projected_length
+from zolr.projectors import Side, check_rank, check_side, one_sided, projected_length, working_dtype
 from zolr.subspaces import Subspace
 
 
@@ -42,6 +42,6 @@ class Coordinate:
         """Draw the subspace of one weight."""
         n = projected_length(self.side, shape)
         r = min(self.rank, n)
-        basis = torch.zeros(n, r)
+        basis = torch.zeros(n, r, dtype=working_dtype(like))
         basis[key.permutation(n)[:r], torch.arange(r)] = sqrt(self.c * n / r)
         return one_sided(self.side, shape, basis.to(like))

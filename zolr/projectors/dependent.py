@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zolr.errors import UsageError
 from zolr.keys import Key
+from zolr.probes import one_thread
 from zolr.projectors import (
     Side,
     check_rank,
@@ -31,11 +32,16 @@ class Dependent:
     those marginals, `P = [ sqrt(c / pi_i) q_i ]` for i in J. Then `E[P Pᵀ] = c I` and
     `E‖G P Pᵀ‖² = c² sum_i sigma_i / pi_i` is the least that any rank-r law can have. A flat spectrum gives `stiefel`.
 
-    `Sigma` is not known and not formed. Each window shows the r by r block that it saw; the running estimate holds
-    `named` eigenpairs and gives all other directions one mean eigenvalue, from which directions are drawn
-    Haar-uniformly. Exact gradients (backprop) count by their second moment, uncentered as the theory asks; noisy ones
-    (forward-only probes) by the products of different steps, whose noise has mean zero. Until something has been seen,
-    the draw is `stiefel`'s.
+    `Sigma` is not known and not formed; the estimate holds `named` eigenpairs and gives all other directions one mean
+    eigenvalue, from which directions are drawn Haar-uniformly. It comes from one of two sources:
+
+    - "gradients": each window shows the r by r block that it saw, and the running estimate is moved to agree with it.
+      Exact gradients (backprop) count by their second moment, uncentered as the theory asks; noisy ones (forward-only
+      probes) by the products of different steps, whose noise has mean zero. The first draw is `stiefel`'s.
+    - "activations": `G = sum_t delta_t x_tᵀ`, so the gradient's rows lie in the span of the layer's inputs, and
+      `Sigma` is proportional to `sum_t x_t x_tᵀ` where the errors do not depend on the inputs. Forward passes alone
+      show it, on the first batch of each window, with no probe spent. Right side only; weights that are looked up
+      rather than multiplied (embeddings) are drawn as by `stiefel`.
 
     The probabilities are mixed with the uniform ones, `pi <- (1 - alpha) pi + alpha r / n`, so that the estimate stays
     unbiased for every gradient when the spectrum is stale or wrong; weights use the mixed `pi`. Unbiased is what SGD
@@ -48,11 +54,13 @@ class Dependent:
         alpha: share of the uniform law, in (0, 1]; 0.05, 0.2 cost about 3 %, 13 % of variance on a steep spectrum.
         named: eigenpairs kept, as a multiple of the rank.
         rate: weight of a new window in the running estimate, in (0, 1].
+        source: "gradients" or "activations".
 
     Raises:
         UsageError: an argument out of range.
 
-    Reference: arXiv 2603.20632, instance-dependent law (spectrum estimate, alpha-mix and hybrid law derived here).
+    Reference: arXiv 2603.20632, instance-dependent law (spectrum estimates, alpha-mix and hybrid law derived here; an
+    activation basis without weights is AGZO's).
     """
 
     rank: int = 8
@@ -61,6 +69,7 @@ class Dependent:
     alpha: float = 0.1
     named: int = 4
     rate: float = 0.5
+    source: Literal["gradients", "activations"] = "gradients"
     needs: ClassVar[Literal["nothing", "gradient", "spectrum"]] = "spectrum"
     unbiased: ClassVar[bool] = True
 
@@ -72,11 +81,16 @@ class Dependent:
                 raise UsageError(
                     f"{name} = {share} is outside (0, 1]; without it the estimate loses directions"
                 )
+        if self.source not in ("gradients", "activations"):
+            raise UsageError(f"source '{self.source}' of a spectrum is not known; use 'gradients' or 'activations'")
+        if self.source == "activations" and self.side != "right":
+            raise UsageError(f"side '{self.side}' sees no activations; use side 'right', or source 'gradients'")
         if self.named < 1:
             raise UsageError(
                 f"named = {self.named} keeps no eigenpair; use at least 1, or projector 'stiefel'"
             )
 
+    @one_thread()
     def draw(
         self, shape: tuple[int, ...], key: Key, *, like: Tensor, spectrum: Spectrum | None = None, **_: Any
     ) -> Subspace:
@@ -114,6 +128,7 @@ class Dependent:
             moments = Moments(torch.zeros_like(grad), torch.zeros_like(square), 0)
         return moments.add(grad, square)
 
+    @one_thread()
     def learn(
         self, spectrum: Spectrum | None, subspace: Subspace, moments: Moments, *, exact: bool
     ) -> Spectrum | None:

@@ -65,12 +65,12 @@ class Srht:
         r = min(self.rank, n)
         power = 1 << (n - 1).bit_length()
         signs = key.fold_in("signs").signs(counters("srht", 0, n, torch.device("cpu")))[:n]
-        columns = hadamard_columns(key.fold_in("columns").permutation(power)[:r], n)  # (n, r)
+        columns = hadamard_columns(key.fold_in("columns").permutation(power)[:r], n).to(working_dtype(like))  # (n, r)
         if power == n:
             basis = columns * sqrt(self.c / r)
         else:
             # cut columns are not orthogonal; a uniform permutation of the rows of an orthonormal basis of their span
             # gives E[P Pᵀ] the same diagonal everywhere, and the signs take its other entries away
-            q = orthonormal(columns.to(working_dtype(like)))
+            q = orthonormal(columns)
             basis = q[key.fold_in("rows").permutation(n)] * sqrt(self.c * n / r)
         return one_sided(self.side, shape, (signs[:, None] * basis).to(like))

@@ -540,13 +540,16 @@ def load_splits(
         name, columns, found, removed = known.name, known.columns, known.classes, 0
         if len(parts) < 2:
             raise DataError(f"{source}: there is neither a dev nor a test split; add test.tsv")
-        # the published protocol tests on dev where the labels of test are not public, and with k ignores dev
-        # else
+        # as published: dev is the test set where the labels of test are not public, and k-shot runs validate
+        # on training rows
         test = cut(parts["test"] if "test" in parts else parts["dev"], test_rows)
         dev = parts.get("dev") if "test" in parts and k is None else None
     rows = parts["train"]
     if dev is not None:
-        dev = without(dev, test)
+        if not (dev := without(dev, test)):
+            raise DataError(
+                f"{source}: every validation row is a test row too; give different files for the two"
+            )
         pool = without(rows, test, dev)
         removed += len(rows) - len(pool)
         train, validation = pool, cut(dev, validation_rows, seed)
