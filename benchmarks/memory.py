@@ -1,8 +1,8 @@
-"""How much memory does one training step take, by method, against a plain forward of the same model and batch?
+"""How much memory does one training step take, by method, against a plain forward of the same batch?
 
-Predicted from numbers alone: the engine's own step runs on tensors without data, so this needs neither weights nor a
-GPU. Run `python benchmarks/memory.py`, with `--json` for machines, or `--profile "zo stiefel"` to see what lives at
-the peak of one row.
+Predicted from numbers alone: the engine's own step runs on tensors without data, so this needs neither
+weights nor a GPU. Run `python benchmarks/memory.py`, with `--json` for machines, or `--profile "zo stiefel"`
+to see what lives at the peak of one row.
 """
 
 import argparse
@@ -116,14 +116,20 @@ def table(options: argparse.Namespace) -> int:
 
 def versions() -> dict[str, str]:
     """What the figures depend on besides the settings."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def conditions(options: argparse.Namespace, prediction: Prediction) -> None:
     """Print what the figures hold for."""
     found = ", ".join(f"{name} {version}" for name, version in versions().items())
-    print(f"predicted live bytes (1 GB = 1e9 bytes) of {options.model}, {prediction.weights_bytes / GB:.3f} GB of weights")
-    print(f"objective {options.objective}, trained: {options.train}; rank {options.rank or 'of the method'}; {found}")
+    weights = f"{prediction.weights_bytes / GB:.3f} GB of weights"
+    print(f"predicted live bytes (1 GB = 1e9 bytes) of {options.model}, {weights}")
+    print(f"objective {options.objective}, trained: {options.train}; rank {options.rank or 'of the method'}")
+    print(found)
     for line in prediction.assumptions:
         print(f"- {line}")
 
@@ -132,7 +138,9 @@ def profile(name: str, options: argparse.Namespace) -> None:
     """Print the largest storages alive at the peak of a row, equal ones together."""
     prediction = run(name, options, profile=True)
     conditions(options, prediction)
-    print(f"{name}: {prediction.peak_bytes / GB:.3f} GB, {prediction.ratio:.3f} x forward, at {prediction.phase}")
+    print(
+        f"{name}: {prediction.peak_bytes / GB:.3f} GB, {prediction.ratio:.3f} x forward ({prediction.phase})"
+    )
     groups: dict[tuple[Any, ...], list[str]] = {}
     for record in prediction.records:
         key = (record.bytes, record.shape, str(record.dtype).removeprefix("torch."), record.op, record.phase)
@@ -148,15 +156,21 @@ def profile(name: str, options: argparse.Namespace) -> None:
 
 def main() -> int:
     """Read the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"some of: {', '.join(CASES)}; all by default")
-    parser.add_argument("--model", default="roberta-large", help="preset, folder or hub name; only its config is read")
+    parser.add_argument(
+        "--model", default="roberta-large", help="preset, folder or hub name; only its config is read"
+    )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--objective", default="prompt", choices=["prompt", "classes", "lm"])
     parser.add_argument("--rank", type=int, help="of the stiefel rows; by default the method's own")
-    parser.add_argument("--train", default="all", help="which weights: all, or kinds joined by +, such as linear+norm")
+    parser.add_argument(
+        "--train", default="all", help="which weights: all, or kinds joined by +, such as linear+norm"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--profile", metavar="ROW", help="list the live storages at the peak of one row")
     parser.add_argument("--top", type=int, default=20, help="lines of the profile")

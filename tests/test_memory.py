@@ -274,7 +274,9 @@ def test_forward_alone_is_the_floor():
 def test_checkpointing_and_low_precision_take_less():
     size = dict(batch_size=32, max_length=64)
     plain = predict(small(), compose("stiefel", "fo"), **size)
-    assert predict(small(), compose("stiefel", "fo"), checkpointing=True, **size).peak_bytes < plain.peak_bytes
+    assert (
+        predict(small(), compose("stiefel", "fo"), checkpointing=True, **size).peak_bytes < plain.peak_bytes
+    )
     bf16 = predict(small(), compose("stiefel", "fo"), dtype=torch.bfloat16, **size)
     assert bf16.weights_bytes == pytest.approx(plain.weights_bytes / 2, rel=0.05)
     assert bf16.peak_bytes < 0.65 * plain.peak_bytes

@@ -1,4 +1,4 @@
-"""Laws of models: the split one equals the stock one, chunked losses equal whole ones, presets have their size."""
+"""Laws of models: the split one equals the stock one, chunked losses whole ones; presets have their size."""
 
 import os
 import warnings

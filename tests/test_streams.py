@@ -37,8 +37,7 @@ def corpus(tmp_path_factory):
         return "\n\n".join(parts) + "\n"
 
     (folder / "b-train.txt").write_text(text(40), encoding="utf-8")
-    with lzma.open(folder / "a-train.txt.xz", "wt", encoding="utf-8") as handle:
-        handle.write(text(40))
+    (folder / "a-train.txt.xz").write_bytes(lzma.compress(text(40).encode()))
     (folder / "valid.txt").write_text(text(10), encoding="utf-8")
     (folder / "test.txt").write_text(text(10), encoding="utf-8")
     (folder / "notes.md").write_text("not a text file of the corpus", encoding="utf-8")

@@ -103,11 +103,19 @@ class LiveBytes(TorchDispatchMode):
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Name what is going on, so that the peak can be attributed; the innermost name counts."""
-        self._phases.append(name)
+        self.enter_phase(name)
         try:
             yield
         finally:
-            self._phases.pop()
+            self.leave_phase()
+
+    def enter_phase(self, name: str) -> None:
+        """Begin a phase that `leave_phase` ends, where no block can be written, as in hooks."""
+        self._phases.append(name)
+
+    def leave_phase(self) -> None:
+        """End the innermost phase."""
+        self._phases.pop()
 
     def base_phase(self, name: str) -> None:
         """Name what goes on outside any `phase` block from now on."""
@@ -161,8 +169,9 @@ class LiveBytes(TorchDispatchMode):
         device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
         if device.type == "meta":
             return
-        if hasattr(tensor, "__tensor_flatten__"):  # wrapper subclasses hold their data in inner tensors
-            for name in tensor.__tensor_flatten__()[0]:
+        flatten: Any = getattr(tensor, "__tensor_flatten__", None)
+        if flatten is not None:  # wrapper subclasses hold their data in inner tensors
+            for name in flatten()[0]:
                 self._count(getattr(tensor, name), op)
             return
         try:
@@ -218,7 +227,7 @@ def size_of(*things: nn.Module | Tensor | Mapping[str, Tensor]) -> int:
     return LiveBytes().track(*things)
 
 
-# --- predicting --------------------------------------------------------------------------------------------------
+# --- predicting ---------------------------------------------------------------------------------------------
 
 Objective = Literal["prompt", "classes", "lm"]
 
@@ -283,8 +292,9 @@ def predict(
 ) -> Prediction:
     """Predict the peak memory of a training step by running that very step on tensors without data.
 
-    The engine's own `step` runs twice under fake tensors: the first makes the optimizer's state, the second closes
-    a window, begins the next and steps in it. No weights are read or made, and a model of any size takes seconds.
+    The engine's own `step` runs twice under fake tensors: the first makes the optimizer's state, the second
+    closes a window, begins the next and steps in it. No weights are read or made, and a model of any size
+    takes seconds.
 
     Args:
         model: a preset, a folder or hub name (its config is read), or a transformers config.
@@ -309,7 +319,7 @@ def predict(
         raise UsageError(f"objective '{objective}' is not known; use one of {', '.join(LOSSES)}")
     config = model if isinstance(model, PreTrainedConfig) else load_config(model)
     with _fake_tensors():
-        net = build(
+        net: Any = build(
             config,
             kind="classes" if objective == "classes" else "lm",
             num_labels=num_labels if objective == "classes" else None,
@@ -325,7 +335,7 @@ def predict(
             with torch.no_grad(), forward.phase("forward"):
                 loss(net, batches[0])
         assumptions = (
-            f"{batch_size} x {max_length} tokens a micro-batch, weights in {str(dtype).removeprefix('torch.')}",
+            f"{batch_size} x {max_length} tokens a micro-batch, {str(dtype).removeprefix('torch.')} weights",
             f"{net.config._attn_implementation} attention, fused where the kernel exists; dropout 0",
             "rows are padded; the optimizer holds temporaries of one tensor at a time (not foreach)",
             "bytes of live tensors; allocator cache, kernel workspaces and the CUDA context come on top",
@@ -349,8 +359,8 @@ def predict(
                 clip=clip,
                 guard=False,
             )
-            engine.optimizer.register_step_pre_hook(lambda *_: live._phases.append("optimizer"))
-            engine.optimizer.register_step_post_hook(lambda *_: live._phases.pop())
+            engine.optimizer.register_step_pre_hook(lambda *_: live.enter_phase("optimizer"))
+            engine.optimizer.register_step_post_hook(lambda *_: live.leave_phase())
             for _ in range(STEPS):
                 live.base_phase("open")
                 engine.step(batches)
@@ -400,12 +410,14 @@ def _batch(objective: str, rows: int, tokens: int) -> dict[str, Tensor]:
 
 
 def _runnable(method: Method, signs: str | None) -> Method:
-    """The method with windows short enough that the second step sees a change, and with nothing left to choose."""
+    """The method with windows so short that the second step sees a change, and nothing left to choose."""
     estimator: Any = method.estimator
     settings = {f.name for f in fields(estimator)}
     if signs is not None:
         if "signs" not in settings:
-            raise UsageError(f"signs '{signs}' mean nothing under paradigm '{method.paradigm}'; leave them out")
+            raise UsageError(
+                f"signs '{signs}' mean nothing under paradigm '{method.paradigm}'; leave them out"
+            )
         estimator = replace(estimator, signs=signs)
     if "eps" in settings and estimator.eps is None:
         estimator = replace(estimator, eps=1e-3)

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -529,11 +529,13 @@ def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     names = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
     inputs: dict[str, Any] = {name: batch[name] for name in names if name in batch}
     if _caches(type(model.base_model if splits(model) else model)):
-        inputs["use_cache"] = False  # a step never continues a text, and the cache is as large as keys and values
+        inputs["use_cache"] = (
+            False  # a step never continues a text, and the cache is as large as keys and values
+        )
     return inputs
 
 
-@lru_cache(maxsize=None)
+@cache
 def _caches(cls: type[nn.Module]) -> bool:
     """Whether a model may keep keys and values for the next token."""
     return "use_cache" in inspect.signature(cls.forward).parameters
@@ -563,7 +565,7 @@ def _stock_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Full logits `(b, t, vocab)` of a family without a known head."""
     family = _config(model).model_type
     warnings.warn(
-        f"model family '{family}' is computed by its stock forward, which holds full logits and takes more memory",
+        f"model family '{family}' is computed by its stock forward, which holds full logits",
         stacklevel=3,
     )
     return model(**_inputs(model, batch)).logits

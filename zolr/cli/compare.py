@@ -16,7 +16,7 @@ import typer
 from zolr.cli import runs
 from zolr.cli.config import Settings, add, flag, nearest, spelled
 from zolr.cli.finetune import Finetune, Schedule
-from zolr.cli.workload import DataChoice, Machine, ModelChoice
+from zolr.cli.workload import DEMO_TASK, DataChoice, Machine, ModelChoice
 from zolr.errors import UsageError, ZolrError
 
 SHOWN = ("before", "after", "steps", "forwards", "tokens", "seconds", "peak_bytes_measured", "peak_bytes_predicted")
@@ -55,8 +55,8 @@ def run(settings: Compare) -> None:
         raise UsageError("nothing to compare; give --methods stiefel:zo,stiefel:fo,adamw (zolr methods lists them)")
     shared = {f.name: getattr(settings, f.name) for f in fields(Compare) if f.name in {g.name for g in fields(Finetune)}}
     shared |= {"output": None, "json": True, "quiet": True}
-    plans = [Finetune(**{**shared, "method": method, "paradigm": paradigm}).filled() for method, paradigm in competitors]
-    task = plans[0].task or Path(settings.data or "data").stem
+    plans = [Finetune(**{**shared, "method": method, "paradigm": paradigm}) for method, paradigm in competitors]
+    task = settings.task or (Path(settings.data).stem if settings.data else DEMO_TASK)
     root = Path(settings.output) if settings.output else runs.free_folder(f"compare-{task}")
     runs.check_free(root, overwrite=False, resume=False)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the child is told, too
@@ -64,7 +64,11 @@ def run(settings: Compare) -> None:
     for plan in plans:
         name = f"{plan.method}-{plan.paradigm}"
         shown.print(f"{name} ...")
-        rows.append({"method": plan.method, "paradigm": plan.paradigm, **_raced(replace(plan, output=str(root / name)))})
+        try:
+            raced = _raced(replace(plan.filled(), output=str(root / name)))
+        except ZolrError as error:
+            raced = {"error": f"error: {error}", "exit_code": error.exit_code}
+        rows.append({"method": plan.method, "paradigm": plan.paradigm, **raced})
         if "error" in rows[-1]:
             shown.print(rows[-1]["error"], markup=False)
     if settings.json:

@@ -50,7 +50,7 @@ class Pretrain(Settings):
     steps: Annotated[int, Ge(1)] = flag(1000, "Optimizer steps.", "Training")
     batch_size: Annotated[int, Ge(1)] = flag(32, "Rows of a step.", "Training")
     accumulation: Annotated[int, Ge(1)] = flag(1, "Micro-batches that the rows of a step are cut into.", "Training")
-    lr: Annotated[float, Gt(0)] | None = flag(None, "Learning rate at its highest.", "Training", shown="the method's, else 1e-3")
+    lr: Annotated[float, Gt(0)] | None = flag(None, "Learning rate at its highest.", "Training", shown="1e-3; without backprop the method's")
     warmup: Annotated[int, Ge(0)] = flag(0, "Steps over which the learning rate rises.", "Training")
     schedule: Literal["constant", "linear", "cosine", "wsd"] = flag(
         "cosine", "What it does then; wsd holds it and falls linearly in the last --decay of the steps.", "Training"
@@ -114,6 +114,7 @@ def pretrain(settings: Pretrain, claim: Any) -> dict[str, Any]:
     from zolr.engine import Engine
     from zolr.memory import resident
     from zolr.methods import METHODS, compose
+    from zolr.tasks.streams import IGNORED
     from zolr.training import train
 
     if settings.threads:
@@ -124,7 +125,8 @@ def pretrain(settings: Pretrain, claim: Any) -> dict[str, Any]:
 
     method = compose(settings.method, settings.paradigm, rank=settings.rank, refresh_every=settings.refresh_every)
     row = METHODS[settings.method]
-    lr = settings.lr if settings.lr is not None else row.lr.get(method.paradigm, 1e-3)
+    # The rates of the rows are for fine-tuning: random weights stand more
+    lr = settings.lr if settings.lr is not None else 1e-3 if method.paradigm == "fo" else row.lr.get(method.paradigm)
 
     train_files, valid_files = _files(settings)
     tokenizer = _tokenizer(settings, work, train_files)
@@ -156,7 +158,11 @@ def pretrain(settings: Pretrain, claim: Any) -> dict[str, Any]:
     def batch_of_step(step: int) -> list[dict[str, "Tensor"]]:
         batch = stream.batch(step)
         size = settings.batch_size // settings.accumulation
-        return [{key: value[i : i + size] for key, value in batch.items()} for i in range(0, settings.batch_size, size)]
+        parts = [{key: value[i : i + size] for key, value in batch.items()} for i in range(0, settings.batch_size, size)]
+        if settings.objective == "mlm":
+            for part in parts:  # the head, the dearest layer of a small model, need not see the other 85 %
+                part["counted"] = (part["labels"].flatten() != IGNORED).nonzero()[:, 0]
+        return parts
 
     def evaluate() -> Mapping[str, float]:
         total, count = 0.0, 0

@@ -58,7 +58,9 @@ class Meter:
         """Count one step."""
         shape = max((tuple(batch["input_ids"].shape) for batch in batches), key=lambda s: s[0] * s[1])
         larger = shape[0] * shape[1] > self.shape[0] * self.shape[1]
-        tuning = self._engine.base_lr is None  # many forward passes that hold no more than a step does
+        engine = self._engine
+        # the first step then makes many forward passes that hold no more than the step itself does
+        tuning = engine.tuning is None and (engine.base_lr is None or getattr(engine.method.estimator, "eps", 1.0) is None)
         if self._device.type == "cuda":
             self.shape = max(shape, self.shape, key=lambda s: s[0] * s[1])
         if not larger or tuning or self._device.type == "cuda":
@@ -107,7 +109,7 @@ def result_of(
         "tokens_seen": progress.tokens_seen,
         "seconds": round(progress.seconds, 3),
         "peak_bytes_predicted": job.predicted,
-        "peak_bytes_measured": meter.peak,
+        "peak_bytes_measured": meter.peak or None,
         "lr": job.engine.base_lr,
         "eps": getattr(job.engine.method.estimator, "eps", None),
         "trained_share": job.engine.trained_share,
@@ -128,7 +130,7 @@ def complete(job: Job, place: runs.RunFolder, result: dict[str, Any], meter: Met
     settings, work = job.settings, job.work
     memory = {
         "peak_bytes_predicted": result["peak_bytes_predicted"],
-        "peak_bytes_measured": meter.peak,
+        "peak_bytes_measured": meter.peak or None,
         "counter": meter.counter,
         "process_bytes": resident("cpu").peak,
         "model": settings.model,

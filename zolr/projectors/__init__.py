@@ -86,7 +86,8 @@ def orthonormal(matrix: Tensor) -> Tensor:
     with one_thread():
         q, upper = torch.linalg.qr(matrix)  # (n, r), (r, r)
     sign = torch.where(upper.diagonal() < 0, -1.0, 1.0).to(q)
-    return q * sign  # QR alone is not Haar: fix the signs (Mezzadri 2007)
+    # QR alone is not Haar: fix the signs (Mezzadri 2007). Row-major, as it comes back from a file: products round by layout
+    return (q * sign).contiguous()
 
 
 def haar(length: int, rank: int, key: Key, like: Tensor) -> Tensor:
