@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,10 @@ def state(seed: int = 0) -> dict:
         "integers": torch.tensor([-(2**62), 7]),
         "scalar": torch.tensor(1.5),
         "empty": torch.empty(0, 4),
-        "optimizer": {"state": {0: {"step": 3.0}, 1: {"step": torch.tensor(4.0)}}, "groups": [{"betas": (0.9, 0.999)}]},
+        "optimizer": {
+            "state": {0: {"step": 3.0}, 1: {"step": torch.tensor(4.0)}},
+            "groups": [{"betas": (0.9, 0.999)}],
+        },
         "numbers": [0, -1, True, None, 0.1, float("inf"), float("-inf"), 2**70, 5e-324],
         "text": 'a "quoted" line\nand another',
     }
@@ -36,7 +40,9 @@ def state(seed: int = 0) -> dict:
 
 def same(a: object, b: object) -> bool:
     if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
+        return (
+            isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
+        )
     if isinstance(a, dict):
         return isinstance(b, dict) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
@@ -100,7 +106,9 @@ def test_damage_is_noticed_and_the_previous_one_used(tmp_path: Path, name: str, 
         else:
             flipped = whole[:at] + bytes([whole[at] ^ (1 << source.randrange(8))]) + whole[at + 1 :]
             tail = whole[:at] + bytes(len(whole) - at)
-            path.write_bytes({"flip": flipped, "truncate": whole[:at], "empty": b"", "zero tail": tail}[damage])
+            path.write_bytes(
+                {"flip": flipped, "truncate": whole[:at], "empty": b"", "zero tail": tail}[damage]
+            )
         if path.exists() and path.read_bytes() == whole:  # a tail that was zero already
             continue
         found = checkpoints.newest(tmp_path)
@@ -149,10 +157,10 @@ def test_a_kill_at_any_write_leaves_a_good_one(tmp_path: Path, monkeypatch: pyte
     while True:
         calls = 0
 
-        def counted(real):  # noqa: ANN001, ANN202
-            def call(*arguments):  # noqa: ANN002, ANN202
+        def counted(real: Callable[..., object], last: int = points) -> Callable[..., object]:
+            def call(*arguments: object) -> object:
                 nonlocal calls
-                if calls == points:
+                if calls == last:
                     raise Killed
                 calls += 1
                 return real(*arguments)
@@ -180,7 +188,9 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match=r"cannot save checkpoint .*step-2: No space left .*needed.*--resume"):
+    with pytest.raises(
+        StorageError, match=r"cannot save checkpoint .*step-2: No space left .*needed.*--resume"
+    ):
         checkpoints.save(tmp_path / "step-2", state(2))
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
     assert same(state(1), checkpoints.load(tmp_path / "step-1"))

@@ -11,8 +11,8 @@ from torch._subclasses import FakeTensorMode
 from transformers import AutoConfig, PreTrainedConfig
 
 from zolr.engine import Engine
-from zolr.errors import DataError, UsageError
-from zolr.memory import LiveBytes, measure, predict, resident, size_of
+from zolr.errors import BudgetError, DataError, UsageError
+from zolr.memory import LiveBytes, largest_batch, measure, predict, resident, size_of
 from zolr.methods import compose
 from zolr.models import build, checkpoint_activations, class_loss, lm_loss, prompt_loss
 
@@ -282,6 +282,16 @@ def test_checkpointing_and_low_precision_take_less():
     assert bf16.peak_bytes < 0.65 * plain.peak_bytes
 
 
+def test_own_losses_are_predicted():
+    def in_bfloat16(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return lm_loss(model, batch)
+
+    size = dict(batch_size=64, max_length=64, objective="lm")
+    plain = predict(small(), compose("stiefel", "fo"), **size)
+    assert predict(small(), compose("stiefel", "fo"), loss=in_bfloat16, **size).peak_bytes < plain.peak_bytes
+
+
 def test_predicting_between_real_steps_disturbs_nothing():
     model = build(small())
     ids = torch.ones(2, 8, dtype=torch.long)
@@ -294,6 +304,7 @@ def test_predicting_between_real_steps_disturbs_nothing():
     assert all(type(p.data) is torch.Tensor for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_large_models_are_predicted_without_their_weights():
     before = resident().now
     with measure() as measured:
@@ -305,6 +316,24 @@ def test_large_models_are_predicted_without_their_weights():
     assert fo.peak_bytes <= 3.4e9
     if not measured.process_from_start:
         assert measured.process_bytes - before < 0.5 * zo.weights_bytes
+
+
+@pytest.mark.parametrize("knee", [0, 100, 2000])
+@pytest.mark.parametrize("budget", [1040, 5000, 40_000, 10**9])
+def test_largest_batch_is_found_in_few_predictions(budget, knee):
+    asked = []
+
+    def peak_at(rows: int) -> int:  # weights and optimizer, or weights and activations, whichever is more
+        asked.append(rows)
+        return -(-max(1000 + knee + rows, 1000 + 37 * rows) // 8) * 8
+
+    if knee + 1001 > budget:
+        with pytest.raises(BudgetError, match="one row takes"):
+            largest_batch(peak_at, budget)
+        return
+    best = largest_batch(peak_at, budget, most=512)
+    assert len(asked) <= 12 and len(set(asked)) == len(asked)
+    assert peak_at(best) <= budget and (best == 512 or peak_at(best + 1) > budget)
 
 
 def test_impossible_predictions_are_refused():

@@ -57,19 +57,25 @@ def rotation(n: int, seed: int = 0) -> Tensor:
     return torch.linalg.qr(random(n, n, seed=seed))[0]
 
 
-def assert_mean(samples: Tensor, expected: Tensor | float, sigmas: float = 5.0, rounding: float = 1e-9) -> None:
+def assert_mean(
+    samples: Tensor, expected: Tensor | float, sigmas: float = 5.0, rounding: float = 1e-9
+) -> None:
     """The mean over the first axis lies within `sigmas` standard errors of `expected`, in every entry."""
     error = (samples.mean(0) - expected).abs()
     scale = samples.abs().mean() + torch.as_tensor(expected, dtype=F64).abs().max()
     allowed = sigmas * samples.std(0) / sqrt(len(samples)) + rounding * scale
     worst = float((error / allowed.clamp_min(1e-300)).max())
-    assert worst <= 1, f"off by {worst * sigmas:.1f} standard errors; mean {samples.mean(0)}, expected {expected}"
+    assert worst <= 1, (
+        f"off by {worst * sigmas:.1f} standard errors; mean {samples.mean(0)}, expected {expected}"
+    )
 
 
 @cache
 def bases(projector: Any, n: int, count: int, spectrum: Spectrum | None = None) -> Tensor:
     """`(count, n, r)` independent bases of the input side."""
-    drawn = [projector.draw((1, n), KEY.fold_in("basis", i), like=LIKE, spectrum=spectrum) for i in range(count)]
+    drawn = [
+        projector.draw((1, n), KEY.fold_in("basis", i), like=LIKE, spectrum=spectrum) for i in range(count)
+    ]
     return torch.stack([subspace.basis for subspace in drawn])
 
 
@@ -85,16 +91,18 @@ def spectrum_of(q: Tensor, sigma: Tensor, named: int) -> Spectrum:
 
 def dense(spectrum: Spectrum) -> Tensor:
     n = spectrum.vectors.shape[0]
-    return spectrum.vectors * (spectrum.values - spectrum.rest) @ spectrum.vectors.T + spectrum.rest * torch.eye(
-        n, dtype=F64
-    )
+    return spectrum.vectors * (
+        spectrum.values - spectrum.rest
+    ) @ spectrum.vectors.T + spectrum.rest * torch.eye(n, dtype=F64)
 
 
 # ---- P1: unbiased, with the second moment of the closed form ------------------------------------------------------------
 
 
 def test_every_unbiased_projector_has_a_closed_form_here() -> None:
-    assert sorted(SECOND_MOMENT) == sorted(UNBIASED), "state E‖lift(project(G))‖² of a new projector in SECOND_MOMENT"
+    assert sorted(SECOND_MOMENT) == sorted(UNBIASED), (
+        "state E‖lift(project(G))‖² of a new projector in SECOND_MOMENT"
+    )
 
 
 def check_first_and_second_moment(projector: Any, name: str, shape: tuple[int, int], count: int) -> None:
@@ -120,7 +128,7 @@ def check_first_and_second_moment(projector: Any, name: str, shape: tuple[int, i
 @pytest.mark.parametrize("name", UNBIASED)
 @pytest.mark.parametrize("shape", [(5, 12), (12, 8)], ids=str)
 def test_lifting_a_projection_gives_the_gradient_on_average(name: str, shape: tuple[int, int]) -> None:
-    check_first_and_second_moment(make(name, rank=3), name, shape, 800)
+    check_first_and_second_moment(make(name, rank=3), name, shape, 300 if name == "srht" else 800)
 
 
 @pytest.mark.slow
@@ -139,7 +147,9 @@ def test_lifting_a_projection_gives_the_gradient_on_average(name: str, shape: tu
 def test_moments_hold_on_every_side_and_scale(
     name: str, shape: tuple[int, int], side: str, rank: int, c: float
 ) -> None:
-    check_first_and_second_moment(make(name, rank=rank, side=side, c=c), name, shape, 600 if name == "srht" else 1500)
+    check_first_and_second_moment(
+        make(name, rank=rank, side=side, c=c), name, shape, 600 if name == "srht" else 1500
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in UNBIASED if "c" in {f.name for f in fields(PROJECTORS[n])}])
@@ -148,7 +158,9 @@ def test_c_scales_what_is_lifted(name: str) -> None:
     for c in (0.25, 2.0):
         one, other = make(name, rank=4), make(name, rank=4, c=c)
         a, b = (p.draw((6, 16), KEY, like=LIKE) for p in (one, other))
-        torch.testing.assert_close(b.lift(b.project(grad)), c * a.lift(a.project(grad)), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            b.lift(b.project(grad)), c * a.lift(a.project(grad)), rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.slow
@@ -240,7 +252,15 @@ def test_a_draw_has_the_dtype_asked_for(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", [n for n in PROJECTORS if n != "identity"])
 def test_a_setting_that_means_nothing_is_refused(name: str) -> None:
     known = {f.name for f in fields(PROJECTORS[name])}
-    for settings in ({"rank": 0}, {"rank": -1}, {"rank": 2.5}, {"rank": True}, {"c": 0.0}, {"c": -1.0}, {"side": "up"}):
+    for settings in (
+        {"rank": 0},
+        {"rank": -1},
+        {"rank": 2.5},
+        {"rank": True},
+        {"c": 0.0},
+        {"c": -1.0},
+        {"side": "up"},
+    ):
         if set(settings) <= known:
             with pytest.raises(UsageError, match="use"):
                 make(name, **settings)
@@ -319,7 +339,9 @@ def test_what_is_learned_does_not_depend_on_the_number_of_threads() -> None:
         for i in range(3):
             subspace = dependent.draw((64, n), KEY.fold_in(i), like=torch.zeros(0), spectrum=spectrum)
             grad = (Key(1).fold_in(i).normal((64, n)) * torch.linspace(3, 0.1, n)) @ subspace.basis
-            spectrum = dependent.learn(spectrum, subspace, dependent.observe(subspace, None, grad), exact=True)
+            spectrum = dependent.learn(
+                spectrum, subspace, dependent.observe(subspace, None, grad), exact=True
+            )
         assert spectrum is not None
         return spectrum
 
@@ -327,13 +349,15 @@ def test_what_is_learned_does_not_depend_on_the_number_of_threads() -> None:
         one = learned()
     with threads(2):
         two = learned()
-    assert torch.equal(one.vectors, two.vectors) and torch.equal(one.values, two.values) and one.rest == two.rest
+    assert (
+        torch.equal(one.vectors, two.vectors) and torch.equal(one.values, two.values) and one.rest == two.rest
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in UNBIASED if n not in ("identity", "coordinate")])
 def test_draws_of_different_windows_and_weights_are_independent(name: str) -> None:
     """T23: `E‖UᵀU'‖² = r² / n`, and `E[UᵀU'] = 0` (raw coordinates of two windows share nothing)."""
-    n, r, count = 16, 4, 800
+    n, r, count = 16, 4, 300 if name == "srht" else 800
     projector = make(name, rank=r)
 
     def unit(i: int, weight: str) -> Tensor:
@@ -371,11 +395,15 @@ def test_tall_and_wide_weights_are_transposes_of_each_other(name: str, shape: tu
     grad = random(*shape, seed=3)
     for spectrum in (None, some_spectrum(12) if shape[1] == 12 else None):
         a = make(name, rank=3, side="right").draw(shape, KEY, like=LIKE, gradient=grad, spectrum=spectrum)
-        b = make(name, rank=3, side="left").draw(shape[::-1], KEY, like=LIKE, gradient=grad.T, spectrum=spectrum)
+        b = make(name, rank=3, side="left").draw(
+            shape[::-1], KEY, like=LIKE, gradient=grad.T, spectrum=spectrum
+        )
         assert isinstance(a, Right) and isinstance(b, Left)
         assert torch.equal(a.basis, b.basis)
         torch.testing.assert_close(a.project(grad), b.project(grad.T).T, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(a.lift(a.project(grad)), b.lift(b.project(grad.T)).T, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            a.lift(a.project(grad)), b.lift(b.project(grad.T)).T, rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("name", ONE_SIDED)
@@ -447,7 +475,9 @@ def test_orthonormal_spans_what_it_was_given() -> None:
     q = orthonormal(matrix)
     torch.testing.assert_close(q.T @ q, torch.eye(4, dtype=F64), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(q @ (q.T @ matrix), matrix, rtol=1e-12, atol=1e-12)
-    assert bool((torch.linalg.inv(q.T @ matrix).diagonal() > 0).all())  # the triangular factor has a positive diagonal
+    assert bool(
+        (torch.linalg.inv(q.T @ matrix).diagonal() > 0).all()
+    )  # the triangular factor has a positive diagonal
 
 
 def test_hadamard_columns_are_those_of_sylvesters_matrix() -> None:
@@ -570,7 +600,7 @@ MORE_SPECTRA = {
     "ties at the clip": torch.tensor([9.0, 9, 9, 9, 9] + [1e-4] * 7, dtype=F64),
     "as many as the rank": torch.tensor([5.0, 4, 3, 2] + [0] * 8, dtype=F64),
     "nothing": torch.zeros(12, dtype=F64),
-    "far apart": 10.0 ** -I12,
+    "far apart": 10.0**-I12,
     "one": torch.tensor([1.0] + [0] * 11, dtype=F64),
 }
 ALL_SPECTRA = {**{k: v[0] for k, v in SPECTRA.items()}, **MORE_SPECTRA}
@@ -670,9 +700,11 @@ def test_the_dependent_law_reaches_the_bound_in_every_draw(name: str) -> None:
     full = q * sigma @ q.T
     bound = optimal_phi(sigma, 4)
     for i in range(30):
-        basis = Dependent(rank=4, alpha=1e-12).draw(
-            (3, 12), KEY.fold_in(i), like=LIKE, spectrum=spectrum_of(q, sigma, 12)
-        ).basis
+        basis = (
+            Dependent(rank=4, alpha=1e-12)
+            .draw((3, 12), KEY.fold_in(i), like=LIKE, spectrum=spectrum_of(q, sigma, 12))
+            .basis
+        )
         p = basis @ basis.T
         assert float((full @ p @ p).trace()) == pytest.approx(bound, rel=1e-8)
     assert bound <= SECOND_MOMENT["stiefel"](12, 1, 4) * float(sigma.sum()) * (1 + 1e-12)
@@ -682,7 +714,9 @@ def test_a_gradient_of_rank_at_most_r_loses_nothing() -> None:
     q = rotation(12, seed=4)
     sigma = torch.tensor([5.0, 3, 1] + [0] * 9, dtype=F64)
     grad = random(6, 3) @ q[:, :3].T
-    subspace = Dependent(rank=4, alpha=1e-12).draw((6, 12), KEY, like=LIKE, spectrum=spectrum_of(q, sigma, 12))
+    subspace = Dependent(rank=4, alpha=1e-12).draw(
+        (6, 12), KEY, like=LIKE, spectrum=spectrum_of(q, sigma, 12)
+    )
     torch.testing.assert_close(subspace.lift(subspace.project(grad)), grad, rtol=1e-9, atol=1e-9)
 
 
@@ -695,7 +729,9 @@ def mixed(sigma: Tensor, rank: int, alpha: float) -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("named", "side"), [(12, "right"), (4, "right"), (4, "left"), (2, "right")], ids=["all", "hybrid", "left", "few"]
+    ("named", "side"),
+    [(12, "right"), (4, "right"), (4, "left"), (2, "right")],
+    ids=["all", "hybrid", "left", "few"],
 )
 def test_a_wrong_spectrum_leaves_the_dependent_law_unbiased(named: int, side: str) -> None:
     """T10: also for gradients outside the range of the estimate."""
@@ -756,7 +792,9 @@ def test_an_update_shows_what_was_seen_and_changes_nothing_orthogonal_to_it() ->
 def test_an_update_without_news_changes_nothing() -> None:
     before = spectrum_of(rotation(9, seed=1), torch.linspace(9, 5, 9, dtype=F64), 4)
     u = torch.linalg.qr(random(9, 3, seed=2))[0]
-    torch.testing.assert_close(dense(before.updated(u, before.within(u), named=4)), dense(before), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        dense(before.updated(u, before.within(u), named=4)), dense(before), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_cutting_the_estimate_keeps_its_trace() -> None:
@@ -838,10 +876,14 @@ def phi_under(spectrum: Spectrum, dependent: Dependent, true: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("shape", "side"), [((12, 12), "right"), ((12, 15), "left"), ((14, 12), "short")])
-def test_the_estimate_converges_to_the_second_moment_of_exact_gradients(shape: tuple[int, int], side: str) -> None:
+def test_the_estimate_converges_to_the_second_moment_of_exact_gradients(
+    shape: tuple[int, int], side: str
+) -> None:
     grad = steep_gradient(*shape)
     true = grad.T @ grad if is_right(side, shape) else grad @ grad.T
-    dependent = Dependent(rank=3, side=side, alpha=0.2, named=4, rate=1.0)  # 4 times the rank: every pair is named
+    dependent = Dependent(
+        rank=3, side=side, alpha=0.2, named=4, rate=1.0
+    )  # 4 times the rank: every pair is named
     spectrum, errors = None, []
     for i in range(250):
         spectrum = window(dependent, grad, i, spectrum)
@@ -885,7 +927,7 @@ def test_the_estimate_converges_from_noisy_probes(shape: tuple[int, int], side: 
     assert gain(dependent, spectrum, true) > 0.9
     # taking the second moment of noisy probes at face value adds (coordinates) times the noise to every direction
     assert float(dense(naive).trace()) > 5 * float(true.trace())
-    assert float(dense(spectrum).trace()) == pytest.approx(float(true.trace()), rel=0.5)
+    assert gain(dependent, naive, true) < 0.6
 
 
 def test_products_of_different_steps_estimate_the_second_moment_without_noise() -> None:
@@ -925,7 +967,9 @@ def test_the_learned_block_undoes_the_lengths_of_the_basis() -> None:
     for basis in (random(8, 3, seed=4), rotation(8)[:, :3] * torch.tensor([3.0, 1, 0.2], dtype=F64)):
         subspace = Right(basis, 5)
         dependent = Dependent(rank=3, rate=1.0)
-        spectrum = dependent.learn(None, subspace, dependent.observe(subspace, None, grad @ basis), exact=True)
+        spectrum = dependent.learn(
+            None, subspace, dependent.observe(subspace, None, grad @ basis), exact=True
+        )
         assert spectrum is not None
         u = torch.linalg.qr(basis)[0]
         torch.testing.assert_close(spectrum.within(u), u.T @ grad.T @ grad @ u, rtol=1e-9, atol=1e-9)

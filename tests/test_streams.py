@@ -1,5 +1,6 @@
 """Laws of token streams: no id is lost or invented, and a batch is a function of (seed, step)."""
 
+import json
 import lzma
 
 import numpy as np
@@ -288,3 +289,82 @@ def test_streams_refuse_what_they_cannot_do():
         stream_of(range(2, 50)).batch(-1)
     with pytest.raises(DataError, match="cannot hold out 11"):
         stream_of(range(2, 2 + 4 * 11 + 1)).hold_out(11)
+
+
+# the verb that trains on them
+
+
+def pretrained(folder, corpus, *more):
+    from zolr.cli import main
+
+    numbers = "--train-tokenizer --vocab-size 300 --hidden-size 16 --heads 2 --layers 1 --length 16 --batch-size 4"
+    course = "--lr 0.01 --schedule wsd --warmup 1 --threads 1 --device cpu --save-every 2 --eval-rows 8 --quiet --json"
+    return main(["pretrain", "--data", str(corpus), "--output", str(folder), *numbers.split(), *course.split(), *more])
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_pretraining_gives_a_folder_that_transformers_loads(objective, corpus, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+    assert pretrained(tmp_path / "run", corpus, "--steps", "20", "--objective", objective) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["after"] < result["before"]
+    assert result["tokens_seen"] == 20 * 4 * 16
+    auto = AutoModelForCausalLM if objective == "clm" else AutoModelForMaskedLM
+    model = auto.from_pretrained(tmp_path / "run").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    held_out = TokenStream.of_text([corpus / "valid.txt"], tokenizer, length=16, batch_size=4, objective=objective)
+    losses = []
+    with torch.no_grad():
+        for batch in held_out.evaluation(8):
+            logits, labels = model(input_ids=batch["input_ids"]).logits.flatten(0, 1), batch["labels"].flatten()
+            losses.append((torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), (labels != IGNORED).sum()))
+    mean = sum(float(part) for part, _ in losses) / sum(int(count) for _, count in losses)
+    assert mean == pytest.approx(result["after"], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["adamw", "muon", "stiefel"])
+def test_pretraining_resumed_is_pretraining_uninterrupted(method, corpus, tmp_path, capsys):
+    import shutil
+
+    from safetensors.torch import load_file
+
+    more = ["--method", method, *(["--rank", "4", "--refresh-every", "3"] if method == "stiefel" else [])]
+    assert pretrained(tmp_path / "whole", corpus, "--steps", "8", *more) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-6")  # as if it had been stopped in step 5
+    (tmp_path / "resumed" / "model.safetensors").unlink()
+    assert pretrained(tmp_path / "resumed", corpus, "--steps", "8", *more, "--resume") == 0
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_wsd_may_be_given_another_end_until_it_falls():
+    from zolr.cli.pretrain import Pretrain, schedule
+
+    long, short = (schedule(Pretrain(steps=steps, warmup=5, schedule="wsd", decay=0.25)) for steps in (200, 100))
+    assert [long(step) for step in range(76)] == [short(step) for step in range(76)]
+    assert short(100) == 0 and short(76) < 1
+
+
+def test_pretraining_says_what_is_wrong(corpus, tmp_path, capsys):
+    from zolr.cli import main
+
+    def complaint(*arguments):
+        code = main(["pretrain", "--output", str(tmp_path / "run"), *arguments])
+        return code, capsys.readouterr().err
+
+    data = ["--data", str(corpus)]
+    assert complaint() == (2, "error: nothing to train on; give --data FILE or --data FOLDER\n")
+    for arguments, code, words in (
+        (["--data", str(tmp_path / "nowhere"), "--train-tokenizer"], 3, "nowhere"),
+        (data, 2, "--train-tokenizer"),
+        ([*data, "--heads", "7", "--train-tokenizer"], 2, "--heads"),
+        ([*data, "--method", "adam", "--train-tokenizer"], 2, "adamw"),
+        ([*data, "--length", "100000", "--train-tokenizer"], 3, "do not fill one row"),
+    ):
+        found, message = complaint(*arguments)
+        assert (found, message.count("\n")) == (code, 1), message
+        assert words in message
+    assert not (tmp_path / "run").exists()

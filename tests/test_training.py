@@ -46,8 +46,10 @@ def batches(step: int) -> list[dict[str, Tensor]]:
 
 
 def engine(paradigm: str, **changes: Any) -> Engine:
+    paradigm, _, measured = paradigm.partition(" ")
     method = compose("stiefel", paradigm, rank=2, refresh_every=5, eps=changes.pop("eps", None))
-    return Engine(Toy(), method, lr=changes.pop("lr", 1e-2), loss=loss, seed=1, **changes)
+    lr = None if measured else changes.pop("lr", 1e-2)
+    return Engine(Toy(), method, lr=lr, loss=loss, seed=1, **changes)
 
 
 def weights(run: Engine) -> dict[str, Tensor]:
@@ -90,7 +92,9 @@ class Stopper:
 
 
 @pytest.mark.parametrize("paradigm", ["fo", "zo", "fwd"])
-@pytest.mark.parametrize("stop", [7, 10, 23])  # inside a window, at a refresh and an evaluation, just before the end
+@pytest.mark.parametrize(
+    "stop", [7, 10, 23]
+)  # inside a window, at a refresh and an evaluation, just before the end
 def test_stopped_and_resumed_equals_uninterrupted(paradigm: str, stop: int, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"steps": STEPS, "eval_every": 5, "save_every": 4}
     whole = engine(paradigm)
@@ -98,14 +102,27 @@ def test_stopped_and_resumed_equals_uninterrupted(paradigm: str, stop: int, tmp_
 
     first = engine(paradigm)
     with pytest.raises(Interrupted) as stopped:
-        train(first, batches, evaluate=evaluation(first), folder=tmp_path / "cut", reporter=Stopper(stop), **settings)
+        train(
+            first,
+            batches,
+            evaluate=evaluation(first),
+            folder=tmp_path / "cut",
+            reporter=Stopper(stop),
+            **settings,
+        )
     assert stopped.value.exit_code == 130 and f"after step {stop}; saved" in str(stopped.value)
 
     second = engine(paradigm)
-    resumed = train(second, batches, evaluate=evaluation(second), folder=tmp_path / "cut", resume=True, **settings)
+    resumed = train(
+        second, batches, evaluate=evaluation(second), folder=tmp_path / "cut", resume=True, **settings
+    )
     assert equal(weights(whole), weights(second))
     assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
-    assert resumed.before == outcome.before and resumed.after == outcome.after and resumed.kept_step == outcome.kept_step
+    assert (
+        resumed.before == outcome.before
+        and resumed.after == outcome.after
+        and resumed.kept_step == outcome.kept_step
+    )
     counted = ("step", "forwards", "tokens", "tokens_seen", "skipped", "best", "best_step", "stale")
     assert all(getattr(resumed.progress, name) == getattr(outcome.progress, name) for name in counted)
 
@@ -122,7 +139,11 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(paradigm: str, tmp_path: Pa
     tensors.write_bytes(tensors.read_bytes()[:-1])
     second, watcher = engine(paradigm), Stopper(-1)
     train(second, batches, steps=STEPS, folder=tmp_path / "cut", save_every=4, resume=True, reporter=watcher)
-    assert len(watcher.notes) == 1 and "step-14 is damaged" in watcher.notes[0] and "from step 12" in watcher.notes[0]
+    assert (
+        len(watcher.notes) == 1
+        and "step-14 is damaged" in watcher.notes[0]
+        and "from step 12" in watcher.notes[0]
+    )
     assert equal(weights(whole), weights(second)) and rows(tmp_path / "whole") == rows(tmp_path / "cut")
 
 
@@ -130,14 +151,25 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     run = engine("fo")
     train(run, batches, steps=8, evaluate=evaluation(run), folder=tmp_path, save_every=4)
     again = engine("fo")
-    outcome = train(again, batches, steps=8, evaluate=evaluation(again), folder=tmp_path, save_every=4, resume=True)
+    outcome = train(
+        again, batches, steps=8, evaluate=evaluation(again), folder=tmp_path, save_every=4, resume=True
+    )
     assert outcome.progress.step == 8 and equal(weights(run), weights(again))
     assert [line["step"] for line in rows(tmp_path) if "eval" not in line] == list(range(1, 9))
 
 
 def test_evaluation_and_saving_leave_the_run_alone(tmp_path: Path) -> None:
     busy, bare = engine("zo"), engine("zo")
-    train(busy, batches, steps=12, evaluate=evaluation(busy), eval_every=1, best=None, folder=tmp_path, save_every=1)
+    train(
+        busy,
+        batches,
+        steps=12,
+        evaluate=evaluation(busy),
+        eval_every=1,
+        best=None,
+        folder=tmp_path,
+        save_every=1,
+    )
     train(bare, batches, steps=12)
     assert equal(weights(busy), weights(bare))
 
@@ -165,7 +197,11 @@ def test_the_best_weights_come_back(best: Any, on_disk: bool, tmp_path: Path) ->
 def test_among_equals_the_smaller_loss_wins() -> None:
     run, course = engine("fo"), iter([(0.5, 9.0), (0.5, 3.0), (0.5, 2.0), (0.5, 4.0)])
     outcome = train(
-        run, batches, steps=3, eval_every=1, evaluate=lambda: dict(zip(("accuracy", "loss"), next(course), strict=True))
+        run,
+        batches,
+        steps=3,
+        eval_every=1,
+        evaluate=lambda: dict(zip(("accuracy", "loss"), next(course), strict=True)),
     )
     assert outcome.kept_step == 2
 
@@ -173,7 +209,13 @@ def test_among_equals_the_smaller_loss_wins() -> None:
 def test_patience_stops_early(tmp_path: Path) -> None:
     run, course = engine("fo"), iter([0.1, 0.5, 0.4, 0.3, 0.2, 0.1])
     outcome = train(
-        run, batches, steps=100, eval_every=2, evaluate=lambda: {"accuracy": next(course)}, patience=2, folder=tmp_path
+        run,
+        batches,
+        steps=100,
+        eval_every=2,
+        evaluate=lambda: {"accuracy": next(course)},
+        patience=2,
+        folder=tmp_path,
     )
     assert outcome.stopped_early and outcome.progress.step == 6 and outcome.kept_step == 2
 
@@ -182,7 +224,9 @@ def test_counts() -> None:
     for paradigm, forwards in (("fo", 6), ("zo", 4)):  # two micro-batches; a backward counts as two
         outcome = train(engine(paradigm, eps=None if paradigm == "fo" else 1e-3), batches, steps=3)
         assert outcome.progress.forwards == 3 * forwards
-        assert outcome.progress.tokens_seen == 3 * 2 * 8 * 4 and outcome.progress.tokens == 3 * forwards * 8 * 4
+        assert (
+            outcome.progress.tokens_seen == 3 * 2 * 8 * 4 and outcome.progress.tokens == 3 * forwards * 8 * 4
+        )
 
 
 def test_a_loss_that_stays_bad_ends_the_run_and_keeps_the_best(tmp_path: Path) -> None:
@@ -193,7 +237,9 @@ def test_a_loss_that_stays_bad_ends_the_run_and_keeps_the_best(tmp_path: Path) -
         return good(model, batch) * (float("nan") if run.step_count >= 4 else 1.0)
 
     run._loss = spoiled
-    with pytest.raises(NonFiniteError, match=rf"{NON_FINITE_LIMIT} steps in a row.*step 4\) are kept in .*best-4.*--lr"):
+    with pytest.raises(
+        NonFiniteError, match=rf"{NON_FINITE_LIMIT} steps in a row.*step 4\) are kept in .*best-4.*--lr"
+    ):
         train(run, batches, steps=100, evaluate=evaluation(run), eval_every=4, folder=tmp_path)
     assert run.step_count == 4
     lines = rows(tmp_path)
@@ -232,7 +278,15 @@ def test_a_signal_in_an_evaluation_ends_it_at_once(number: int, tmp_path: Path) 
         train(run, batches, steps=8, evaluate=evaluate, eval_every=2, folder=tmp_path)
     assert stopped.value.exit_code == 128 + number and signal.getsignal(number) is before
     again = engine("fo")
-    train(again, batches, steps=8, evaluate=lambda: {"accuracy": 0.0}, eval_every=2, folder=tmp_path, resume=True)
+    train(
+        again,
+        batches,
+        steps=8,
+        evaluate=lambda: {"accuracy": 0.0},
+        eval_every=2,
+        folder=tmp_path,
+        resume=True,
+    )
     assert [line["step"] for line in rows(tmp_path) if "eval" in line] == [0, 2, 4, 6, 8]
 
 

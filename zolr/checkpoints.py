@@ -110,7 +110,9 @@ def load(folder: str | Path) -> dict[str, Any]:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         claimed = manifest.pop("sha256")
         if manifest["format"] != FORMAT:
-            raise StorageError(f"checkpoint {folder} has format {manifest['format']}, this version reads {FORMAT}")
+            raise StorageError(
+                f"checkpoint {folder} has format {manifest['format']}, this version reads {FORMAT}"
+            )
         if claimed != _digest(manifest):
             raise StorageError(f"checkpoint {folder} is damaged: {_MANIFEST} does not match its hash")
         path = folder / _TENSORS
@@ -118,7 +120,7 @@ def load(folder: str | Path) -> dict[str, Any]:
             raise StorageError(f"checkpoint {folder} is damaged: {_TENSORS} does not match its hash")
         with safe_open(path, framework="pt") as file:
             # copies, because the file's own memory is not aligned as torch aligns its tensors, and rounding depends on that
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         return _decode(manifest["tree"], tensors)
     except StorageError:
         raise
@@ -141,7 +143,9 @@ def newest(root: str | Path) -> Found | None:
         except StorageError as error:
             damaged.append(str(error))
     if damaged:
-        raise StorageError(f"no usable checkpoint under {root}: {'; '.join(damaged)}; start again with --overwrite")
+        raise StorageError(
+            f"no usable checkpoint under {root}: {'; '.join(damaged)}; start again with --overwrite"
+        )
     return None
 
 
@@ -165,7 +169,9 @@ def write_text(path: Path, text: str) -> None:
 def _steps(root: str | Path) -> list[tuple[int, Path]]:
     """The `step-N` folders under `root`, newest first."""
     root = Path(root)
-    found = [(int(m[1]), p) for p in (root.iterdir() if root.is_dir() else ()) if (m := _STEP.fullmatch(p.name))]
+    found = [
+        (int(m[1]), p) for p in (root.iterdir() if root.is_dir() else ()) if (m := _STEP.fullmatch(p.name))
+    ]
     return sorted(found, reverse=True)
 
 
@@ -177,9 +183,15 @@ def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
         name = str(len(tensors))
         tensors[name] = value.detach()
         # rounding depends on the order in which a kernel walks a tensor, so a transposed one must come back transposed
-        permuted = value.dim() > 1 and not value.is_contiguous() and torch.empty_like(value).stride() == value.stride()
+        permuted = (
+            value.dim() > 1
+            and not value.is_contiguous()
+            and torch.empty_like(value).stride() == value.stride()
+        )
         return {"tensor": [name, list(value.stride()) if permuted else None]}
-    if isinstance(value, Mapping):  # pairs, not a JSON object: keys may be integers, as in torch.optim's states
+    if isinstance(
+        value, Mapping
+    ):  # pairs, not a JSON object: keys may be integers, as in torch.optim's states
         items = [[_encode(k, tensors, where), _encode(v, tensors, f"{where}.{k}")] for k, v in value.items()]
         return {"dict": items}
     if isinstance(value, (list, tuple)):
@@ -189,7 +201,9 @@ def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
         return {"float": value.hex()}  # exact, and the only spelling of inf and nan that JSON allows
     if value is None or isinstance(value, (bool, int, str)):
         return value
-    raise StorageError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors, numbers and strings only")
+    raise StorageError(
+        f"{where} is a {type(value).__name__}; a checkpoint holds tensors, numbers and strings only"
+    )
 
 
 def _decode(tree: Any, tensors: dict[str, Tensor]) -> Any:
@@ -198,7 +212,13 @@ def _decode(tree: Any, tensors: dict[str, Tensor]) -> Any:
     ((kind, content),) = tree.items()
     if kind == "tensor":
         name, stride = content
-        return tensors[name] if stride is None else torch.empty_strided(tensors[name].shape, stride, dtype=tensors[name].dtype).copy_(tensors[name])
+        return (
+            tensors[name]
+            if stride is None
+            else torch.empty_strided(tensors[name].shape, stride, dtype=tensors[name].dtype).copy_(
+                tensors[name]
+            )
+        )
     if kind == "float":
         return float.fromhex(content)
     if kind == "dict":
@@ -212,11 +232,17 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> tuple[str, int]:
 
     safetensors' own writer copies every tensor to the host before it writes the first.
     """
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # keeps every tensor aligned
+    tensors = dict(
+        sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    )  # keeps every tensor aligned
     header, end = {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned
     digest = hashlib.sha256()

@@ -519,7 +519,7 @@ class Engine:
             kept = variable.weight.data.clone()
             try:
                 oriented = variable.weight.data.t() if variable.transposed else variable.weight.data
-                oriented += dense
+                oriented += dense / variable.decay
                 direct = evaluate()
             finally:
                 variable.weight.data.copy_(kept)

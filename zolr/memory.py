@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 
 from zolr import variables
 from zolr.engine import Engine
-from zolr.errors import UsageError
+from zolr.errors import BudgetError, UsageError
 from zolr.methods import Method
 from zolr.models import build, checkpoint_activations, class_loss, lm_loss, load_config, prompt_loss
 
@@ -230,6 +230,7 @@ def size_of(*things: nn.Module | Tensor | Mapping[str, Tensor]) -> int:
 # --- predicting ---------------------------------------------------------------------------------------------
 
 Objective = Literal["prompt", "classes", "lm"]
+Loss = Callable[[nn.Module, Mapping[str, Tensor]], Any]
 
 # Steps of a predicted run: the first makes the optimizer's state, the second begins a new window on top of it
 STEPS, WINDOW = 2, 1
@@ -279,6 +280,7 @@ def predict(
     max_length: int,
     dtype: torch.dtype = torch.float32,
     objective: Objective = "prompt",
+    loss: Loss | None = None,
     num_labels: int = 2,
     accumulation: int = 1,
     checkpointing: bool = False,
@@ -302,6 +304,8 @@ def predict(
         batch_size: rows of a micro-batch.
         max_length: tokens of a row, padding included.
         objective: "prompt" (logits at one position a row), "classes" or "lm" (every token).
+        loss: of the model and a batch of the objective, where a run wraps the usual loss (autocast, ...).
+        num_labels: classes of objective "classes".
         accumulation: micro-batches a step.
         checkpointing: keep the inputs of layers only and compute the rest again in backward.
         signs: of a forward-only probe, "sequence" or "together"; None as the method says.
@@ -328,7 +332,7 @@ def predict(
             dropout=0.0,
         )
         batches = [_batch(objective, batch_size, max_length) for _ in range(accumulation)]
-        loss = LOSSES[objective]
+        loss = loss or LOSSES[objective]
         with LiveBytes(profile=profile and method is None) as forward:
             weights = forward.track(net)
             forward.track(*batches)
@@ -381,6 +385,47 @@ def predict(
         )
 
 
+def largest_batch(peak_at: Callable[[int], int], budget: int, most: int = 4096) -> int:
+    """The largest batch whose peak fits a budget, in few predictions.
+
+    A peak is close to a maximum of straight lines in the batch size, so chords between a batch that fits and
+    one that does not lie above it, and secants through two that fit lie below.
+
+    Args:
+        peak_at: peak in bytes of a batch size; does not fall as the batch grows.
+        budget: bytes.
+        most: largest batch to consider.
+
+    Raises:
+        BudgetError: a batch of one row does not fit.
+
+    >>> largest_batch(lambda rows: 1000 + 7 * rows, 1100)
+    14
+    """
+    low, low_peak = 1, peak_at(1)
+    if low_peak > budget:
+        raise BudgetError(
+            f"a batch of one row takes {low_peak / 1e9:.2f} GB, the budget is {budget / 1e9:.2f} GB; "
+            "use shorter rows, a smaller model or dtype, --paradigm zo, or activation checkpointing"
+        )
+    before: tuple[int, int] | None = None
+    high, high_peak = most + 1, None
+    while high - low > 1:
+        if high_peak is not None:
+            guess = low + (budget - low_peak) * (high - low) // max(1, high_peak - low_peak)
+        elif before is not None:
+            guess = low + (budget - low_peak) * (low - before[0]) // max(1, low_peak - before[1]) + 1
+        else:
+            guess = 2 * low
+        guess = min(max(guess, low + 1), high - 1)
+        peak = peak_at(guess)
+        if peak <= budget:
+            before, low, low_peak = (low, low_peak), guess, peak
+        else:
+            high, high_peak = guess, peak
+    return low
+
+
 @contextlib.contextmanager
 def _fake_tensors() -> Iterator[None]:
     """A fake mode that neither meets real tensors kept in caches nor leaves fake ones there."""
@@ -392,7 +437,7 @@ def _fake_tensors() -> Iterator[None]:
         variables._layout.cache_clear()
 
 
-LOSSES: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], Any]] = {
+LOSSES: dict[str, Loss] = {
     "prompt": prompt_loss((3, 4)),
     "classes": class_loss,
     "lm": lm_loss,

@@ -376,7 +376,7 @@ def _prepare(config: Any, kind: str, dropout: float | None) -> None:
 
 
 def _nearest(name: str) -> str:
-    known = [*PRESETS, "demo", *(p.hub for p in PRESETS.values() if p.hub)]
+    known = [*PRESETS, "demo", *(p.hub for p in PRESETS.values() if p.hub and p.hub != name)]
     near = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean '{near[0]}'?)" if near else ""
 

@@ -156,7 +156,7 @@ class Sketch:
 
     def add(self, x: Tensor) -> None:
         """Add vectors `(..., n)`."""
-        x = x.detach().flatten(0, -2).float()
+        x = x.detach().reshape(-1, x.shape[-1]).float()
         self.seen += x.mT @ (x @ self.omega)
         self.trace += x.square().sum()
 

@@ -114,6 +114,8 @@ def _overlap(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
         of `new`, and the `(r, s)` weights, columns summing to 1 for bases of equal lengths, that average second
         moments. Both are the identity when the bases are the same, orthogonal or not.
     """
+    if old.dtype.itemsize < 4:
+        old, new = old.float(), new.float()  # there are no factorizations in 16 bits
     cross = old.mT @ new  # (r, s)
     # a pseudo-inverse: columns may depend on each other, or be zero where a padding row was cut out
     coords = cross @ torch.linalg.pinv(new.mT @ new, hermitian=True)  # (r, s)

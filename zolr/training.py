@@ -181,7 +181,9 @@ def train(
             now = run.progress
             due = now.evaluated < now.step and (now.step >= steps or _due(now.step, eval_every))
             if evaluate and due and not stop.number:
-                with stop.at_once():  # an evaluation changes nothing, so it may be cut short; it is repeated on resume
+                with (
+                    stop.at_once()
+                ):  # an evaluation changes nothing, so it may be cut short; it is repeated on resume
                     measured = dict(evaluate())
                 if not stop.number:
                     run.evaluated(measured)
@@ -196,7 +198,9 @@ def train(
             batches = batch_of_step(now.step)
             tokens = sum(_tokens(batch) for batch in batches)
             if device is not None:
-                batches = [{name: part.to(device, non_blocking=True) for name, part in b.items()} for b in batches]
+                batches = [
+                    {name: part.to(device, non_blocking=True) for name, part in b.items()} for b in batches
+                ]
             with meter.around(batches) if meter else nullcontext():
                 info = engine.step(batches)
             run.stepped(info, len(batches), tokens, time.perf_counter() - started)
@@ -240,9 +244,19 @@ class _Run:
     """The changing side of one call of `train`."""
 
     def __init__(
-        self, engine: Engine, folder: Path | None, metric: str, best: Literal["max", "min"] | None, reporter: Reporter
+        self,
+        engine: Engine,
+        folder: Path | None,
+        metric: str,
+        best: Literal["max", "min"] | None,
+        reporter: Reporter,
     ) -> None:
-        self.engine, self.metric, self.sign, self.reporter = engine, metric, {"max": 1, "min": -1, None: 0}[best], reporter
+        self.engine, self.metric, self.sign, self.reporter = (
+            engine,
+            metric,
+            {"max": 1, "min": -1, None: 0}[best],
+            reporter,
+        )
         self.folder = folder
         self.progress = Progress()
         self.in_memory: Any = None  # best weights where there is no folder
@@ -273,14 +287,15 @@ class _Run:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
-        with open(path, "a" if self.progress.step or self.progress.evaluated >= 0 else "w", encoding="utf-8") as self.lines:
+        with open(
+            path, "a" if self.progress.step or self.progress.evaluated >= 0 else "w", encoding="utf-8"
+        ) as self.lines:
             yield
         self.lines = None
 
     def write(self, **line: Any) -> None:
         if self.lines is not None:
-            line = {key: _plain(value) for key, value in line.items()}
-            self.lines.write(json.dumps(line, allow_nan=False) + "\n")
+            self.lines.write(json.dumps(spelled_out(line), allow_nan=False) + "\n")
             self.lines.flush()
 
     def stepped(self, info: Info, batches: int, tokens: int, seconds: float) -> None:
@@ -296,7 +311,9 @@ class _Run:
             skipped_in_a_row=now.skipped_in_a_row + 1 if info.skipped else 0,
         )
         counted = {"forwards": now.forwards, "tokens": now.tokens, "seconds": round(now.seconds, 4)}
-        self.write(step=now.step, loss=info.loss, slope=info.slope, lr=info.lr, skipped=info.skipped, **counted)
+        self.write(
+            step=now.step, loss=info.loss, slope=info.slope, lr=info.lr, skipped=info.skipped, **counted
+        )
         self.reporter.stepped(now, info)
         if now.skipped_in_a_row >= NON_FINITE_LIMIT:
             raise NonFiniteError(
@@ -344,12 +361,16 @@ class _Run:
         now = self.progress
         if now.best_step in (-1, now.step):
             return now.step
-        state = self.in_memory if self.folder is None else checkpoints.load(self.checkpoints / f"best-{now.best_step}")
+        state = (
+            self.in_memory
+            if self.folder is None
+            else checkpoints.load(self.checkpoints / f"best-{now.best_step}")
+        )
         self.engine.load_state_dict(state)
         return now.best_step
 
     def _better(self, metrics: dict[str, float], best: dict[str, float]) -> bool:
-        if not best:
+        if not best or not isfinite(best[self.metric]):
             return True
         new, old = self.sign * metrics[self.metric], self.sign * best[self.metric]
         return new > old or (new == old and metrics.get("loss", 0.0) < best.get("loss", 0.0))
@@ -364,7 +385,9 @@ class _Run:
         """Remove best weights that neither this moment nor a checkpoint on disk refers to."""
         if self.folder is None:
             return
-        needed = {f"best-{step}" for step in (self.progress.best_step, *(best for _, best in self.progress.saved))}
+        needed = {
+            f"best-{step}" for step in (self.progress.best_step, *(best for _, best in self.progress.saved))
+        }
         for path in self.checkpoints.glob("best-*"):
             if path.name not in needed:
                 shutil.rmtree(path, ignore_errors=True)
@@ -398,10 +421,16 @@ def _cut(path: Path, progress: Progress) -> None:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _plain(value: Any) -> Any:
-    """A JSON value; numbers that are not finite are spelled out, not averaged away."""
+def spelled_out(value: Any) -> Any:
+    """A value that JSON can hold: numbers that are not finite become words, so that they are seen and not averaged away.
+
+    >>> spelled_out({"loss": float("nan"), "steps": [1, 2.5]})
+    {'loss': 'nan', 'steps': [1, 2.5]}
+    """
     if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
+        return {key: spelled_out(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [spelled_out(part) for part in value]
     return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 
@@ -432,7 +461,9 @@ class _Stop:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if self.number:
-            os._exit(128 + number)  # asked twice: whatever is being written is written aside, so leaving harms nothing
+            os._exit(
+                128 + number
+            )  # asked twice: whatever is being written is written aside, so leaving harms nothing
         self.number = number
         if self._at_once:
             raise _Leave

@@ -446,7 +446,7 @@ def _with_side(
         out = out if decay == 1.0 else out * decay
         if point is None:
             return out
-        rows = variable.subspace.lift(point.to(out.dtype), x.flatten()).unflatten(0, x.shape)
+        rows = variable.subspace.lift(point.to(out.dtype), x.flatten()).reshape(out.shape)
         in_place = variable._plain and not torch.is_grad_enabled()
         return out.add_(rows) if in_place else out + rows
     # W (decay x) + bias: the decay multiplies the weight and not the bias
@@ -454,7 +454,7 @@ def _with_side(
     if point is None:
         return out
     if variable._plain and not torch.is_grad_enabled() and out.is_contiguous():
-        factors = variable.subspace.factors(x.flatten(0, -2), point.to(x.dtype))
+        factors = variable.subspace.factors(x.reshape(-1, x.shape[-1]), point.to(x.dtype))
         assert factors is not None  # Full subspaces never take the side path
         out.view(-1, out.shape[-1]).addmm_(*factors)
         return out

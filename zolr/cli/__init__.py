@@ -104,7 +104,11 @@ def _explained(error: Exception) -> tuple[int, str]:
         return error.exit_code, f"{'' if error.exit_code > INTERRUPTED else 'error: '}{error}"
     if isinstance(error, usage):
         return 2, f"error: {error.format_message()}"  # pyright: ignore[reportAttributeAccessIssue]
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    ):
         advice = "try a smaller --batch-size or --max-length, --checkpointing, or --paradigm zo"
         return 7, f"error: out of memory; {advice} ({error})"
     if isinstance(error, OSError) and error.filename is not None:

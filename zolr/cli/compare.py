@@ -19,7 +19,16 @@ from zolr.cli.finetune import Finetune, Schedule
 from zolr.cli.workload import DEMO_TASK, DataChoice, Machine, ModelChoice
 from zolr.errors import UsageError, ZolrError
 
-SHOWN = ("before", "after", "steps", "forwards", "tokens", "seconds", "peak_bytes_measured", "peak_bytes_predicted")
+SHOWN = (
+    "before",
+    "after",
+    "steps",
+    "forwards",
+    "tokens",
+    "seconds",
+    "peak_bytes_measured",
+    "peak_bytes_predicted",
+)
 
 
 @dataclass(frozen=True)
@@ -52,14 +61,24 @@ def run(settings: Compare) -> None:
     shown = console(settings.quiet)
     competitors = [_parsed(word.strip()) for part in settings.methods for word in part.split(",")]
     if not competitors:
-        raise UsageError("nothing to compare; give --methods stiefel:zo,stiefel:fo,adamw (zolr methods lists them)")
-    shared = {f.name: getattr(settings, f.name) for f in fields(Compare) if f.name in {g.name for g in fields(Finetune)}}
+        raise UsageError(
+            "nothing to compare; give --methods stiefel:zo,stiefel:fo,adamw (zolr methods lists them)"
+        )
+    shared = {
+        f.name: getattr(settings, f.name)
+        for f in fields(Compare)
+        if f.name in {g.name for g in fields(Finetune)}
+    }
     shared |= {"output": None, "json": True, "quiet": True}
-    plans = [Finetune(**{**shared, "method": method, "paradigm": paradigm}) for method, paradigm in competitors]
+    plans = [
+        Finetune(**{**shared, "method": method, "paradigm": paradigm}) for method, paradigm in competitors
+    ]
     task = settings.task or (Path(settings.data).stem if settings.data else DEMO_TASK)
     root = Path(settings.output) if settings.output else runs.free_folder(f"compare-{task}")
     runs.check_free(root, overwrite=False, resume=False)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the child is told, too
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # so that the child is told, too
     rows = []
     for plan in plans:
         name = f"{plan.method}-{plan.paradigm}"
@@ -72,7 +91,7 @@ def run(settings: Compare) -> None:
         if "error" in rows[-1]:
             shown.print(rows[-1]["error"], markup=False)
     if settings.json:
-        print(json.dumps(rows, indent=2))
+        print(runs.as_json(rows))
     else:
         _print(rows, task)
     failed = [row for row in rows if "error" in row]
@@ -110,7 +129,10 @@ def _raced(plan: Finetune) -> dict[str, Any]:
             raise
     if child.returncode:
         lines = said.strip().splitlines()
-        return {"error": lines[-1] if lines else f"ended with exit code {child.returncode}", "exit_code": child.returncode}
+        return {
+            "error": lines[-1] if lines else f"ended with exit code {child.returncode}",
+            "exit_code": child.returncode,
+        }
     result = json.loads(out)
     return {key: result[key] for key in ("metric", *SHOWN)}
 
@@ -136,7 +158,17 @@ def _print(rows: Sequence[dict[str, Any]], task: str) -> None:
     from zolr.cli.screen import size, table
 
     metric = next((row["metric"] for row in rows if "metric" in row), "metric")
-    columns = ("method", f"{metric} before", "after", "steps", "forwards", "tokens", "seconds", "peak", "predicted")
+    columns = (
+        "method",
+        f"{metric} before",
+        "after",
+        "steps",
+        "forwards",
+        "tokens",
+        "seconds",
+        "peak",
+        "predicted",
+    )
     lines = []
     for row in rows:
         name = f"{row['method']}:{row['paradigm']}"

@@ -121,7 +121,15 @@ def as_dict(settings: Settings) -> dict[str, Any]:
     return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if _info(f).saved}
 
 
-def add(app: typer.Typer, verb: str, kind: type[S], run: Callable[..., None], *, config: bool = True, dry_run: bool = False) -> None:
+def add(
+    app: typer.Typer,
+    verb: str,
+    kind: type[S],
+    run: Callable[..., None],
+    *,
+    config: bool = True,
+    dry_run: bool = False,
+) -> None:
     """Add a verb to the command line.
 
     Args:
@@ -132,7 +140,10 @@ def add(app: typer.Typer, verb: str, kind: type[S], run: Callable[..., None], *,
         config: whether it takes `--config` and `--print-config`.
         dry_run: whether the verb has a dry run.
     """
-    spelling = {"token_normalize_func": spelled, "help_option_names": ["--help", "-h"]}  # --batch_size is --batch-size
+    spelling = {
+        "token_normalize_func": spelled,
+        "help_option_names": ["--help", "-h"],
+    }  # --batch_size is --batch-size
     app.command(verb, context_settings=spelling)(_function(kind, run, config, dry_run))
 
 
@@ -147,12 +158,18 @@ def _function(kind: type[S], run: Callable[..., None], config: bool, dry_run: bo
             option = typer.Argument(None, help=info.help, metavar=metavar, show_default=info.shown or False)
         else:
             option = typer.Option(
-                None, *_spellings(field.name, plain), help=info.help, rich_help_panel=info.panel, show_default=_shown(field)
+                None,
+                *_spellings(field.name, plain),
+                help=info.help,
+                rich_help_panel=info.panel,
+                show_default=_shown(field),
             )
         parameters.append(_parameter(field.name, plain, option))
         for alias in info.aliases:
             aliases[alias] = field.name
-            parameters.append(_parameter(alias, plain, typer.Option(None, f"--{spelled(alias)}", hidden=True)))
+            parameters.append(
+                _parameter(alias, plain, typer.Option(None, f"--{spelled(alias)}", hidden=True))
+            )
 
     actions: dict[str, tuple[type, str]] = {}
     if config:
@@ -161,7 +178,9 @@ def _function(kind: type[S], run: Callable[..., None], config: bool, dry_run: bo
     if dry_run:
         actions["dry_run"] = (bool, "Load everything, show two examples and the expected memory, and stop.")
     for name, (plain, help) in actions.items():
-        option = typer.Option(None, f"--{spelled(name)}", help=help, rich_help_panel=_ACTIONS, show_default=False)
+        option = typer.Option(
+            None, f"--{spelled(name)}", help=help, rich_help_panel=_ACTIONS, show_default=False
+        )
         parameters.append(_parameter(name, plain, option))
 
     def command(**values: Any) -> None:
@@ -170,7 +189,9 @@ def _function(kind: type[S], run: Callable[..., None], config: bool, dry_run: bo
         printing, rehearsing = given.pop("print_config", False), given.pop("dry_run", False)
         for alias, name in aliases.items():
             if alias in given and name in given:
-                raise UsageError(f"--{spelled(alias)} and --{spelled(name)} are the same setting; give one of them")
+                raise UsageError(
+                    f"--{spelled(alias)} and --{spelled(name)} are the same setting; give one of them"
+                )
             if alias in given:
                 given[name] = given.pop(alias)
         settings = kind.gather(given, file)
@@ -251,7 +272,9 @@ def _checked(kind: type[S], values: dict[str, Any], where: dict[str, str]) -> S:
     for name, value in values.items():
         if name not in hints:
             known = list(map(spelled, hints))
-            raise UsageError(f"unknown setting '{spelled(name)}'{where[name]}; {nearest(spelled(name), known)}")
+            raise UsageError(
+                f"unknown setting '{spelled(name)}'{where[name]}; {nearest(spelled(name), known)}"
+            )
         try:
             checked[name] = TypeAdapter(hints[name], config=rules).validate_python(value)
         except ValidationError as error:
@@ -282,5 +305,7 @@ def _literal(value: Any) -> str:
     if isinstance(value, str):
         import json
 
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # a TOML basic string, but for DEL
+        return json.dumps(value, ensure_ascii=False).replace(
+            "\x7f", "\\u007f"
+        )  # a TOML basic string, but for DEL
     return repr(value)

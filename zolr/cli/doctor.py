@@ -8,7 +8,18 @@ import typer
 
 from zolr.cli.config import Settings, add, flag
 
-REQUIRED = ("torch", "transformers", "datasets", "accelerate", "einops", "safetensors", "typer", "rich", "pydantic", "torchmetrics")
+REQUIRED = (
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "einops",
+    "safetensors",
+    "typer",
+    "rich",
+    "pydantic",
+    "torchmetrics",
+)
 EXTRAS = {
     "plot": ("matplotlib",),
     "quant": ("bitsandbytes", "torchao"),
@@ -36,7 +47,9 @@ def run(settings: Doctor) -> None:
     rows = []
     for part, facts in found.items():
         for name, value in facts.items():
-            shown = size(value) if name.endswith("_bytes") else "not installed" if value is None else str(value)
+            shown = (
+                size(value) if name.endswith("_bytes") else "not installed" if value is None else str(value)
+            )
             rows.append((part, name.removesuffix("_bytes").replace("_", " "), shown))
     Console(highlight=False).print(table("zolr doctor", ("", "", ""), rows))
 
@@ -58,7 +71,10 @@ def examined() -> dict[str, dict[str, Any]]:
 
     from zolr.models import DEMO
 
-    device: dict[str, Any] = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    device: dict[str, Any] = {
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
     device["cores"] = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     device["cuda"] = torch.version.cuda or "not in this build"
     for i in range(torch.cuda.device_count()):
@@ -74,9 +90,14 @@ def examined() -> dict[str, dict[str, Any]]:
         "device": device,
         "memory": _memory(),
         "disk": {"free_here_bytes": shutil.disk_usage(".").free},
-        "hub": {"offline": "yes (HF_HUB_OFFLINE)" if offline else "no", "cache": f"{cache}{'' if cache.is_dir() else ' (absent)'}"},
+        "hub": {
+            "offline": "yes (HF_HUB_OFFLINE)" if offline else "no",
+            "cache": f"{cache}{'' if cache.is_dir() else ' (absent)'}",
+        },
         "demo": {"model": "present" if DEMO.is_dir() else "absent: install zolr from its wheel"},
-        "data": {"ZOLR_DATA": "not set" if data is None else f"{data}{'' if Path(data).is_dir() else ' (absent)'}"},
+        "data": {
+            "ZOLR_DATA": "not set" if data is None else f"{data}{'' if Path(data).is_dir() else ' (absent)'}"
+        },
         "extras": {f"{extra}: {name}": version_of(name) for extra, names in EXTRAS.items() for name in names},
     }
 

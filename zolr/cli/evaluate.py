@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,7 +22,13 @@ if TYPE_CHECKING:
 class Subject(Settings):
     """What is measured."""
 
-    model: str = flag("demo", "Run folder, or a model: folder, hub name or the demo model.", "Model", argument=True, path=True)
+    model: str = flag(
+        "demo",
+        "Run folder, or a model: folder, hub name or the demo model.",
+        "Model",
+        argument=True,
+        path=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,22 @@ def run(settings: Evaluate) -> None:
     set_threads(settings.threads)
     device = device_of(settings.device)
     folder = Path(settings.model)
-    task, head, examples = _of_run(settings, folder) if (folder / runs.TASK).is_file() else _of_model(settings)
-    work = Workload(settings.model, task, head, max_length=settings.max_length, dtype=settings.dtype, device=device)
+    task, head, examples = (
+        _of_run(settings, folder) if (folder / runs.TASK).is_file() else _of_model(settings)
+    )
+    work = Workload(
+        settings.model, task, head, max_length=settings.max_length, dtype=settings.dtype, device=device
+    )
     metrics = work.evaluate(work.encode(examples), settings.batch_size)
     if settings.json:
-        print(json.dumps({"model": settings.model, "task": task.name, "rows": len(examples), "metric": task.metric, **metrics}))
+        found = {
+            "model": settings.model,
+            "task": task.name,
+            "rows": len(examples),
+            "metric": task.metric,
+            **metrics,
+        }
+        print(runs.as_json(found))
         return
     from rich.console import Console
 
@@ -78,7 +94,9 @@ def _of_run(settings: Evaluate, folder: Path) -> tuple[Task, str, list[Example]]
     if settings.data is not None:  # every row of it, with the run's classes
         columns = settings.text_column or trained.text_column or task.columns
         if len(columns) != len(task.columns):
-            raise UsageError(f"--text-column: the run reads {len(task.columns)} texts ({', '.join(task.columns)}); name as many")
+            raise UsageError(
+                f"--text-column: the run reads {len(task.columns)} texts ({', '.join(task.columns)}); name as many"
+            )
         label = settings.label_column or trained.label_column or "label"
         examples, _ = load_file(settings.data, columns, label, task.classes)
         return task, saved["head"], cut(examples, settings.eval_rows)
@@ -90,11 +108,17 @@ def _of_run(settings: Evaluate, folder: Path) -> tuple[Task, str, list[Example]]
                 f"task '{other.name}' has classes {', '.join(other.classes)}, but the run learned {', '.join(task.classes)}; "
                 "evaluate it on a task with the same classes"
             )
-        return task, saved["head"], splits_of(choice, other, seed=trained.data_seed, k=None, train_rows=None, more={}).test
+        return (
+            task,
+            saved["head"],
+            splits_of(choice, other, seed=trained.data_seed, k=None, train_rows=None, more={}).test,
+        )
     choice = replace(trained, eval_rows=settings.eval_rows, data_dir=settings.data_dir or trained.data_dir)
     known = None if trained.task is None else find_task(trained.task)
     files = {"validation_data": trained.validation, "test_data": trained.test}
-    splits = splits_of(choice, known, seed=trained.data_seed, k=trained.k, train_rows=trained.train_rows, more=files)
+    splits = splits_of(
+        choice, known, seed=trained.data_seed, k=trained.k, train_rows=trained.train_rows, more=files
+    )
     return task, saved["head"], splits.test
 
 
@@ -105,11 +129,15 @@ def _of_model(settings: Evaluate) -> tuple[Task, str, list[Example]]:
     from zolr.tasks.fewshot import cut
 
     if settings.head == "classes":
-        raise UsageError("--head classes would measure a head that was never trained; give a run folder, or use --head prompt")
+        raise UsageError(
+            "--head classes would measure a head that was never trained; give a run folder, or use --head prompt"
+        )
     task = task_of(settings, settings.model == "demo")
     if settings.data is not None:
         columns = settings.text_column or (task.columns if task else ("text",))
-        examples, classes = load_file(settings.data, columns, settings.label_column or "label", task.classes if task else None)
+        examples, classes = load_file(
+            settings.data, columns, settings.label_column or "label", task.classes if task else None
+        )
         task = task or own_task(Path(settings.data).stem, columns, classes)
         examples = cut(examples, settings.eval_rows)
     else:
@@ -117,4 +145,3 @@ def _of_model(settings: Evaluate) -> tuple[Task, str, list[Example]]:
         examples = splits_of(settings, task, seed=settings.data_seed, k=None, train_rows=None, more={}).test
     words = words_of(settings.label_words, task.classes) if settings.label_words else None
     return task.changed(template=settings.template, words=words), settings.head, examples
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -54,18 +53,32 @@ class Composition(Settings):
 
     method: str | None = flag(None, "A row of `zolr methods`.", "Method", shown="stiefel")
     paradigm: Literal["fo", "zo", "fwd"] | None = flag(
-        None, "fo: backprop; zo: forward passes only; fwd: forward mode.", "Method", shown="the method's first"
+        None,
+        "fo: backprop; zo: forward passes only; fwd: forward mode.",
+        "Method",
+        shown="the method's first",
     )
-    projector: str | None = flag(None, "How subspaces are drawn: stiefel, gaussian, identity, ...", "Method", shown="the method's")
+    projector: str | None = flag(
+        None, "How subspaces are drawn: stiefel, gaussian, identity, ...", "Method", shown="the method's"
+    )
     rank: int | None = flag(None, "Rank of the subspaces.", "Method", shown="the method's")
     refresh_every: int | None = flag(None, "Steps a subspace lives.", "Method", shown="the method's")
-    optimizer: str | None = flag(None, "sgd, momentum, adamw, muon, ..., or a class of torch.optim.", "Method", shown="the method's")
-    transport: str | None = flag(None, "Optimizer state at a refresh: reset, keep, align.", "Method", shown="the method's")
+    optimizer: str | None = flag(
+        None, "sgd, momentum, adamw, muon, ..., or a class of torch.optim.", "Method", shown="the method's"
+    )
+    transport: str | None = flag(
+        None, "Optimizer state at a refresh: reset, keep, align.", "Method", shown="the method's"
+    )
     probes: int | None = flag(None, "Directions a step (zo, fwd).", "Method", shown="the method's")
     eps: float | None = flag(None, "Probe radius (zo).", "Method", shown="measured, or the method's")
-    side: str | None = flag(None, "Which side of a matrix is projected: right, left, short.", "Method", shown="the method's")
+    side: str | None = flag(
+        None, "Which side of a matrix is projected: right, left, short.", "Method", shown="the method's"
+    )
     train: str | None = flag(
-        None, "Weights to train: all, or linear, head, embedding, bias, norm joined by +.", "Method", shown="the method's"
+        None,
+        "Weights to train: all, or linear, head, embedding, bias, norm joined by +.",
+        "Method",
+        shown="the method's",
     )
 
 
@@ -73,17 +86,31 @@ class Composition(Settings):
 class Schedule(Settings):
     """How long, how fast, and on how much."""
 
-    k: Annotated[int, Ge(1)] | None = flag(None, "Few-shot: training examples a class.", "Training", shown="all rows")
-    train_rows: Annotated[int, Ge(1)] | None = flag(None, "Training rows at most.", "Training", shown="all rows")
-    validation: str | None = flag(None, "Own file to choose the best step on.", "Data", shown="a share of --data", path=True)
+    k: Annotated[int, Ge(1)] | None = flag(
+        None, "Few-shot: training examples a class.", "Training", shown="all rows"
+    )
+    train_rows: Annotated[int, Ge(1)] | None = flag(
+        None, "Training rows at most.", "Training", shown="all rows"
+    )
+    validation: str | None = flag(
+        None, "Own file to choose the best step on.", "Data", shown="a share of --data", path=True
+    )
     test: str | None = flag(None, "Own file to report on.", "Data", shown="a share of --data", path=True)
     lr: Annotated[float, Gt(0)] | None = flag(
-        None, "Learning rate.", "Training", shown="the method's; zo: measured on the first batch", aliases=("learning_rate",)
+        None,
+        "Learning rate.",
+        "Training",
+        shown="the method's; zo: measured on the first batch",
+        aliases=("learning_rate",),
     )
-    schedule: Literal["constant", "linear", "cosine"] = flag("constant", "Course of the rate: constant, linear, cosine.", "Training")
+    schedule: Literal["constant", "linear", "cosine"] = flag(
+        "constant", "Course of the rate: constant, linear, cosine.", "Training"
+    )
     warmup: Annotated[int, Ge(0)] = flag(0, "Steps in which the rate rises from zero.", "Training")
     weight_decay: Annotated[float, Ge(0)] = flag(0.0, "Decoupled decay of the matrices.", "Training")
-    clip: Annotated[float, Gt(0)] | None = flag(None, "Largest norm of a gradient.", "Training", shown="no clipping")
+    clip: Annotated[float, Gt(0)] | None = flag(
+        None, "Largest norm of a gradient.", "Training", shown="no clipping"
+    )
     steps: Annotated[int, Ge(1)] | None = flag(
         None, "Optimizer steps.", "Training", shown=", ".join(f"{p} {n.steps}" for p, n in DEFAULTS.items())
     )
@@ -100,7 +127,10 @@ class Schedule(Settings):
         "loss", "What training improves: loss, accuracy, f1 (the last two under zo).", "Training"
     )
     eval_every: Annotated[int, Ge(1)] | None = flag(
-        None, "Steps between evaluations.", "Training", shown=", ".join(f"{p} {n.eval_every}" for p, n in DEFAULTS.items())
+        None,
+        "Steps between evaluations.",
+        "Training",
+        shown=", ".join(f"{p} {n.eval_every}" for p, n in DEFAULTS.items()),
     )
     patience: Annotated[int, Ge(1)] | None = flag(
         None, "Stop after so many evaluations without a better one.", "Training", shown="never"
@@ -119,7 +149,10 @@ class Writing(Settings):
     )
     overwrite: bool = flag(False, "Replace a run that is there.", "Output", saved=False)
     save_every: Annotated[int, Ge(1)] | None = flag(
-        None, "Steps between checkpoints, which then stay after the run.", "Output", shown="some, removed when the run is done"
+        None,
+        "Steps between checkpoints, which then stay after the run.",
+        "Output",
+        shown="some, removed when the run is done",
     )
     resume: bool = flag(False, "Go on from the newest good checkpoint of --output.", "Output", saved=False)
     json: bool = flag(False, "Print the result as JSON on stdout.", "Output", saved=False)
@@ -141,10 +174,14 @@ class Finetune(Writing, Machine, Schedule, Composition, DataChoice, ModelChoice)
         saved = folder / runs.CONFIG
         runs.check_free(folder, overwrite=False, resume=True)
         if not saved.is_file():
-            raise UsageError(f"{folder} is no run folder: it has no {runs.CONFIG}; give --output RUN, or start without --resume")
+            raise UsageError(
+                f"{folder} is no run folder: it has no {runs.CONFIG}; give --output RUN, or start without --resume"
+            )
         original = resolve(cls, {}, saved)
         settings = resolve(cls, {**given, "output": str(folder)}, config or saved).filled()
-        before, now = (dict(line.split(" = ", 1) for line in toml(s).splitlines()) for s in (original, settings))
+        before, now = (
+            dict(line.split(" = ", 1) for line in toml(s).splitlines()) for s in (original, settings)
+        )
         for key in before.keys() | now.keys():
             if before.get(key) != now.get(key) and key.replace("-", "_") not in MAY_CHANGE:
                 raise UsageError(
@@ -158,14 +195,18 @@ class Finetune(Writing, Machine, Schedule, Composition, DataChoice, ModelChoice)
         method = self.composed()
         numbers = DEFAULTS[method.paradigm]
         if self.epochs is not None and self.steps is not None:
-            raise UsageError(f"--epochs {self.epochs} and --steps {self.steps} both say how long; give one of them")
+            raise UsageError(
+                f"--epochs {self.epochs} and --steps {self.steps} both say how long; give one of them"
+            )
         if self.objective != "loss" and method.paradigm != "zo":
             raise UsageError(
                 f"--objective {self.objective} has no derivative, so paradigm '{method.paradigm}' cannot use it; "
                 "use --objective loss, or --paradigm zo"
             )
         if self.checkpointing and method.paradigm != "fo":
-            raise UsageError(f"--checkpointing is for backprop; paradigm '{method.paradigm}' saves no activations, leave it out")
+            raise UsageError(
+                f"--checkpointing is for backprop; paradigm '{method.paradigm}' saves no activations, leave it out"
+            )
         if self.warmup and self.steps is not None and self.warmup >= self.steps:
             raise UsageError(f"--warmup {self.warmup} leaves none of {self.steps} steps; use less")
         return replace(
@@ -181,7 +222,10 @@ class Finetune(Writing, Machine, Schedule, Composition, DataChoice, ModelChoice)
         """The method these settings describe."""
         from zolr.methods import compose
 
-        parts = {f: getattr(self, f) for f in ("projector", "rank", "refresh_every", "optimizer", "transport", "probes", "eps", "side")}
+        parts = {
+            f: getattr(self, f)
+            for f in ("projector", "rank", "refresh_every", "optimizer", "transport", "probes", "eps", "side")
+        }
         return compose(self.method, self.paradigm, **parts)
 
     def learning_rate(self, method: Method) -> float | None:
@@ -258,9 +302,13 @@ def _rehearsed(job: Job, settings: Finetune) -> None:
     """What a dry run has found."""
     from zolr.cli.screen import size
 
-    found = {"truncated": job.truncated, "trained_share": job.engine.trained_share, "peak_bytes_predicted": job.predicted}
+    found = {
+        "truncated": job.truncated,
+        "trained_share": job.engine.trained_share,
+        "peak_bytes_predicted": job.predicted,
+    }
     if settings.json:
-        print(json.dumps({**found, "settings": as_dict(job.settings)}, indent=2))
+        print(runs.as_json({**found, "settings": as_dict(job.settings)}))
     else:
         print(f"dry run: everything is in place; predicted peak memory {size(found['peak_bytes_predicted'])}")
 
@@ -268,15 +316,28 @@ def _rehearsed(job: Job, settings: Finetune) -> None:
 def _present(result: dict[str, Any], settings: Finetune) -> None:
     """The result for people or for programs."""
     if settings.json:
-        print(json.dumps(result, indent=2))
+        print(runs.as_json(result))
         return
     from rich.console import Console
 
     from zolr.cli.screen import size, table
 
-    columns = [f"{result['metric']} before", "after", "steps", "forwards", "tokens", "seconds", "peak", "predicted"]
+    columns = [
+        f"{result['metric']} before",
+        "after",
+        "steps",
+        "forwards",
+        "tokens",
+        "seconds",
+        "peak",
+        "predicted",
+    ]
     row = [result[key] for key in ("before", "after", "steps", "forwards", "tokens")]
-    row += [f"{result['seconds']:.1f}", size(result["peak_bytes_measured"]), size(result["peak_bytes_predicted"])]
+    row += [
+        f"{result['seconds']:.1f}",
+        size(result["peak_bytes_measured"]),
+        size(result["peak_bytes_predicted"]),
+    ]
     title = f"{result['task']}, {result['method']} {result['paradigm']}: {result['rows']['test']} test rows"
     Console(highlight=False).print(table(title, columns, [row]))
     if "folder" in result:
@@ -448,7 +509,7 @@ class Job:
                 )
         except NonFiniteError:
             raise
-        except Exception:
+        except BaseException:
             place.discard()
             raise
         after = work.evaluate(self.test, self.batch_size)

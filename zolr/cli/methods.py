@@ -14,7 +14,9 @@ from zolr.errors import UsageError
 class Methods(Settings):
     """Settings of `zolr methods`."""
 
-    name: str | None = flag(None, "One method to show in full; all of them without it.", "Method", argument=True)
+    name: str | None = flag(
+        None, "One method to show in full; all of them without it.", "Method", argument=True
+    )
     json: bool = flag(False, "Print JSON.", "Output", saved=False)
 
 
@@ -40,9 +42,15 @@ def run(settings: Methods) -> None:
         return
     described = _described(METHODS[settings.name])
     compositions = described.pop("composition")
-    lines = [(key, ", ".join(value) if isinstance(value, list) else value) for key, value in described.items() if value]
+    lines = [
+        (key, ", ".join(value) if isinstance(value, list) else value)
+        for key, value in described.items()
+        if value
+    ]
     for paradigm, parts in compositions.items():
-        lines += [(f"{paradigm}: {part}", _in_words(made)) for part, made in parts.items() if made is not None]
+        lines += [
+            (f"{paradigm}: {part}", _in_words(made)) for part, made in parts.items() if made is not None
+        ]
     console.print(table(settings.name, ("", ""), lines))
 
 
@@ -53,8 +61,14 @@ def register(app: typer.Typer) -> None:
 
 def _described(row: Any) -> dict[str, Any]:
     """A row of the table as JSON."""
-    texts = {key: getattr(row, key) for key in ("name", "summary", "equation", "follows", "reference", "limits")}
-    return {**texts, "paradigms": list(row.paradigms), "composition": {p: _parts(row.build(p)) for p in row.paradigms}}
+    texts = {
+        key: getattr(row, key) for key in ("name", "summary", "equation", "follows", "reference", "limits")
+    }
+    return {
+        **texts,
+        "paradigms": list(row.paradigms),
+        "composition": {p: _parts(row.build(p)) for p in row.paradigms},
+    }
 
 
 def _parts(method: Any) -> dict[str, Any]:
@@ -77,7 +91,9 @@ def _plain(part: Any) -> Any:
 def _in_words(part: Any) -> str:
     """`Stiefel(rank 8, side right)`."""
     if isinstance(part, dict):
-        inner = ", ".join(f"{key} {_in_words(value)}" for key, value in part.items() if key != "part" and value is not None)
+        inner = ", ".join(
+            f"{key} {_in_words(value)}" for key, value in part.items() if key != "part" and value is not None
+        )
         return f"{part['part']}({inner})" if "part" in part else inner
     if isinstance(part, list):
         return ", ".join(map(_in_words, part))

@@ -21,8 +21,15 @@ class Sources(Settings):
     """What is read."""
 
     run: str | None = flag(None, "Run folder of `zolr finetune`.", "Model", argument=True, path=True)
-    file: str = flag("-", "Texts: txt with one a line, csv, tsv, json, jsonl, parquet; - for standard input.", "Data", argument=True)
-    text_column: tuple[str, ...] = flag((), "Column with the text; twice for pairs.", "Data", shown="as in the run")
+    file: str = flag(
+        "-",
+        "Texts: txt with one a line, csv, tsv, json, jsonl, parquet; - for standard input.",
+        "Data",
+        argument=True,
+    )
+    text_column: tuple[str, ...] = flag(
+        (), "Column with the text; twice for pairs.", "Data", shown="as in the run"
+    )
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,9 @@ class Predict(Machine, Sources):
     """Settings of `zolr predict`."""
 
     batch_size: Annotated[int, Ge(1)] = flag(32, "Examples of a forward pass.", "Memory")
-    json: bool = flag(False, "One JSON object a line, with the probability of every class.", "Output", saved=False)
+    json: bool = flag(
+        False, "One JSON object a line, with the probability of every class.", "Output", saved=False
+    )
 
 
 def run(settings: Predict) -> None:
@@ -42,12 +51,16 @@ def run(settings: Predict) -> None:
         raise UsageError("zolr predict needs a run folder: zolr predict RUN [FILE]")
     folder = Path(settings.run)
     if not (folder / runs.TASK).is_file():
-        raise DataError(f"{folder} is no finished run (it has no {runs.TASK}); give the folder that zolr finetune has written")
+        raise DataError(
+            f"{folder} is no finished run (it has no {runs.TASK}); give the folder that zolr finetune has written"
+        )
     saved = runs.read_json(folder / runs.TASK)
     task = task_from(saved["task"], folder / runs.TASK)
     columns = settings.text_column or task.columns
     if len(columns) != len(task.columns):
-        raise UsageError(f"--text-column: the run reads {len(task.columns)} texts ({', '.join(task.columns)}); name as many")
+        raise UsageError(
+            f"--text-column: the run reads {len(task.columns)} texts ({', '.join(task.columns)}); name as many"
+        )
     texts = read_texts(settings.file, columns)
     set_threads(settings.threads)
     work = Workload(str(folder), task, saved["head"], dtype=settings.dtype, device=device_of(settings.device))
@@ -57,7 +70,11 @@ def run(settings: Predict) -> None:
         label = task.classes[winner]
         if settings.json:
             all_classes = {name: round(p, 6) for name, p in zip(task.classes, row, strict=True)}
-            line = {"text": text[0] if len(text) == 1 else list(text), "label": label, "probability": round(share, 6)}
+            line = {
+                "text": text[0] if len(text) == 1 else list(text),
+                "label": label,
+                "probability": round(share, 6),
+            }
             print(json.dumps({**line, "probabilities": all_classes}, ensure_ascii=False))
         else:
             print(f"{label}\t{share:.4f}")

@@ -1,38 +1,39 @@
 """`zolr pretrain`: train a language model on plain text, from random weights or from a checkpoint."""
 
+from __future__ import annotations
+
+import json
+import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import cos, exp, pi
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import typer
 from annotated_types import Ge, Gt, Lt
 
-from zolr.cli.config import Settings, add, flag
-from zolr.errors import StorageError, UsageError
+from zolr.cli import runs
+from zolr.cli.config import Settings, add, as_dict, flag, resolve, toml
+from zolr.cli.finetune import Composition, Writing
+from zolr.cli.workload import Machine
+from zolr.errors import NonFiniteError, UsageError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor, device, nn
 
+    from zolr.methods import Method
     from zolr.tasks.streams import TokenStream
 
 TOKENIZER, TOKENS = "tokenizer", "tokens"  # working files in a run folder until the run is complete
 CHUNK_ENTRIES = 1 << 21  # logits alive at once on a CPU: 8 MiB stay in its cache, and more is slower
+LEARNING_RATE = 1e-3  # by backprop; the rates of the methods are for fine-tuning, and random weights stand more
 
 
 @dataclass(frozen=True)
-class Pretrain(Settings):
-    """Settings of `zolr pretrain`."""
+class Text(Settings):
+    """What to read."""
 
-    model: str | None = flag(
-        None, "Preset, folder, hub name or config.json; without it an architecture is made from the numbers below.", "Model", path=True
-    )
-    hidden_size: Annotated[int, Ge(8)] = flag(192, "Width.", "Model")
-    layers: Annotated[int, Ge(1)] = flag(4, "Layers.", "Model")
-    heads: Annotated[int, Ge(1)] = flag(4, "Attention heads; they divide the width.", "Model")
-    ffn_size: Annotated[int, Ge(1)] | None = flag(
-        None, "Inner width of the feed-forward layers.", "Model", shown="8/3 of the width (clm), 4 times it (mlm)"
-    )
     data: tuple[str, ...] = flag((), "Text files or folders of .txt and .txt.xz files (repeat the flag).", "Data", path=True)
     held_out: tuple[str, ...] = flag(
         (), "Text to evaluate on.", "Data", shown="files of --data named valid*, dev*, eval*; else the last rows", path=True
@@ -40,211 +41,279 @@ class Pretrain(Settings):
     tokenizer: str | None = flag(None, "Folder or hub name of a tokenizer.", "Data", shown="the model's own", path=True)
     train_tokenizer: bool = flag(False, "Learn a byte-level BPE tokenizer from the data first.", "Data")
     vocab_size: Annotated[int, Ge(260)] = flag(8192, "Tokens of the tokenizer to learn.", "Data")
-    tokenizer_characters: Annotated[int, Ge(1)] = flag(8_000_000, "Characters of the data that the tokenizer is learned from.", "Data")
+    tokenizer_characters: Annotated[int, Ge(1)] = flag(8_000_000, "Characters of the data it is learned from.", "Data")
     length: Annotated[int, Ge(2)] = flag(128, "Tokens of a row.", "Data")
+
+
+@dataclass(frozen=True)
+class Architecture(Settings):
+    """What to train."""
+
+    model: str | None = flag(
+        None, "Preset, folder, hub name or config.json; without it one is made from the numbers below.", "Model", path=True
+    )
+    hidden_size: Annotated[int, Ge(8)] = flag(192, "Width.", "Model")
+    layers: Annotated[int, Ge(1)] = flag(4, "Layers.", "Model")
+    heads: Annotated[int, Ge(1)] = flag(4, "Attention heads; they divide the width.", "Model")
+    ffn_size: Annotated[int, Ge(1)] | None = flag(
+        None, "Inner width of the feed-forward layers.", "Model", shown="8/3 of the width (clm), 4 times it (mlm)"
+    )
+
+
+@dataclass(frozen=True)
+class Course(Settings):
+    """How long and how fast."""
+
     objective: Literal["clm", "mlm"] = flag("clm", "Predict the next token (clm) or masked ones (mlm).", "Training")
-    method: str = flag("adamw", "Row of `zolr methods`.", "Training")
-    paradigm: str | None = flag(None, "fo, zo or fwd.", "Training", shown="the method's first")
-    rank: Annotated[int, Ge(1)] | None = flag(None, "Rank of the subspaces.", "Training", shown="the method's")
-    refresh_every: Annotated[int, Ge(1)] | None = flag(None, "Steps between two subspaces.", "Training", shown="the method's")
     steps: Annotated[int, Ge(1)] = flag(1000, "Optimizer steps.", "Training")
-    batch_size: Annotated[int, Ge(1)] = flag(32, "Rows of a step.", "Training")
-    accumulation: Annotated[int, Ge(1)] = flag(1, "Micro-batches that the rows of a step are cut into.", "Training")
-    lr: Annotated[float, Gt(0)] | None = flag(None, "Learning rate at its highest.", "Training", shown="1e-3; without backprop the method's")
-    warmup: Annotated[int, Ge(0)] = flag(0, "Steps over which the learning rate rises.", "Training")
+    batch_size: Annotated[int, Ge(1)] = flag(32, "Rows of a forward pass.", "Training", aliases=("per_device_train_batch_size",))
+    accumulate: Annotated[int, Ge(1)] = flag(1, "Batches of a step.", "Training", aliases=("gradient_accumulation_steps",))
+    lr: Annotated[float, Gt(0)] | None = flag(
+        None, "Highest learning rate.", "Training", shown=f"{LEARNING_RATE:g}; without backprop the method's", aliases=("learning_rate",)
+    )
     schedule: Literal["constant", "linear", "cosine", "wsd"] = flag(
-        "cosine", "What it does then; wsd holds it and falls linearly in the last --decay of the steps.", "Training"
+        "cosine", "Course of the rate: constant, linear, cosine, or wsd: constant, then linear over the last --decay.", "Training"
     )
-    decay: Annotated[float, Gt(0), Lt(1)] = flag(0.2, "Share of the steps that wsd falls over.", "Training")
-    weight_decay: Annotated[float, Ge(0)] = flag(0.0, "Decoupled decay of matrices.", "Training")
-    clip: Annotated[float, Gt(0)] | None = flag(None, "Largest norm of the gradient.", "Training", shown="none")
-    seed: int = flag(0, "Names the weights, the rows of each step and the directions.", "Training")
+    warmup: Annotated[int, Ge(0)] = flag(0, "Steps in which the rate rises from zero.", "Training")
+    decay: Annotated[float, Gt(0), Lt(1)] = flag(0.2, "Share of the steps in which wsd falls.", "Training")
+    weight_decay: Annotated[float, Ge(0)] = flag(0.0, "Decoupled decay of the matrices.", "Training")
+    clip: Annotated[float, Gt(0)] | None = flag(None, "Largest norm of a gradient.", "Training", shown="no clipping")
+    eval_every: Annotated[int, Ge(1)] | None = flag(None, "Steps between evaluations.", "Training", shown="a tenth of the steps")
+    eval_rows: Annotated[int, Ge(1)] = flag(256, "Held-out rows of an evaluation, spread over all of them.", "Training")
+    seed: int = flag(0, "Seed of the weights, of the rows of each step and of directions.", "Training")
     compute: Literal["float32", "bfloat16"] = flag(
-        "float32", "What matrix products are computed in; weights, norms and losses stay float32.", "Compute"
+        "float32", "Precision of matrix products; weights keep --dtype, losses are float32.", "Memory"
     )
-    threads: Annotated[int, Ge(1)] | None = flag(None, "CPU threads.", "Compute", shown="all cores")
-    device: str | None = flag(None, "Device such as cpu or cuda.", "Compute", shown="cuda if there is one")
-    eval_every: Annotated[int, Ge(0)] = flag(0, "Steps between evaluations; 0 evaluates at both ends.", "Output")
-    eval_rows: Annotated[int, Ge(1)] = flag(256, "Held-out rows of an evaluation, spread over all of them.", "Output")
-    save_every: Annotated[int, Ge(0)] = flag(0, "Steps between checkpoints; 0 saves when interrupted.", "Output")
-    output: str | None = flag(None, "Run folder.", "Output", shown="runs/pretrain", saved=False)
-    overwrite: bool = flag(False, "Replace what is in the run folder.", "Output", saved=False)
-    resume: bool = flag(False, "Go on from the newest checkpoint of the run folder.", "Output", saved=False)
-    quiet: bool = flag(False, "Print nothing but errors.", "Output", saved=False)
+    checkpointing: bool = flag(False, "Recompute activations in the backward pass (fo).", "Memory")
+
+
+@dataclass(frozen=True)
+class Pretrain(Writing, Machine, Course, Composition, Text, Architecture):
+    """Settings of `zolr pretrain`."""
+
+    @classmethod
+    def gather(cls, given: dict[str, Any], config: Path | None) -> Self:
+        """On resume the run's own config file stands in for the flags that are not repeated."""
+        if given.get("resume") and config is None:
+            if "output" not in given:
+                raise UsageError("--resume needs the run to go on with; give --output RUN")
+            saved = Path(given["output"]) / runs.CONFIG
+            config = saved if saved.is_file() else None
+        return resolve(cls, given, config).filled()
+
+    def filled(self) -> Self:
+        """The settings with every number that depends on others, and checked as far as names go."""
+        if not self.data:
+            raise UsageError("nothing to train on; give --data FILE or --data FOLDER")
+        if self.tokenizer and self.train_tokenizer:
+            raise UsageError("--tokenizer and --train-tokenizer exclude each other; give one of them")
+        if self.hidden_size % self.heads:
+            raise UsageError(f"--hidden-size {self.hidden_size} cannot be divided among {self.heads} heads; change --heads")
+        if self.warmup >= self.steps:
+            raise UsageError(f"--warmup {self.warmup} leaves none of {self.steps} steps; use less")
+        method = self.composed()
+        if self.checkpointing and method.paradigm != "fo":
+            raise UsageError(f"--checkpointing is for backprop; paradigm '{method.paradigm}' saves no activations, leave it out")
+        lr = self.lr if self.lr is not None or method.paradigm != "fo" else LEARNING_RATE
+        return replace(
+            self,
+            method=self.method or "adamw",
+            paradigm=method.paradigm,
+            lr=lr,
+            eval_every=self.eval_every or max(1, self.steps // 10),
+        )
+
+    def composed(self) -> Method:
+        """The method these settings describe."""
+        from zolr.methods import compose
+
+        parts = {f: getattr(self, f) for f in ("projector", "rank", "refresh_every", "optimizer", "transport", "probes", "eps", "side")}
+        return compose(self.method or "adamw", self.paradigm, **parts)
 
 
 def run(settings: Pretrain) -> None:
     """Train a language model on plain text, from random weights or from a checkpoint."""
-    from zolr.cli.runs import claimed, free_folder
+    from zolr.cli.screen import console
 
-    if not settings.data:
-        raise UsageError("nothing to train on; give --data FILE or --data FOLDER")
-    if settings.overwrite and settings.resume:
-        raise UsageError("--overwrite and --resume exclude each other; give one of them")
-    if settings.resume and settings.output is None:
-        raise UsageError("--resume needs the run folder to go on in; give --output")
-    if settings.hidden_size % settings.heads:
-        raise UsageError(f"a width of {settings.hidden_size} cannot be divided among {settings.heads} heads; change --heads")
-    if settings.batch_size % settings.accumulation:
-        raise UsageError(f"a batch of {settings.batch_size} rows cannot be cut into {settings.accumulation} equal parts")
-    folder = Path(settings.output) if settings.output else free_folder("pretrain")
-    with claimed(folder, overwrite=settings.overwrite, resume=settings.resume) as claim:
+    shown = console(settings.quiet)
+    folder = Path(settings.output) if settings.output else runs.free_folder("pretrain")
+    with runs.claimed(folder, overwrite=settings.overwrite, resume=settings.resume) as place:
         try:
-            pretrain(settings, claim)
-        except BaseException:
-            claim.discard()
+            result = pretrain(settings, place, shown)
+        except NonFiniteError:
             raise
+        except Exception:
+            place.discard()
+            raise
+    if settings.json:
+        print(json.dumps({**result, "folder": str(folder)}, indent=2))
+        return
+    from rich.console import Console
+
+    from zolr.cli.screen import size, table
+
+    columns = ["held-out loss before", "after", "steps", "tokens", "seconds", "peak", "predicted"]
+    row = [result[key] for key in ("before", "after", "steps", "tokens_seen")]
+    row += [f"{result['seconds']:.1f}", size(result["peak_bytes_measured"]), size(result["peak_bytes_predicted"])]
+    title = f"{result['model']}, {result['parameters']:,} parameters, {result['method']} {result['paradigm']}"
+    out = Console(highlight=False)
+    out.print(table(title, columns, [row]))
+    out.print(f"run folder: {folder}")
 
 
-def pretrain(settings: Pretrain, claim: Any) -> dict[str, Any]:
-    """Do the run and complete its folder; returns what `result.json` holds.
+def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str, Any]:
+    """Train, complete the run folder, and return what is in its `result.json`.
 
     Args:
         settings: what to do.
-        claim: the run folder, a `zolr.cli.runs.RunFolder`.
+        place: the claimed run folder.
+        shown: a rich console.
     """
-    import shutil
-
     import torch
 
-    from zolr.checkpoints import newest, write_text
-    from zolr.cli.config import as_dict, toml
-    from zolr.cli.runs import CARD, CONFIG, RESULT, write_json
-    from zolr.cli.screen import console, watching
+    from zolr.cli import record
+    from zolr.cli.screen import watching
+    from zolr.cli.workload import device_of, set_threads
     from zolr.engine import Engine
     from zolr.memory import resident
-    from zolr.methods import METHODS, compose
+    from zolr.methods import METHODS
+    from zolr.models import checkpoint_activations
     from zolr.tasks.streams import IGNORED
     from zolr.training import train
 
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    shown = console(settings.quiet)
-    work: Path = claim.work
-
-    method = compose(settings.method, settings.paradigm, rank=settings.rank, refresh_every=settings.refresh_every)
-    row = METHODS[settings.method]
-    # The rates of the rows are for fine-tuning: random weights stand more
-    lr = settings.lr if settings.lr is not None else 1e-3 if method.paradigm == "fo" else row.lr.get(method.paradigm)
-
+    set_threads(settings.threads)
+    on = device_of(settings.device)
     train_files, valid_files = _files(settings)
-    tokenizer = _tokenizer(settings, work, train_files)
-    model = _model(settings, tokenizer).to(device)
-    method = _without_embeddings(method, model)
-    stream, valid = _streams(settings, work, tokenizer, train_files, valid_files)
+    tokenizer = _tokenizer(settings, place.work, train_files)
+    model: Any = _model(settings, tokenizer).to(on)
+    if settings.checkpointing:
+        checkpoint_activations(model)
+    stream, valid = _streams(settings, place.work, tokenizer, train_files, valid_files)
+    method = _without_embeddings(settings.composed(), model)
+    select = settings.train or METHODS[settings.method or "adamw"].train
+    rows = settings.batch_size * settings.accumulate
     parameters = sum(p.numel() for p in model.parameters())
-    per_step = settings.batch_size * settings.length
-    shown.print(
-        f"{type(model).__name__}, {parameters:,} parameters, vocabulary {len(tokenizer):,}; {stream.tokens:,} tokens in "
-        f"{stream.rows:,} rows; {settings.steps:,} steps of {per_step:,} tokens, {settings.steps * per_step / stream.tokens:.2f} epochs"
-    )
 
-    loss = _loss(settings, model, device)
+    loss = _loss(settings, model, on)
     engine = Engine(
         model,
         method,
-        lr=lr,
+        lr=settings.lr if settings.lr is not None else METHODS[settings.method or "adamw"].lr.get(method.paradigm),
         loss=loss,
-        select=row.train,
+        select=select,
         seed=settings.seed,
         weight_decay=settings.weight_decay,
         schedule=schedule(settings),
         clip=settings.clip,
     )
-    if engine.trained_share < 1:
-        shown.print(f"training {engine.trained_share:.1%} of the parameters")
+    shown.print(
+        f"{stream.tokens:,} tokens to train on, {valid.tokens:,} held out, vocabulary {len(tokenizer):,}\n"
+        f"{type(model).__name__} ({parameters:,} parameters, {engine.trained_share:.1%} trained): method {settings.method}, "
+        f"paradigm {method.paradigm}, {settings.steps:,} steps of {rows * settings.length:,} tokens, "
+        f"{settings.steps * rows / stream.rows:.2f} epochs",
+        markup=False,
+    )
 
-    def batch_of_step(step: int) -> list[dict[str, "Tensor"]]:
+    def batches(step: int) -> list[dict[str, Tensor]]:
         batch = stream.batch(step)
-        size = settings.batch_size // settings.accumulation
-        parts = [{key: value[i : i + size] for key, value in batch.items()} for i in range(0, settings.batch_size, size)]
+        size = settings.batch_size
+        parts = [{key: value[i : i + size] for key, value in batch.items()} for i in range(0, rows, size)]
         if settings.objective == "mlm":
             for part in parts:  # the head, the dearest layer of a small model, need not see the other 85 %
                 part["counted"] = (part["labels"].flatten() != IGNORED).nonzero()[:, 0]
         return parts
 
-    def evaluate() -> Mapping[str, float]:
+    def evaluate() -> dict[str, float]:
         total, count = 0.0, 0
         training = model.training
         model.eval()
         with torch.no_grad():
             for batch in valid.evaluation(settings.eval_rows):
-                part, number = loss(model, {key: value.to(device) for key, value in batch.items()})
-                total, count = total + float(part), count + int(number)
+                part, tokens = loss(model, {key: value.to(on) for key, value in batch.items()})
+                total, count = total + float(part), count + int(tokens)
         model.train(training)
         mean = total / max(count, 1)
-        return {"loss": mean, "perplexity": float(torch.tensor(mean, dtype=torch.float64).exp())}
+        return {"loss": mean, "perplexity": exp(min(mean, 700.0))}
 
-    found = newest(work / "checkpoints") if settings.resume else None
-    if settings.resume and found is None:
-        raise StorageError(f"no checkpoint to go on from in {claim.path}; start again with --overwrite")
-    memory = lambda: resident(device)  # noqa: E731
-    with watching(shown, memory, found.step if found else 0, settings.steps) as screen:
+    meter = record.Meter(engine, on)
+    runs.write_text(place.work / runs.CONFIG, toml(settings))
+    with watching(shown, lambda: resident(on), 0, settings.steps) as screen:
         outcome = train(
             engine,
-            batch_of_step,
+            batches,
             steps=settings.steps,
             evaluate=evaluate,
-            eval_every=settings.eval_every,
+            eval_every=settings.eval_every or 0,
             metric="loss",
             best=None,  # the last weights: a schedule that ends at zero leaves the best ones there
-            folder=work,
-            save_every=settings.save_every,
+            folder=place.work,
+            save_every=settings.save_every or max(1, settings.steps // 20),
             resume=settings.resume,
-            device=device,
+            device=on,
+            meter=meter,
             reporter=screen,
         )
 
-    trained: Any = engine.detach().to("cpu").eval()
     progress = outcome.progress
     result = {
         "verb": "pretrain",
         "method": settings.method,
         "paradigm": method.paradigm,
-        "settings": as_dict(settings),
+        "model": type(model).__name__,
+        "parameters": parameters,
+        "trained_share": engine.trained_share,
         "metric": "loss",
-        "before": outcome.before,
-        "after": outcome.after,
+        "before": outcome.before["loss"],
+        "after": outcome.after["loss"],
         "steps": progress.step,
         "skipped": progress.skipped,
         "forwards": progress.forwards,
-        "tokens": progress.step * per_step,
-        "seconds": round(progress.seconds, 2),
-        "parameters": parameters,
-        "trained_share": engine.trained_share,
-        "held_out_tokens": valid.tokens,
-        "peak_bytes_predicted": None,
-        "peak_bytes_measured": resident(device).peak,
-        "versions": _versions(),
+        "tokens": progress.tokens,
+        "tokens_seen": progress.step * rows * settings.length,
+        "seconds": round(progress.seconds, 3),
+        "peak_bytes_predicted": _predicted(settings, model, method, select, shown),
+        "peak_bytes_measured": meter.peak or None,
+        "lr": engine.base_lr,
+        "rows": {"train": stream.rows, "held_out": valid.rows},
+        "metrics": {"held_out": {"before": outcome.before, "after": outcome.after}},
+        "settings": as_dict(settings),
+        "versions": record.versions(),
+    }
+    memory = {
+        "peak_bytes_predicted": result["peak_bytes_predicted"],
+        "peak_bytes_measured": result["peak_bytes_measured"],
+        "counter": meter.counter,
+        "process_bytes": resident("cpu").peak,
+        "dtype": settings.dtype,
+        "compute": settings.compute,
+        "device": str(on),
+        "batch": list(meter.shape),
+        "attention": getattr(model.config, "_attn_implementation", None),
     }
 
-    def fill(aside: Path) -> None:
-        trained.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        write_text(aside / CONFIG, toml(settings))
-        write_text(aside / CARD, card(settings, result))
-        write_json(aside / RESULT, result)
+    def fill(folder: Path) -> None:
+        engine.detach()
+        model.to("cpu").eval().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        runs.write_text(folder / runs.CONFIG, toml(settings))
+        runs.write_json(folder / runs.MEMORY, memory)
+        runs.write_text(folder / runs.CARD, card(settings, result))
+        runs.write_json(folder / runs.RESULT, result)
 
     for name in (TOKENIZER, TOKENS):
-        shutil.rmtree(work / name, ignore_errors=True)
-    claim.complete(fill)
-    before, after = outcome.before.get("loss", float("nan")), outcome.after.get("loss", float("nan"))
-    shown.print(
-        f"held-out loss {before:.4f} -> {after:.4f} after {progress.step:,} steps, {result['tokens']:,} tokens, "
-        f"{progress.seconds:,.0f} s; saved in {claim.path}"
-    )
+        shutil.rmtree(place.work / name, ignore_errors=True)
+    place.complete(fill)
+    if settings.save_every is None:  # they guarded the run; asked for, they stay
+        shutil.rmtree(place.path / runs.CHECKPOINTS, ignore_errors=True)
     return result
 
 
-def _without_embeddings(method: Any, model: "nn.Module") -> Any:
+def _without_embeddings(method: Any, model: nn.Module) -> Any:
     """The method with AdamW for embeddings and heads where it has Muon for all matrices.
 
     The rows of an embedding are vectors that meet gradients one by one; an orthogonal step, which moves all of them
     alike, suits only maps between hidden states (Jordan et al., 2024).
     """
-    from dataclasses import replace
-
     import torch
 
     from zolr.optim import OptimizerRule
@@ -275,8 +344,6 @@ def schedule(settings: Pretrain) -> Callable[[int], float]:
 
     Reference: Hu et al., MiniCPM (2024), for wsd.
     """
-    from math import cos, pi
-
     steps, warmup = settings.steps, settings.warmup
 
     def factor(step: int) -> float:
@@ -308,12 +375,12 @@ def _tokenizer(settings: Pretrain, work: Path, files: list[Path]) -> Any:
     from zolr.models import PRESETS, load_tokenizer
     from zolr.tasks.streams import train_tokenizer
 
-    if settings.tokenizer and settings.train_tokenizer:
-        raise UsageError("--tokenizer and --train-tokenizer exclude each other; give one of them")
     if settings.tokenizer:
         return load_tokenizer(settings.tokenizer)
     model = settings.model
-    if model and model not in PRESETS and not model.endswith(".json") and not settings.train_tokenizer:
+    if model and model not in PRESETS and not model.endswith(".json"):
+        if settings.train_tokenizer:
+            raise UsageError(f"--train-tokenizer makes tokens that model '{model}' has never seen; leave it out, or give a config.json")
         return load_tokenizer(model)
     if not settings.train_tokenizer:
         raise UsageError(f"model '{model or 'made from numbers'}' has no tokenizer; give --tokenizer, or --train-tokenizer")
@@ -323,12 +390,14 @@ def _tokenizer(settings: Pretrain, work: Path, files: list[Path]) -> Any:
     return load_tokenizer(folder)
 
 
-def _model(settings: Pretrain, tokenizer: Any) -> "nn.Module":
+def _model(settings: Pretrain, tokenizer: Any) -> nn.Module:
     """The model to train, with an embedding as large as the tokenizer where it is built here."""
+    import torch
     from transformers import AutoConfig
 
     from zolr.models import PRESETS, build, is_masked, load_model
 
+    common: dict[str, Any] = dict(dtype=getattr(torch, settings.dtype), seed=settings.seed)
     # Only these are the model's business: beginning, end and padding of a text, and the number of tokens
     changes = {
         "vocab_size": len(tokenizer),
@@ -337,17 +406,17 @@ def _model(settings: Pretrain, tokenizer: Any) -> "nn.Module":
         "pad_token_id": tokenizer.pad_token_id,
     }
     if settings.model is None:
-        model = build(_config(settings, changes), seed=settings.seed)
+        model = build(_config(settings, changes), **common)
     elif settings.model in PRESETS:
-        model = build(settings.model, seed=settings.seed, **changes)
+        model = build(settings.model, **common, **changes)
     elif settings.model.endswith(".json"):
         try:
             config = AutoConfig.from_pretrained(settings.model)
         except (OSError, ValueError) as error:
             raise UsageError(f"model config '{settings.model}' cannot be used: {error}") from error
-        model = build(config, seed=settings.seed, **changes)
+        model = build(config, **common, **changes)
     else:
-        model = load_model(settings.model, seed=settings.seed)
+        model = load_model(settings.model, **common)
         rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
         if len(tokenizer) > rows:
             raise UsageError(f"model '{settings.model}' has {rows} tokens, the tokenizer {len(tokenizer)}; use the model's own tokenizer")
@@ -377,60 +446,96 @@ def _config(settings: Pretrain, changes: dict[str, Any]) -> Any:
 
 def _streams(
     settings: Pretrain, work: Path, tokenizer: Any, train: list[Path], valid: list[Path]
-) -> "tuple[TokenStream, TokenStream]":
+) -> tuple[TokenStream, TokenStream]:
     from zolr.tasks.streams import TokenStream
 
-    common: dict[str, Any] = dict(
-        length=settings.length, batch_size=settings.batch_size, objective=settings.objective, seed=settings.seed, cache=work / TOKENS
-    )
+    rows = settings.batch_size * settings.accumulate
+    common: dict[str, Any] = dict(length=settings.length, batch_size=rows, objective=settings.objective, seed=settings.seed)
+    common["cache"] = work / TOKENS
     stream = TokenStream.of_text(train, tokenizer, **common)
     if valid:
         return stream, TokenStream.of_text(valid, tokenizer, **common)
     return stream.hold_out(max(1, min(settings.eval_rows, stream.rows // 10)))
 
 
-def _loss(settings: Pretrain, model: "nn.Module", device: Any) -> Callable[..., Any]:
+def _loss(settings: Pretrain, model: nn.Module, on: device) -> Callable[..., Any]:
     import torch
 
     from zolr.models import lm_loss
 
     chunk = None
-    if device.type == "cpu":
+    if on.type == "cpu":
         chunk = max(64, CHUNK_ENTRIES // model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
     low = settings.compute == "bfloat16"
 
-    def loss(model: "nn.Module", batch: Mapping[str, "Tensor"]) -> "tuple[Tensor, Tensor]":
-        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+    def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        with torch.autocast(on.type, torch.bfloat16, enabled=low):
             return lm_loss(model, batch, chunk=chunk)
 
     return loss
 
 
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
+def _predicted(settings: Pretrain, model: Any, method: Method, select: str, shown: Any) -> int | None:
+    """Peak bytes of a step as predicted without running one; None where that cannot be known."""
+    import torch
 
-    found = {}
-    for name in ("zolr", "torch", "transformers", "tokenizers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    from zolr.memory import predict
+
+    if settings.compute != "float32":
+        return None  # the prediction runs in the dtype of the weights
+    try:
+        return predict(
+            model.config,
+            method,
+            batch_size=settings.batch_size,
+            max_length=settings.length,
+            dtype=getattr(torch, settings.dtype),
+            objective="lm",
+            accumulation=settings.accumulate,
+            checkpointing=settings.checkpointing,
+            select=select,
+            weight_decay=settings.weight_decay,
+            clip=settings.clip,
+        ).peak_bytes
+    except Exception as error:  # an operation that fake tensors cannot run must not stop a run that works
+        shown.print(f"note: no memory prediction ({type(error).__name__}: {error})", markup=False)
+        return None
 
 
 def card(settings: Pretrain, result: Mapping[str, Any]) -> str:
-    """The model card of a run folder."""
-    kind = "causal" if settings.objective == "clm" else "masked"
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    return (
-        "---\nlibrary_name: transformers\ntags: [zolr]\n---\n\n"
-        f"# A {kind} language model of {result['parameters']:,} parameters\n\n"
-        f"Trained by `zolr pretrain --method {settings.method}` on {result['tokens']:,} tokens of plain text "
-        f"in {result['steps']:,} steps of {settings.batch_size} rows of {settings.length} tokens.\n"
-        f"Held-out loss: {result['before'].get('loss', float('nan')):.4f} before, "
-        f"{result['after'].get('loss', float('nan')):.4f} after (nats per token).\n\n"
-        f"`config.toml` repeats the run: `zolr pretrain --config config.toml`. Made with {versions}.\n"
-    )
+    """The model card."""
+    from zolr.cli.screen import number
+
+    causal = settings.objective == "clm"
+    made = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"pipeline_tag: {'text-generation' if causal else 'fill-mask'}",
+        "tags: [zolr]",
+        "---",
+        "",
+        f"# A {'causal' if causal else 'masked'} language model of {result['parameters']:,} parameters",
+        "",
+        f"Trained on plain text with zolr {result['versions']['zolr']}: method `{settings.method}`, paradigm `{result['paradigm']}`.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| text | {', '.join(Path(path).name for path in settings.data)} |",
+        f"| steps | {result['steps']:,} of {settings.batch_size * settings.accumulate} rows of {settings.length} tokens |",
+        f"| tokens seen | {result['tokens_seen']:,} |",
+        f"| learning rate | {number(result['lr'])}, {settings.schedule} |",
+        f"| seed | {settings.seed} |",
+        f"| held-out loss (nats a token) | {result['before']:.4f} before, {result['after']:.4f} after |",
+        f"| made with | {made} |",
+        "",
+        "`config.toml` repeats the run:",
+        "",
+        "```",
+        "zolr pretrain --config config.toml",
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def register(app: typer.Typer) -> None:

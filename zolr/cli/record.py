@@ -60,7 +60,9 @@ class Meter:
         larger = shape[0] * shape[1] > self.shape[0] * self.shape[1]
         engine = self._engine
         # the first step then makes many forward passes that hold no more than the step itself does
-        tuning = engine.tuning is None and (engine.base_lr is None or getattr(engine.method.estimator, "eps", 1.0) is None)
+        tuning = engine.tuning is None and (
+            engine.base_lr is None or getattr(engine.method.estimator, "eps", 1.0) is None
+        )
         if self._device.type == "cuda":
             self.shape = max(shape, self.shape, key=lambda s: s[0] * s[1])
         if not larger or tuning or self._device.type == "cuda":
@@ -113,7 +115,11 @@ def result_of(
         "lr": job.engine.base_lr,
         "eps": getattr(job.engine.method.estimator, "eps", None),
         "trained_share": job.engine.trained_share,
-        "rows": {"train": len(job.splits.train), "validation": len(job.splits.validation), "test": len(job.splits.test)},
+        "rows": {
+            "train": len(job.splits.train),
+            "validation": len(job.splits.validation),
+            "test": len(job.splits.test),
+        },
         "metrics": {
             "test": {"before": before, "after": after},
             "validation": {"before": outcome.before, "after": outcome.after},
@@ -160,9 +166,15 @@ def card(job: Job, result: Mapping[str, Any], memory: Mapping[str, Any]) -> str:
     """The model card."""
     s, work, metric = job.settings, job.work, result["metric"]
     method = job.engine.method
-    pipeline = {"classes": "text-classification"}.get(s.head, "fill-mask" if _is_masked(job) else "text-generation")
+    pipeline = {"classes": "text-classification"}.get(
+        s.head, "fill-mask" if _is_masked(job) else "text-generation"
+    )
     template = work.task.template if _is_masked(job) else work.task.causal_template
-    reading = f"template: `{template}`, label words: {', '.join(work.task.words)}" if s.head == "prompt" else "classification head"
+    reading = (
+        f"template: `{template}`, label words: {', '.join(work.task.words)}"
+        if s.head == "prompt"
+        else "classification head"
+    )
     lines = [
         "---",
         "library_name: transformers",

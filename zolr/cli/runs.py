@@ -18,7 +18,15 @@ def write_text(path: Path, text: str) -> None:
 
     write(path, text)
 
-CONFIG, RESULT, TASK, METRICS, MEMORY, CARD = "config.toml", "result.json", "task.json", "metrics.jsonl", "memory.json", "README.md"
+
+CONFIG, RESULT, TASK, METRICS, MEMORY, CARD = (
+    "config.toml",
+    "result.json",
+    "task.json",
+    "metrics.jsonl",
+    "memory.json",
+    "README.md",
+)
 CHECKPOINTS = "checkpoints"
 
 
@@ -42,14 +50,20 @@ def check_free(folder: Path, *, overwrite: bool, resume: bool) -> None:
         raise StorageError(f"output {folder} is a file; choose another --output")
     try:
         if not (overwrite or resume) and folder.is_dir() and any(folder.iterdir()):
-            raise StorageError(f"output folder {folder} is not empty; choose another --output, or --overwrite, or --resume")
+            raise StorageError(
+                f"output folder {folder} is not empty; choose another --output, or --overwrite, or --resume"
+            )
         ancestor = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     except OSError as error:
         raise error if isinstance(error, StorageError) else _refused(folder, error) from error
     if not ancestor.is_dir():
-        raise StorageError(f"output folder {folder} cannot be created: {ancestor} is a file; choose another --output")
+        raise StorageError(
+            f"output folder {folder} cannot be created: {ancestor} is a file; choose another --output"
+        )
     if not os.access(ancestor, os.W_OK | os.X_OK):
-        raise StorageError(f"output folder {folder} cannot be written: no permission in {ancestor}; choose another --output")
+        raise StorageError(
+            f"output folder {folder} cannot be written: no permission in {ancestor}; choose another --output"
+        )
 
 
 class RunFolder:
@@ -128,7 +142,9 @@ def claimed(folder: Path, *, overwrite: bool, resume: bool) -> Iterator[RunFolde
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise StorageError(f"another process is working in {folder}; wait for it or choose another --output") from error
+                raise StorageError(
+                    f"another process is working in {folder}; wait for it or choose another --output"
+                ) from error
         yield RunFolder(folder, work, created)
     finally:
         for lock in locks:
@@ -137,7 +153,14 @@ def claimed(folder: Path, *, overwrite: bool, resume: bool) -> Iterator[RunFolde
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file for people: indented, flushed to the disk."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, as_json(value) + "\n")
+
+
+def as_json(value: Any) -> str:
+    """JSON for people and for strict readers: a loss that is not finite is the word `"nan"`."""
+    from zolr.training import spelled_out
+
+    return json.dumps(spelled_out(value), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -159,4 +182,6 @@ def _aside(folder: Path) -> Path:
 
 
 def _refused(folder: Path, error: OSError) -> StorageError:
-    return StorageError(f"cannot write into output folder {folder}: {error.strerror or error}; choose another --output")
+    return StorageError(
+        f"cannot write into output folder {folder}: {error.strerror or error}; choose another --output"
+    )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -47,7 +47,14 @@ def number(value: Any) -> str:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     """A table with numbers to the right."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_header=any(columns), padding=(0, 1, 0, 0))
+    made = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        show_header=any(columns),
+        padding=(0, 1, 0, 0),
+    )
     for i, column in enumerate(columns):
         numeric = any(isinstance(row[i], (int, float)) for row in rows)
         made.add_column(column, justify="right" if numeric else "left", overflow="fold")
@@ -62,28 +69,30 @@ class Screen:
     def __init__(self, shown: Console, bar: Progress, memory: Any) -> None:
         self._console, self._bar, self._memory = shown, bar, memory
         self._task: Any = None
+        self._steps = 0
         self._loss, self._drawn = 0.0, 0.0
 
     def begin(self, step: int, steps: int) -> None:
         """Show the line."""
+        self._steps = steps
         self._task = self._bar.add_task("", total=steps, completed=step, text="")
 
     def stepped(self, progress: "Counters", info: "Info") -> None:
         """Move the line; the loss is a running mean, since one batch says little."""
         if not info.skipped:
             self._loss = info.loss if self._loss == 0.0 else 0.9 * self._loss + 0.1 * info.loss
-        if time.monotonic() - self._drawn < 1 / REFRESH and progress.step > 1:
+        if time.monotonic() - self._drawn < 1 / REFRESH and 1 < progress.step < self._steps:
             return
         self._drawn = time.monotonic()
         live, peak = self._memory()
-        parts = [f"loss {self._loss:.4f}"]
+        parts = [f"{progress.step}/{self._steps}", f"loss {self._loss:.4f}"]
         if info.slope is not None:
-            parts.append(f"slope {info.slope:+.3g}")
-        parts += [f"lr {info.lr:.2g}", f"{progress.step / max(progress.seconds, 1e-9):.1f} steps/s"]
-        parts.append(f"memory {size(live)}, peak {size(peak)}")
+            parts.append(f"slope {info.slope:.2g}")
+        parts += [f"lr {info.lr:.1e}", f"{progress.step / max(progress.seconds, 1e-9):.1f}/s"]
+        parts.append(f"{size(live)}, peak {size(peak)}")
         if progress.skipped:
             parts.append(f"skipped {progress.skipped}")
-        self._bar.update(self._task, completed=progress.step, text="  ".join(parts))
+        self._bar.update(self._task, completed=progress.step, text=" ".join(parts))
 
     def evaluated(self, progress: "Counters", metrics: Mapping[str, float]) -> None:
         """Print the metrics; a star marks the best so far."""
@@ -93,7 +102,7 @@ class Screen:
 
     def noted(self, text: str) -> None:
         """Print a note."""
-        self._console.print(text)
+        self._console.print(text, markup=False)
 
 
 @contextmanager
@@ -104,9 +113,19 @@ def watching(shown: Console, memory: Any, step: int, steps: int) -> Iterator[Scr
         memory: function giving live and peak bytes.
         step, steps: where the run stands and where it ends.
     """
-    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+    columns = (
+        BarColumn(bar_width=8),
+        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(compact=True),
+    )  # 80 characters
     # Drawn by a thread only where somebody looks: logs get the evaluations and not thousands of lines
-    bar = Progress(*columns, console=shown, refresh_per_second=REFRESH, transient=True, disable=shown.quiet or not shown.is_terminal)
+    bar = Progress(
+        *columns,
+        console=shown,
+        refresh_per_second=REFRESH,
+        transient=True,
+        disable=shown.quiet or not shown.is_terminal,
+    )
     with bar:
         screen = Screen(shown, bar, memory)
         screen.begin(step, steps)

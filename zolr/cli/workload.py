@@ -45,26 +45,45 @@ class DataChoice(Settings):
     head: Literal["prompt", "classes"] = flag(
         "prompt", "Predict a label word in a prompt, or train a fresh classification head (classes).", "Model"
     )
-    task: str | None = flag(None, "Task by name, such as sst2, trec or questions.", "Data", shown="questions with the demo model")
-    data: str | None = flag(None, "Own file with texts and labels: csv, tsv, json, jsonl or parquet.", "Data", path=True)
-    data_dir: str | None = flag(None, "Folder with the task's train.tsv, dev.tsv and test.tsv.", "Data", path=True)
-    text_column: tuple[str, ...] = flag((), "Column with the text; twice for pairs.", "Data", shown="text, or the task's")
+    task: str | None = flag(
+        None, "Task by name, such as sst2, trec or questions.", "Data", shown="questions with the demo model"
+    )
+    data: str | None = flag(
+        None, "Own file with texts and labels: csv, tsv, json, jsonl or parquet.", "Data", path=True
+    )
+    data_dir: str | None = flag(
+        None, "Folder with the task's train.tsv, dev.tsv and test.tsv.", "Data", path=True
+    )
+    text_column: tuple[str, ...] = flag(
+        (), "Column with the text; twice for pairs.", "Data", shown="text, or the task's"
+    )
     label_column: str | None = flag(None, "Column with the label.", "Data", shown="label")
     template: str | None = flag(None, "Prompt, such as '{text} It was {mask}.'", "Data", shown="the task's")
     label_words: tuple[str, ...] = flag(
-        (), "One word a class in class order: great,terrible; or class=word,class=word.", "Data", shown="the task's, or class names"
+        (),
+        "One word a class in class order: great,terrible; or class=word,class=word.",
+        "Data",
+        shown="the task's, or class names",
     )
-    max_length: Annotated[int, Ge(1)] | None = flag(None, "Tokens of an example at most.", "Data", shown="the task's")
-    eval_rows: Annotated[int, Ge(1)] = flag(500, "Rows of the validation and of the test set at most.", "Data")
+    max_length: Annotated[int, Ge(1)] | None = flag(
+        None, "Tokens of an example at most.", "Data", shown="the task's"
+    )
+    eval_rows: Annotated[int, Ge(1)] = flag(
+        500, "Rows of the validation and of the test set at most.", "Data"
+    )
 
 
 @dataclass(frozen=True)
 class Machine(Settings):
     """Where and in which precision."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Precision of the weights: float32, bfloat16, float16.", "Memory")
+    dtype: Literal["float32", "bfloat16", "float16"] = flag(
+        "float32", "Precision of the weights: float32, bfloat16, float16.", "Memory"
+    )
     device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.", "Memory")
-    threads: Annotated[int, Ge(1)] | None = flag(None, "CPU threads.", "Memory", shown="torch's choice", saved=False)
+    threads: Annotated[int, Ge(1)] | None = flag(
+        None, "CPU threads.", "Memory", shown="torch's choice", saved=False
+    )
 
 
 def device_of(name: str) -> torch.device:
@@ -108,10 +127,20 @@ def task_of(choice: DataChoice, demo: bool) -> Task | None:
         return find_task(DEMO_TASK)
     from zolr.tasks import TASKS
 
-    raise UsageError(f"nothing to train on; give --task ({', '.join(TASKS)}), or a file of your own as --data")
+    raise UsageError(
+        f"nothing to train on; give --task ({', '.join(TASKS)}), or a file of your own as --data"
+    )
 
 
-def splits_of(choice: DataChoice, task: Task | None, *, seed: int, k: int | None, train_rows: int | None, more: dict[str, Any]) -> Splits:
+def splits_of(
+    choice: DataChoice,
+    task: Task | None,
+    *,
+    seed: int,
+    k: int | None,
+    train_rows: int | None,
+    more: dict[str, Any],
+) -> Splits:
     """Train, validation and test examples.
 
     Args:
@@ -150,7 +179,9 @@ def words_of(words: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
             raise UsageError(f"--label-words: there is no class '{name}'; {nearest(name, classes)}")
     missing = [name for name in classes if name not in by_class]
     if missing:
-        raise UsageError(f"--label-words: class '{missing[0]}' has no word; give one for each of {', '.join(classes)}")
+        raise UsageError(
+            f"--label-words: class '{missing[0]}' has no word; give one for each of {', '.join(classes)}"
+        )
     return tuple(by_class[name] for name in classes)
 
 
@@ -169,7 +200,11 @@ def task_from(saved: dict[str, Any], where: Path) -> Task:
 
     names = {f.name for f in fields(Task)}
     try:
-        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items() if key in names}
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in saved.items()
+            if key in names
+        }
         return Task(**values)
     except TypeError as error:
         raise DataError(f"{where} does not describe a task: {error}") from error
@@ -220,8 +255,12 @@ class Workload:
         config: Any = self.model.config
         longest = longest_text(config, self.tokenizer)
         if longest is not None and max_length is not None and max_length > longest:
-            raise UsageError(f"--max-length {max_length} is more than model '{name}' can read; use {longest} or less")
-        self.task = task = task.changed(max_length=max_length or min(task.max_length, longest or task.max_length))
+            raise UsageError(
+                f"--max-length {max_length} is more than model '{name}' can read; use {longest} or less"
+            )
+        self.task = task = task.changed(
+            max_length=max_length or min(task.max_length, longest or task.max_length)
+        )
         self.input: Prompt | ClassInput
         if head == "classes":
             self.input = task.class_input(self.tokenizer)
@@ -245,7 +284,9 @@ class Workload:
             return self.loss
         if name == "accuracy":
             return lambda model, batch: (self.logits(model, batch).argmax(-1) != batch["labels"]).float()
-        return lambda model, batch: 1.0 - macro_f1(self.logits(model, batch).argmax(-1), batch["labels"], len(self.task.classes))
+        return lambda model, batch: (
+            1.0 - macro_f1(self.logits(model, batch).argmax(-1), batch["labels"], len(self.task.classes))
+        )
 
     def predictions(self, encoded: Sequence[Encoded], batch_size: int) -> Tensor:
         """Logits of all examples `(rows, classes)`, float32 on the host, in their order."""
@@ -295,7 +336,11 @@ def longest_text(config: Any, tokenizer: Any) -> int | None:
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
         # models of this family count positions from the padding id on
-        offset = config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "camembert" else 0
+        offset = (
+            config.pad_token_id + 1
+            if "roberta" in config.model_type or config.model_type == "camembert"
+            else 0
+        )
         limits.append(positions - offset)
     return min(limits, default=None)
 
@@ -307,4 +352,6 @@ def noted() -> Iterator[list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default", UserWarning)
         yield notes
-    notes += [f"note: {' '.join(str(w.message).split())}" for w in caught if issubclass(w.category, UserWarning)]
+    notes += [
+        f"note: {' '.join(str(w.message).split())}" for w in caught if issubclass(w.category, UserWarning)
+    ]

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from zolr.errors import UsageError
 from zolr.estimators import Emit, Estimate, Loss, totals
 from zolr.keys import Key
 from zolr.variables import Variable
@@ -31,12 +32,17 @@ class Backprop:
     def __call__(
         self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], emit: Emit, key: Key
     ) -> Estimate:
-        """Emit the gradients; see `Estimator`."""
+        """Emit the gradients; see `Estimator`.
+
+        Raises:
+            UsageError: the loss has no derivative.
+        """
         values = [v.value for v in variables]
         pending = {id(v.value): v for v in variables}
         handles = []
         total: Tensor | None = None
         count: Tensor | float = 0.0
+        differentiable = False
 
         def hand_over(value: Tensor) -> None:
             variable = pending.pop(id(value))
@@ -56,8 +62,11 @@ class Backprop:
                     if i == len(batches) - 1:
                         handles = [v.register_post_accumulate_grad_hook(hand_over) for v in values]
                     if part.requires_grad:
+                        differentiable = True
                         part.backward()
                     del part
+            if not differentiable and float(count) > 0:  # a batch without labels has no derivative either
+                raise UsageError("the loss has no derivative in any trained weight; use --paradigm zo, or another loss")
             for variable in list(pending.values()):  # no path to the loss in the last micro-batch
                 if variable.value.grad is None:
                     variable.value.grad = torch.zeros_like(variable.value)
