@@ -347,7 +347,7 @@ def test_slopes_are_measured_along_the_directions(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("rows", [(3, 3), (1, 5), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize("rows", [(3, 3), (2, 1, 3)], ids=str)
 @pytest.mark.parametrize("form", LOSSES)
 def test_loss_forms_and_micro_batches_agree_with_the_full_batch(
     case: str, rows: tuple[int, ...], form: str

@@ -13,8 +13,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from zolr.engine import Engine
 from zolr.errors import BudgetError, DataError, UsageError
 from zolr.memory import LiveBytes, largest_batch, measure, predict, resident, size_of
-from zolr.methods import compose
+from zolr.methods import METHODS, compose
 from zolr.models import build, checkpoint_activations, class_loss, lm_loss, prompt_loss
+from zolr.projectors import PROJECTORS
 
 KB = 1024  # one tensor of 256 float32 numbers
 
@@ -204,6 +205,7 @@ PREDICTED = {
     "fo, classes": ("rso", "fo", dict(objective="classes")),
     "adamw": ("adamw", "fo", {}),
     "adamw, language model": ("adamw", "fo", dict(objective="lm")),
+    "fo, adafactor": ("stiefel", "fo", dict(optimizer="adafactor")),
     "muon": ("muon", "fo", {}),
     "fwd": ("stiefel", "fwd", {}),
 }
@@ -212,8 +214,9 @@ PREDICTED = {
 @pytest.mark.parametrize("name", sorted(PREDICTED))
 def test_predicted_peak_is_that_of_the_real_step(name):
     row, paradigm, settings = PREDICTED[name]
+    settings = dict(settings)
     rows, tokens = 16, 32
-    method = compose(row, paradigm)
+    method = compose(row, paradigm, optimizer=settings.pop("optimizer", None))
     method = replace(method, refresh_every=method.refresh_every and 1)
     if getattr(method.estimator, "eps", 1.0) is None:
         method = replace(method, estimator=replace(method.estimator, eps=1e-3))
@@ -280,6 +283,29 @@ def test_checkpointing_and_low_precision_take_less():
     bf16 = predict(small(), compose("stiefel", "fo"), dtype=torch.bfloat16, **size)
     assert bf16.weights_bytes == pytest.approx(plain.weights_bytes / 2, rel=0.05)
     assert bf16.peak_bytes < 0.65 * plain.peak_bytes
+
+
+@pytest.mark.parametrize(("name", "paradigm"), [(n, p) for n, row in METHODS.items() for p in row.paradigms])
+def test_every_method_can_be_predicted(name, paradigm):
+    predicted = predict(
+        small(num_hidden_layers=1), METHODS[name].build(paradigm), batch_size=4, max_length=16
+    )
+    assert predicted.peak_bytes >= predicted.forward_peak_bytes > predicted.weights_bytes
+
+
+@pytest.mark.parametrize("projector", sorted(PROJECTORS))
+def test_every_projector_can_be_predicted(projector):
+    needs_gradient = PROJECTORS[projector].needs == "gradient"
+    method = compose("stiefel", "fo" if needs_gradient else "zo", projector=projector)
+    predicted = predict(small(num_hidden_layers=1), method, batch_size=4, max_length=16)
+    assert predicted.peak_bytes > predicted.weights_bytes
+
+
+def test_projectors_that_decide_by_values_are_said_to_be_approximated():
+    predicted = predict(small(), compose("dependent", "fo", rank=8), batch_size=4, max_length=16)
+    stiefel = predict(small(), compose("stiefel", "fo", rank=8), batch_size=4, max_length=16)
+    assert "Dependent decides by values" in predicted.assumptions[-1]
+    assert predicted.coords_bytes == stiefel.coords_bytes
 
 
 def test_own_losses_are_predicted():

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
 
@@ -26,6 +27,7 @@ from zolr.engine import Engine
 from zolr.errors import BudgetError, UsageError
 from zolr.methods import Method
 from zolr.models import build, checkpoint_activations, class_loss, lm_loss, load_config, prompt_loss
+from zolr.projectors.stiefel import Stiefel
 
 ROUNDING = 512  # bytes; the CUDA caching allocator hands out multiples of this
 
@@ -322,8 +324,10 @@ def predict(
     if objective not in LOSSES:
         raise UsageError(f"objective '{objective}' is not known; use one of {', '.join(LOSSES)}")
     config = model if isinstance(model, PreTrainedConfig) else load_config(model)
-    with _fake_tensors():
-        net: Any = build(
+    loss = loss or LOSSES[objective]
+
+    def fresh() -> Any:
+        return build(
             config,
             kind="classes" if objective == "classes" else "lm",
             num_labels=num_labels if objective == "classes" else None,
@@ -331,26 +335,12 @@ def predict(
             attn_implementation=attn_implementation,
             dropout=0.0,
         )
-        batches = [_batch(objective, batch_size, max_length) for _ in range(accumulation)]
-        loss = loss or LOSSES[objective]
-        with LiveBytes(profile=profile and method is None) as forward:
-            weights = forward.track(net)
-            forward.track(*batches)
-            with torch.no_grad(), forward.phase("forward"):
-                loss(net, batches[0])
-        assumptions = (
-            f"{batch_size} x {max_length} tokens a micro-batch, {str(dtype).removeprefix('torch.')} weights",
-            f"{net.config._attn_implementation} attention, fused where the kernel exists; dropout 0",
-            "rows are padded; the optimizer holds temporaries of one tensor at a time (not foreach)",
-            "bytes of live tensors; allocator cache, kernel workspaces and the CUDA context come on top",
-        )
-        if method is None:
-            peak, phase, records = forward.peak, forward.peak_phase, tuple(forward.records)
-            return Prediction(peak, peak, weights, 0, 0, phase, assumptions, records)
+
+    def step(method: Method) -> tuple[LiveBytes, int, int]:
+        net = fresh()
         if checkpointing:
             checkpoint_activations(net)
-        method = _runnable(method, signs)
-        with LiveBytes(profile=profile) as live:
+        with _FakeLiveBytes(profile=profile) as live:
             live.track(net, *batches)
             engine = Engine(
                 net,
@@ -368,21 +358,70 @@ def predict(
             for _ in range(STEPS):
                 live.base_phase("open")
                 engine.step(batches)
-            counted = LiveBytes()
-            counted.track(net)
-            coords = sum(counted.track(v.value, *_bases(v.subspace)) for v in engine.variables)
-            states = engine.optimizer.state.values()
-            state = counted.track(*(t for s in states for t in s.values() if isinstance(t, Tensor)))
-        return Prediction(
-            peak_bytes=live.peak,
-            forward_peak_bytes=forward.peak,
-            weights_bytes=weights,
-            coords_bytes=coords,
-            optimizer_bytes=state,
-            phase=live.peak_phase,
-            assumptions=assumptions,
-            records=tuple(live.records),
-        )
+        counted = LiveBytes()
+        counted.track(net)
+        coords = sum(counted.track(v.value, *_bases(v.subspace)) for v in engine.variables)
+        states = engine.optimizer.state.values()
+        return live, coords, counted.track(*(t for s in states for t in s.values() if isinstance(t, Tensor)))
+
+    with _fake_tensors():
+        net = fresh()
+        batches = [_batch(objective, batch_size, max_length) for _ in range(accumulation)]
+        with LiveBytes(profile=profile and method is None) as forward:
+            weights = forward.track(net)
+            forward.track(*batches)
+            with torch.no_grad(), forward.phase("forward"):
+                loss(net, batches[0])
+        assumptions = [
+            f"{batch_size} x {max_length} tokens a micro-batch, {str(dtype).removeprefix('torch.')} weights",
+            f"{net.config._attn_implementation} attention, fused where the kernel exists; dropout 0",
+            "rows are padded; the optimizer holds temporaries of one tensor at a time (not foreach)",
+            "bytes of live tensors; allocator cache, kernel workspaces and the CUDA context come on top",
+        ]
+        live, coords, state = forward, 0, 0
+        if method is not None:
+            method = _runnable(method, signs)
+            try:
+                live, coords, state = step(method)
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                name, stand_in = type(method.projector).__name__, _stand_in(method)
+                if stand_in is None:
+                    raise UsageError(
+                        f"projector {name} decides by values ({error.func}): its memory cannot be predicted, "
+                        "measure a run"
+                    ) from error
+                live, coords, state = step(stand_in)
+                assumptions.append(
+                    f"projector {name} decides by values: its bases are taken to be as large as those of "
+                    "Stiefel at the same rank, and what it keeps besides them is not counted"
+                )
+    return Prediction(
+        peak_bytes=live.peak,
+        forward_peak_bytes=forward.peak,
+        weights_bytes=weights,
+        coords_bytes=coords,
+        optimizer_bytes=state,
+        phase=live.peak_phase,
+        assumptions=tuple(assumptions),
+        records=tuple(live.records),
+    )
+
+
+class _FakeLiveBytes(LiveBytes):
+    """Counts fake tensors, and answers 1 where a number is read from one (Adafactor scales by norms)."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point():
+            return 1.0
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _stand_in(method: Method) -> Method | None:
+    """The method with bases of the same size that are drawn without looking at a value."""
+    rank, side = (getattr(method.projector, name, None) for name in ("rank", "side"))
+    if not isinstance(rank, int) or not isinstance(side, str):
+        return None
+    return replace(method, projector=Stiefel(rank, side))  # type: ignore[arg-type]
 
 
 def largest_batch(peak_at: Callable[[int], int], budget: int, most: int = 4096) -> int:

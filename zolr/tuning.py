@@ -77,7 +77,7 @@ def tune(
         probes: directions averaged in a step.
 
     Raises:
-        UsageError: the loss is not finite to begin with, or no radius gives a slope.
+        UsageError: the loss is not finite to begin with, or flat: no radius gives a slope.
     """
     base = float(loss())
     forwards = 1
@@ -113,6 +113,8 @@ def tune(
     slope = float(torch.tensor(found, dtype=torch.float64).square().mean().sqrt())
     bend = torch.tensor(bends, dtype=torch.float64)
     curvature = float(bend.mean().abs() + 2 * bend.std() / sqrt(PROBES))
+    if slope == 0:
+        raise UsageError(f"the loss does not change at probes of radius {eps:.3g}; give a larger --eps, or check the loss")
     if not slope < float("inf") or not curvature < float("inf"):
         raise UsageError(f"the loss is not finite at probes of radius {eps:.3g}; give a smaller --eps and an --lr")
     # a coordinate entry of size a moves the weights by a in every entry (root mean square) of an unbiased subspace
@@ -128,15 +130,28 @@ def tune(
 
 
 def _radius(ladder: Sequence[float], slopes: Sequence[Tensor]) -> tuple[float, float]:
-    """The radius whose slopes agree best with those of its neighbors, and that disagreement."""
-    scale = torch.stack(list(slopes)).nan_to_num(0, 0, 0).abs().median().clamp_min(1e-12)
+    """The radius whose slopes agree best with those of its neighbors, and that disagreement.
+
+    Slopes that are all zero say nothing: a loss of finitely many values (accuracy) has none at small radii.
+    """
+    finite = [bool(torch.isfinite(s).all()) for s in slopes]
+    useful = [ok and bool(s.any()) for ok, s in zip(finite, slopes, strict=True)]
+    if any(finite) and not any(useful):
+        raise UsageError(
+            f"the loss does not change at probes of radius {ladder[-1]:.3g} to {ladder[0]:.3g}; "
+            "give a larger --eps with an --lr, or check the loss"
+        )
+    seen = torch.stack([s for ok, s in zip(useful, slopes, strict=True) if ok] or list(slopes))
+    scale = seen.nan_to_num(0, 0, 0).abs().median().clamp_min(1e-12)
     gaps = [float((a - b).square().mean().sqrt() / scale) for a, b in zip(slopes, slopes[1:], strict=False)]
-    gaps = [g if g == g else float("inf") for g in gaps]
+    gaps = [g if g == g and useful[i] and useful[i + 1] else float("inf") for i, g in enumerate(gaps)]
     best, chosen = float("inf"), -1
     for i in range(1, len(ladder) - 1):
         gap = max(gaps[i - 1], gaps[i])
         if gap < best:
             best, chosen = gap, i
+    if chosen < 0 and any(useful):  # no three radii in a row say anything: the largest that does is the safest
+        return ladder[useful.index(True)], 1.0
     if chosen < 0:
         raise UsageError("the loss is not finite around the starting point; give --eps and --lr, or check the data type")
     return ladder[chosen], gaps[chosen]
