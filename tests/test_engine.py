@@ -64,7 +64,9 @@ def net(dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> Net:
 def rows(model: nn.Module, batch: Batch) -> Tensor:
     """Losses per example."""
     logits = model(batch[0])
-    return F.cross_entropy(logits.float().mT if logits.dtype.itemsize < 4 else logits.mT, batch[1], reduction="none").mean(1)
+    return F.cross_entropy(
+        logits.float().mT if logits.dtype.itemsize < 4 else logits.mT, batch[1], reduction="none"
+    ).mean(1)
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -136,7 +138,9 @@ class Fresh(TorchDispatchMode):
 
     def holds(self, tensor: Tensor) -> bool:
         storage = tensor.untyped_storage()
-        return storage.data_ptr() != self.pointer and storage.nbytes() >= tensor.numel() * tensor.element_size()
+        return (
+            storage.data_ptr() != self.pointer and storage.nbytes() >= tensor.numel() * tensor.element_size()
+        )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -146,7 +150,9 @@ class Fresh(TorchDispatchMode):
         return out
 
 
-SIDES = [(projector, side) for projector in ("stiefel", "gaussian", "coordinate") for side in ("right", "left")]
+SIDES = [
+    (projector, side) for projector in ("stiefel", "gaussian", "coordinate") for side in ("right", "left")
+]
 SIDES += [("two_sided", None)]
 
 
@@ -157,11 +163,23 @@ def test_t18_the_gradient_in_the_coordinates_is_the_projected_gradient(projector
     engine = Engine(model, method, lr=1.0, loss=loss)
     got: dict[str, Tensor] = {}
     Backprop()(
-        partial(loss, model), BATCHES[:1], engine.variables, lambda v, g: got.update({v.name: g.clone()}), Key(0)
+        partial(loss, model),
+        BATCHES[:1],
+        engine.variables,
+        lambda v, g: got.update({v.name: g.clone()}),
+        Key(0),
     )
-    dense = dict(zip(dict(twin.named_parameters()), torch.autograd.grad(loss(twin, BATCHES[0]), list(twin.parameters())), strict=True))
+    dense = dict(
+        zip(
+            dict(twin.named_parameters()),
+            torch.autograd.grad(loss(twin, BATCHES[0]), list(twin.parameters())),
+            strict=True,
+        )
+    )
     for v in engine.variables:
-        assert torch.allclose(v.mask(got[v.name]), v.mask(v.subspace.project(dense[v.name])), rtol=0, atol=1e-12)
+        assert torch.allclose(
+            v.mask(got[v.name]), v.mask(v.subspace.project(dense[v.name])), rtol=0, atol=1e-12
+        )
         assert float(got[v.name].abs().max()) > 1e-6
 
 
@@ -169,9 +187,13 @@ def test_t18_the_gradient_in_the_coordinates_is_the_projected_gradient(projector
 def test_t18_nothing_as_large_as_the_weight_is_made(paradigm):
     model = nn.Linear(40, 24)
     batch = torch.ones(5, 40), torch.zeros(5, 24)
-    method = compose("stiefel", paradigm, rank=3, optimizer="sgd", **({"eps": 1e-2} if paradigm == "zo" else {}))
+    method = compose(
+        "stiefel", paradigm, rank=3, optimizer="sgd", **({"eps": 1e-2} if paradigm == "zo" else {})
+    )
     realization = "side" if paradigm == "zo" else "auto"
-    engine = Engine(model, method, lr=1e-3, loss=lambda m, b: F.mse_loss(m(b[0]), b[1]), realization=realization)
+    engine = Engine(
+        model, method, lr=1e-3, loss=lambda m, b: F.mse_loss(m(b[0]), b[1]), realization=realization
+    )
     with Fresh(model.weight) as made:
         assert not engine.step([batch]).skipped
     assert (24, 3) in made.shapes and not {(24, 40), (40, 24)} & made.shapes
@@ -180,7 +202,9 @@ def test_t18_nothing_as_large_as_the_weight_is_made(paradigm):
 @pytest.mark.parametrize(("projector", "side"), SIDES)
 def test_t19_one_sgd_step_and_a_fold_is_a_step_along_the_projected_gradient(projector, side):
     model, twin = net(), net()
-    method = compose("stiefel", "fo", projector=projector, rank=3, side=side, optimizer="sgd", refresh_every=1)
+    method = compose(
+        "stiefel", "fo", projector=projector, rank=3, side=side, optimizer="sgd", refresh_every=1
+    )
     engine = Engine(model, method, lr=0.2, loss=loss)
     weights = {name: p.detach().clone() for name, p in twin.named_parameters()}
     for batch in BATCHES[:4]:
@@ -219,7 +243,9 @@ def test_r3_folding_changes_no_output_and_twice_is_once(name, paradigm, realizat
     assert not differences(once, engine.state_dict())
 
 
-@pytest.mark.parametrize(("name", "paradigm"), [("stiefel", "fo"), ("stiefel", "zo"), ("lozo-m", "zo"), ("lozo", "zo")])
+@pytest.mark.parametrize(
+    ("name", "paradigm"), [("stiefel", "fo"), ("stiefel", "zo"), ("lozo-m", "zo"), ("lozo", "zo")]
+)
 def test_r3_a_fold_in_the_middle_of_a_window_does_not_change_the_run(name, paradigm):
     models = net(), net()
     runs = [Engine(m, small(name, paradigm, every=4), lr=1e-2, loss=loss, weight_decay=0.3) for m in models]
@@ -236,7 +262,12 @@ def test_t21_an_adam_step_moves_a_weight_by_lr_times_the_root_of_c_m_n(c):
     signs = OptimizerRule("adamw", {"eps": 0.0})  # the first step of Adam is the sign of the gradient
     model = nn.Linear(16, 6, bias=False).double()
     start = model.weight.detach().clone()
-    engine = Engine(model, Method(Backprop(), Stiefel(rank=4, c=c), signs), lr=1e-3, loss=lambda m, b: m(b).square().mean())
+    engine = Engine(
+        model,
+        Method(Backprop(), Stiefel(rank=4, c=c), signs),
+        lr=1e-3,
+        loss=lambda m, b: m(b).square().mean(),
+    )
     engine.step([torch.randn(5, 16, dtype=torch.float64)])
     moved = float((live(model, engine)["weight"] - start).norm())
     assert abs(moved / (1e-3 * math.sqrt(c * 6 * 16)) - 1) < 1e-12
@@ -249,12 +280,16 @@ def contraction(method: Method, lr: float, steps: int, chains: int, shape: tuple
     """Mean of ‖W‖² after some steps on ‖W‖² / 2 over independent chains, relative to its start."""
     total = 0.0
     for seed in range(chains):
-        model = nn.ModuleList(nn.Linear(shape[1], shape[0], bias=False) for _ in range(60 if method.paradigm == "fo" else 1)).double()
+        model = nn.ModuleList(
+            nn.Linear(shape[1], shape[0], bias=False) for _ in range(60 if method.paradigm == "fo" else 1)
+        ).double()
         for layer in model:
             nn.init.eye_(layer.weight)
         start = sum(float(p.detach().square().sum()) for p in model.parameters())
         eye = torch.eye(shape[1], dtype=torch.float64)
-        engine = Engine(model, method, lr=lr, loss=lambda m, b: sum(layer(b).square().sum() for layer in m) / 2, seed=seed)
+        engine = Engine(
+            model, method, lr=lr, loss=lambda m, b: sum(layer(b).square().sum() for layer in m) / 2, seed=seed
+        )
         for _ in range(steps):
             engine.step([eye])
         total += sum(float(w.square().sum()) for w in live(model, engine).values()) / start
@@ -270,7 +305,9 @@ def contraction(method: Method, lr: float, steps: int, chains: int, shape: tuple
         *[(Stiefel(rank=4), 0.3 * 4 / 16, k, 3, (0.75 + 0.25 * 0.7 ** (2 * k)) ** 3) for k in (1, 3, 10)],
     ],
 )
-def test_t20_the_subspace_loop_contracts_a_quadratic_as_the_closed_form_says(projector, lr, inner, refreshes, expected):
+def test_t20_the_subspace_loop_contracts_a_quadratic_as_the_closed_form_says(
+    projector, lr, inner, refreshes, expected
+):
     method = Method(Backprop(), projector, SGD, Reset(), inner)
     got = contraction(method, lr, inner * refreshes, 6, (16, 16))
     assert abs(got / expected - 1) < 0.015
@@ -282,7 +319,9 @@ def test_t20_the_forward_only_loop_contracts_a_quadratic_as_the_closed_form_says
     m, n, r = 4, 8, 2
     whole = isinstance(projector, Identity)
     size = m * n + 2 if whole else m * n + 2 * n / r
-    method = Method(Spsa(eps=0.5, law="gaussian"), projector, SGD, Keep() if whole else Reset(), None if whole else 1)
+    method = Method(
+        Spsa(eps=0.5, law="gaussian"), projector, SGD, Keep() if whole else Reset(), None if whole else 1
+    )
     assert abs(contraction(method, 1 / size, 5, 700, (m, n)) / (1 - 1 / size) ** 5 - 1) < 0.015
 
 
@@ -303,7 +342,9 @@ class Explicit:
     Zolr gives the numbers (bases and probes by name); weight decay multiplies the dense weight every step.
     """
 
-    def __init__(self, method: Method, lr: float, clip: float | None = None, decay: float = 0.0, scheduler: Any = None) -> None:
+    def __init__(
+        self, method: Method, lr: float, clip: float | None = None, decay: float = 0.0, scheduler: Any = None
+    ) -> None:
         self.model, self.method, self.clip, self.rate, self.decay = net(), method, clip, lr, decay
         self.weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.count = 0
@@ -328,7 +369,9 @@ class Explicit:
                 space.left[0] = 0  # the padding row is in no subspace
             self.spaces[name] = space
             if self.whole(name):
-                if name not in self.values:  # the value is the weight itself: adafactor's steps depend on its size
+                if (
+                    name not in self.values
+                ):  # the value is the weight itself: adafactor's steps depend on its size
                     self.values[name] = nn.Parameter(w.clone())
                     w.zero_()
             elif name in self.values:
@@ -349,7 +392,11 @@ class Explicit:
 
     def differentiate(self, batch: Batch) -> None:
         if self.method.paradigm == "fo":
-            for p, g in zip(self.values.values(), torch.autograd.grad(self.loss(batch), list(self.values.values())), strict=True):
+            for p, g in zip(
+                self.values.values(),
+                torch.autograd.grad(self.loss(batch), list(self.values.values())),
+                strict=True,
+            ):
                 p.grad = g
         else:
             eps, key = self.method.estimator.eps, Key(0).fold_in("step", self.count).fold_in("probe", 0)
@@ -391,11 +438,20 @@ class Explicit:
         self.count += 1
 
 
-def compared(method: Method, lr: float, steps: int = 10, streams: bool | None = None, realization: Any = "auto", **shared: Any) -> float:
+def compared(
+    method: Method,
+    lr: float,
+    steps: int = 10,
+    streams: bool | None = None,
+    realization: Any = "auto",
+    **shared: Any,
+) -> float:
     """Largest difference of a weight, or of the learning rate, between an engine and the explicit run."""
     names = {"decay": "weight_decay", "scheduler": "schedule", "clip": "clip"}
     model = net()
-    engine = Engine(model, method, lr=lr, loss=loss, realization=realization, **{names[k]: v for k, v in shared.items()})
+    engine = Engine(
+        model, method, lr=lr, loss=loss, realization=realization, **{names[k]: v for k, v in shared.items()}
+    )
     if streams is not None:
         engine.streams = streams
     reference, worst = Explicit(method, lr, **shared), 0.0
@@ -414,15 +470,18 @@ O1 = [
     for paradigm in ("fo", "zo")
     for projector in ("stiefel", "two_sided", "identity")
     for optimizer in OPTIMIZERS
+    if projector != "two_sided" or optimizer in ("sgd", "muon")
 ]
 
 
 @pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize(("paradigm", "projector", "optimizer"), O1)
-def test_o1_streamed_and_batched_steps_are_those_of_torch_on_explicit_weights(paradigm, projector, optimizer, streams):
+def test_o1_streamed_and_batched_steps_are_those_of_torch_on_explicit_weights(
+    paradigm, projector, optimizer, streams
+):
     eps = {"eps": 1e-2} if paradigm == "zo" else {}
     method = small("stiefel", paradigm, every=4, projector=projector, optimizer=optimizer, **eps)
-    assert compared(method, 1e-2, streams=streams) < 1e-8
+    assert compared(method, 1e-2, steps=6, streams=streams) < 1e-8  # a refresh after four
 
 
 @pytest.mark.parametrize("transport", ["keep", "reset"])
@@ -431,14 +490,28 @@ def test_o1_holds_over_refreshes_with_state_kept_or_reset(transport):
     assert compared(method, 1e-2) < 1e-8
 
 
-DECAYED = [("fo", "auto"), ("fo", "rebuild"), ("zo", "side"), ("zo", "rebuild"), ("zo", "inplace"), ("zo", "together")]
+WAYS = [
+    ("fo", "auto"),
+    ("fo", "rebuild"),
+    ("zo", "side"),
+    ("zo", "rebuild"),
+    ("zo", "inplace"),
+    ("zo", "together"),
+]
+DECAYED = [(*way, projector, "sgd") for way in WAYS for projector in ("stiefel", "two_sided", "identity")]
+DECAYED += [(*way, "stiefel", "adamw") for way in WAYS]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("projector", ["stiefel", "two_sided", "identity"])
-@pytest.mark.parametrize(("paradigm", "realization"), DECAYED)
+@pytest.mark.parametrize(("paradigm", "realization", "projector", "optimizer"), DECAYED)
 def test_weight_decay_is_that_of_the_dense_weight_at_every_step(paradigm, realization, projector, optimizer):
-    method = small("stiefel", paradigm, every=4, projector=projector, optimizer=optimizer, **({"eps": 1e-2} if paradigm == "zo" else {}))
+    method = small(
+        "stiefel",
+        paradigm,
+        every=4,
+        projector=projector,
+        optimizer=optimizer,
+        **({"eps": 1e-2} if paradigm == "zo" else {}),
+    )
     if realization == "together":
         method, realization = replace(method, estimator=replace(method.estimator, signs="together")), "auto"  # type: ignore[type-var]
     assert compared(method, 1e-2, decay=3.0, steps=6, realization=realization) < 1e-8
@@ -476,7 +549,9 @@ def test_clipping_is_that_of_torch_by_the_global_norm(paradigm, clip):
 def test_clipping_and_one_gradient_at_a_time_exclude_each_other():
     with pytest.raises(UsageError, match=r"clip = 0.5 .*leave clip out"):
         Engine(net(), replace(compose("adamw"), dense=True), lr=1e-3, loss=loss, clip=0.5)
-    assert not Engine(net(), compose("mezo"), lr=1e-3, loss=loss, clip=0.5).streams  # mezo gives way and batches
+    assert not Engine(
+        net(), compose("mezo"), lr=1e-3, loss=loss, clip=0.5
+    ).streams  # mezo gives way and batches
 
 
 # ---- schedules ---------------------------------------------------------------------------------------------------------
@@ -511,12 +586,19 @@ def test_a_schedule_gives_the_rates_of_torch(schedule, optimizer, paradigm):
         engine = Engine(net(), method, lr=1e-2, loss=loss, schedule=given)
         infos = [engine.step([batch]) for batch in BATCHES[:10]]
         assert [i.lr for i in infos] == pytest.approx(expected, rel=1e-12)
-        assert {group["lr"] for group in engine.optimizer.param_groups} == {infos[-1].lr * 0 + engine.optimizer.param_groups[0]["lr"]}
+        assert {group["lr"] for group in engine.optimizer.param_groups} == {
+            infos[-1].lr * 0 + engine.optimizer.param_groups[0]["lr"]
+        }
 
 
 def test_a_scheduled_rate_is_the_one_that_is_used():
     assert compared(small("stiefel", "fo", optimizer="adamw"), 1e-2, scheduler=FACTORIES["cosine"]) < 1e-8
-    assert compared(small("stiefel", "zo", eps=1e-2, optimizer="sgd"), 1e-2, scheduler=FACTORIES["lambda"], decay=1.0) < 1e-8
+    assert (
+        compared(
+            small("stiefel", "zo", eps=1e-2, optimizer="sgd"), 1e-2, scheduler=FACTORIES["lambda"], decay=1.0
+        )
+        < 1e-8
+    )
     model = net()
     engine = Engine(model, small("stiefel", "fo"), lr=1e-2, loss=loss, schedule=lambda step: 0.0)
     start = live(model, engine)
@@ -538,13 +620,21 @@ FORMS: dict[str, tuple[Any, Sequence[Sequence[int]]]] = {
 @pytest.mark.parametrize("projector", ["stiefel", "identity"])
 def test_micro_batches_are_the_whole_batch(paradigm, form, projector):
     function, splits = FORMS[form]
-    method = small("stiefel", paradigm, every=2, projector=projector, optimizer="sgd", **({"eps": 1e-2} if paradigm == "zo" else {}))
+    method = small(
+        "stiefel",
+        paradigm,
+        every=2,
+        projector=projector,
+        optimizer="sgd",
+        **({"eps": 1e-2} if paradigm == "zo" else {}),
+    )
     results = []
     for split in splits:
         model = net()
         engine = Engine(model, method, lr=0.1, loss=function)
         infos = [
-            engine.step(list(zip(batch[0].split(list(split)), batch[1].split(list(split)), strict=True))) for batch in BATCHES[:3]
+            engine.step(list(zip(batch[0].split(list(split)), batch[1].split(list(split)), strict=True)))
+            for batch in BATCHES[:3]
         ]
         results.append((live(model, engine), infos))
         assert [i.forwards for i in infos] == [len(split) * {"fo": 3, "zo": 2, "fwd": 2}[paradigm]] * 3
@@ -613,39 +703,42 @@ def saved(state: Any) -> Any:
     return decode(json.loads(json.dumps(encode(state))))
 
 
-def resumed(make: Callable[[], Engine], stop: int, total: int = 8, trip: Callable[[Any], Any] = saved) -> list[str]:
+def resumed(
+    make: Callable[[], Engine], stops: Sequence[int], trip: Callable[[Any], Any] = saved
+) -> list[str]:
     """What differs between a run and the same run stopped, saved, loaded into a fresh engine and continued."""
-    whole = make()
-    losses = [whole.step([batch]).loss for batch in BATCHES[:total]]
-    first = make()
-    for batch in BATCHES[:stop]:
-        first.step([batch])
-    state = trip(first.state_dict())
-    for batch in BATCHES[15:18]:
-        first.step([batch])  # the saved state is a copy: going on does not reach it
-    second = make()
-    with torch.no_grad():
-        for p in second.model.parameters():
-            p.add_(1.0)  # every trained weight comes from the state
-    second.load_state_dict(state)
-    again = [second.step([batch]).loss for batch in BATCHES[stop:total]]
-    wrong = [] if again == losses[stop:] else ["loss"]
-    return wrong + differences(whole.state_dict(), second.state_dict())
+    whole, losses, states, wrong, total = make(), [], {}, [], 7
+    for step, batch in enumerate(BATCHES[:total]):
+        if step in stops:
+            states[step] = trip(whole.state_dict())  # a copy: that this run goes on does not reach it
+        losses.append(whole.step([batch]).loss)
+    for stop, state in states.items():
+        again = make()
+        with torch.no_grad():
+            for p in again.model.parameters():
+                p.add_(1.0)  # every trained weight comes from the state
+        again.load_state_dict(state)
+        if [again.step([batch]).loss for batch in BATCHES[stop:total]] != losses[stop:]:
+            wrong.append(f"loss after step {stop}")
+        wrong += differences(whole.state_dict(), again.state_dict())
+    return wrong
 
 
-@pytest.mark.parametrize("stop", [0, 4, 6])  # before the first step, mid-window, right before a refresh
 @pytest.mark.parametrize(("name", "paradigm"), ROWS)
-def test_r2_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, paradigm, stop):
+def test_r2_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, paradigm):
     def make() -> Engine:
         lr = None if METHODS[name].lr[paradigm] is None else 1e-2
         return Engine(net(torch.float32), small(name, paradigm), lr=lr, loss=loss, weight_decay=0.1)
 
-    assert resumed(make, stop) == []
+    assert resumed(make, (0, 4, 6)) == []  # before the first step, mid-window, right before a refresh
 
 
 MORE: dict[str, tuple[Method, dict[str, Any]]] = {
     **{
-        f"{optimizer}, {paradigm}": (small("stiefel", paradigm, optimizer=optimizer, **({"eps": 1e-2} if paradigm == "zo" else {})), {})
+        f"{optimizer}, {paradigm}": (
+            small("stiefel", paradigm, optimizer=optimizer, **({"eps": 1e-2} if paradigm == "zo" else {})),
+            {},
+        )
         for optimizer in (*OPTIMIZERS, "RMSprop")
         for paradigm in ("fo", "zo")
     },
@@ -655,18 +748,31 @@ MORE: dict[str, tuple[Method, dict[str, Any]]] = {
     "left": (small("stiefel", "fo", side="left"), {}),
     "streamed": (replace(small("stiefel", "fo"), dense=True), {}),
     "likelihood ratio": (small("stiefel", "zo", estimator="likelihood_ratio", probes=2, eps=1e-2), {}),
-    "orthonormal": (replace(small("stiefel", "zo"), estimator=Spsa(eps=1e-2, probes=3, directions="orthonormal")), {}),
+    "orthonormal": (
+        replace(small("stiefel", "zo"), estimator=Spsa(eps=1e-2, probes=3, directions="orthonormal")),
+        {},
+    ),
     "one-sided": (replace(small("stiefel", "zo"), estimator=Spsa(eps=1e-2, probes=2, sides=1)), {}),
     "rate chosen, eps given": (small("stiefel", "zo", eps=1e-2), {"lr": None}),
     "eps chosen, rate given": (small("stiefel", "zo"), {"lr": 1e-3}),
     "clip": (small("stiefel", "fo"), {"clip": 0.1}),
     "schedule": (small("stiefel", "fo"), {"schedule": warmup}),
     "schedule and a chosen rate": (small("stiefel", "zo"), {"schedule": warmup, "lr": None}),
-    "torch's schedule and a chosen rate": (small("stiefel", "zo"), {"schedule": FACTORIES["cosine"], "lr": None}),
-    **{f"torch's {name}": (small("stiefel", "fo"), {"schedule": factory}) for name, factory in FACTORIES.items()},
+    "torch's schedule and a chosen rate": (
+        small("stiefel", "zo"),
+        {"schedule": FACTORIES["cosine"], "lr": None},
+    ),
+    **{
+        f"torch's {name}": (small("stiefel", "fo"), {"schedule": factory})
+        for name, factory in FACTORIES.items()
+    },
     "muon, torch's cosine": (small("stiefel", "fo", optimizer="muon"), {"schedule": FACTORIES["cosine"]}),
     "dropout": (small("stiefel", "fo"), {"dropout": 0.3}),
-    **{f"{name} in {dtype}": (small(name, "zo", eps=1e-2), {"dtype": dtype}) for name in ("lozo-m", "mezo") for dtype in (torch.bfloat16, torch.float16)},
+    **{
+        f"{name} in {dtype}": (small(name, "zo", eps=1e-2), {"dtype": dtype})
+        for name in ("lozo-m", "mezo")
+        for dtype in (torch.bfloat16, torch.float16)
+    },
     "adamw in bfloat16": (small("adamw"), {"dtype": torch.bfloat16}),
     "stiefel in bfloat16": (small("stiefel", "fo"), {"dtype": torch.bfloat16}),
     "in place": (small("lozo"), {"realization": "inplace"}),
@@ -686,7 +792,7 @@ def test_r2_holds_for_every_part_of_the_state(case, tmp_path):
         checkpoints.save(tmp_path / "step-4", saved(state))
         return checkpoints.load(tmp_path / "step-4")
 
-    assert resumed(make, 4, trip=trip) == []
+    assert resumed(make, (4,), trip) == []
 
 
 def test_r2_a_run_can_go_back_to_an_earlier_state():
@@ -712,7 +818,9 @@ def test_a_state_of_another_run_is_refused():
 # ---- T1: transports ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("projector", [Stiefel(rank=3), Gaussian(rank=3), Stiefel(rank=3, side="left"), TwoSidedHaar(rank=3)])
+@pytest.mark.parametrize(
+    "projector", [Stiefel(rank=3), Gaussian(rank=3), Stiefel(rank=3, side="left"), TwoSidedHaar(rank=3)]
+)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_t1_transports_on_an_unchanged_subspace(transport, projector):
     space = projector.draw((6, 9), Key(1), like=torch.zeros(1, dtype=torch.float64))
@@ -723,7 +831,9 @@ def test_t1_transports_on_an_unchanged_subspace(transport, projector):
         "exp_avg_sq": torch.rand(space.coords_shape, generator=numbers, dtype=torch.float64),
     }
     rule = TRANSPORTS[transport]()
-    got = rule({k: v.clone() for k, v in state.items()}, OPTIMIZERS["adamw"].degrees, space.change_from(space))
+    got = rule(
+        {k: v.clone() for k, v in state.items()}, OPTIMIZERS["adamw"].degrees, space.change_from(space)
+    )
     if transport == "reset":
         assert got == {}
     else:
@@ -740,9 +850,17 @@ def test_t1_a_transport_leaves_the_state_of_whole_weights_alone(name, paradigm):
     whole = {v.name: dict(engine.optimizer.state[v.value]) for v in engine.variables if v.is_full}
     before = live(model, engine)
     engine.refresh()
-    assert not differences(whole, {v.name: dict(engine.optimizer.state[v.value]) for v in engine.variables if v.is_full})
+    assert not differences(
+        whole, {v.name: dict(engine.optimizer.state[v.value]) for v in engine.variables if v.is_full}
+    )
     assert gap(live(model, engine), before) < 1e-12  # a refresh moves no weight
-    assert all(p is v.value for v in engine.variables for g in engine.optimizer.param_groups for p in g["params"] if p is v.value)
+    assert all(
+        p is v.value
+        for v in engine.variables
+        for g in engine.optimizer.param_groups
+        for p in g["params"]
+        if p is v.value
+    )
     held = {id(p) for g in engine.optimizer.param_groups for p in g["params"]}
     assert held == {id(v.value) for v in engine.variables} and {id(p) for p in engine.optimizer.state} <= held
 
@@ -784,28 +902,39 @@ STREAMS = [
 def poisoned(name: str, paradigm: str, streams: bool, poison: Poison) -> tuple[Net, Engine]:
     method = small(name, paradigm, **({"eps": 1e-2} if paradigm == "zo" else {}))
     model = net(torch.float32)
-    engine = Engine(model, replace(method, dense=streams and paradigm == "fo"), lr=1e-2, loss=poison, weight_decay=0.1)
+    engine = Engine(
+        model, replace(method, dense=streams and paradigm == "fo"), lr=1e-2, loss=poison, weight_decay=0.1
+    )
     assert engine.streams == streams
     return model, engine
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize(("calls", "form"), [((0,), "mean"), ((1,), "sum and count"), ((2,), "per example"), ((0, 1, 2, 3), "mean")])
+FAULTS = [
+    ((0,), "mean", float("inf")),
+    ((1,), "sum and count", float("nan")),
+    ((2,), "per example", float("-inf")),
+    ((0, 1, 2, 3), "mean", float("inf")),
+]
+
+
+@pytest.mark.parametrize(("calls", "form", "value"), FAULTS)
 @pytest.mark.parametrize(("name", "paradigm", "streams"), STREAMS)
 def test_f1_a_step_with_a_non_finite_loss_changes_nothing(name, paradigm, streams, calls, form, value):
-    if paradigm != "zo" and min(calls) >= 2:
-        calls = (1,)
-    poison = Poison(calls, value, form)
+    poison = Poison(calls if paradigm == "zo" else [c % 2 for c in calls], value, form)
     model, engine = poisoned(name, paradigm, streams, poison)
     for batch in BATCHES[:4]:
         engine.step([batch, BATCHES[9]])
     before, parameters = engine.state_dict(), {n: p.clone() for n, p in model.named_parameters()}
     poison.armed = True
-    info = engine.step([BATCHES[4], BATCHES[9]])  # two micro-batches: calls 0, 1 are of one sign, 2, 3 of the other
+    info = engine.step(
+        [BATCHES[4], BATCHES[9]]
+    )  # two micro-batches: calls 0, 1 are of one sign, 2, 3 of the other
     assert info.skipped and not math.isfinite(info.loss) and engine.step_count == 4
     assert not differences(before, engine.state_dict())
     assert not differences(parameters, dict(model.named_parameters()))
-    assert all(v.value.grad is None for v in engine.variables) and all(p.grad is None for p in model.parameters())
+    assert all(v.value.grad is None for v in engine.variables) and all(
+        p.grad is None for p in model.parameters()
+    )
     poison.armed = False
     assert not engine.step([BATCHES[4], BATCHES[9]]).skipped and engine.step_count == 5
 
@@ -826,12 +955,20 @@ def test_f1_a_skipped_step_leaves_no_trace_in_the_run(name, paradigm, streams):
     assert not differences(*results)
 
 
-@pytest.mark.parametrize("call", [0, 1, 2, 3])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
-@pytest.mark.parametrize(("name", "paradigm", "streams"), STREAMS)
-def test_e4_an_interrupted_step_changes_nothing(name, paradigm, streams, error, call):
-    if paradigm != "zo" and call >= 2:
-        call -= 2
+INTERRUPTS = [
+    (*row, call, error)
+    for row in STREAMS
+    for call, error in (
+        (0, KeyboardInterrupt()),
+        (1, RuntimeError("out of memory")),
+        (3, KeyboardInterrupt()),
+    )
+    if row[1] == "zo" or call < 2  # one evaluation a micro-batch
+]
+
+
+@pytest.mark.parametrize(("name", "paradigm", "streams", "call", "error"), INTERRUPTS)
+def test_e4_an_interrupted_step_changes_nothing(name, paradigm, streams, call, error):
     poison = Poison((call,), error)
     model, engine = poisoned(name, paradigm, streams, poison)
     for batch in BATCHES[:4]:
@@ -853,7 +990,10 @@ def test_e4_an_interrupted_step_changes_nothing(name, paradigm, streams, error, 
 
 def attributes(model: nn.Module) -> list[tuple[str, type, list[str], int, bool]]:
     """What interrupts leave behind: names in instance dictionaries, hooks, modes."""
-    return [(n, type(m), sorted(m.__dict__), len(m._forward_hooks) + len(m._forward_pre_hooks), m.training) for n, m in model.named_modules()]  # noqa: SLF001
+    return [
+        (n, type(m), sorted(m.__dict__), len(m._forward_hooks) + len(m._forward_pre_hooks), m.training)
+        for n, m in model.named_modules()
+    ]  # noqa: SLF001
 
 
 @pytest.mark.parametrize(("name", "paradigm"), ROWS)
@@ -862,7 +1002,12 @@ def test_e7_global_randomness_is_neither_used_nor_touched(name, paradigm):
     for seed in (1, 2):
         torch.manual_seed(seed)
         random.seed(seed)
-        engine = Engine(net(torch.float32, dropout=0.3), small(name, paradigm), lr=None if paradigm == "zo" else 1e-2, loss=loss)
+        engine = Engine(
+            net(torch.float32, dropout=0.3),
+            small(name, paradigm),
+            lr=None if paradigm == "zo" else 1e-2,
+            loss=loss,
+        )
         before = torch.get_rng_state(), random.getstate()
         for batch in BATCHES[:5]:
             engine.step([batch])
@@ -882,12 +1027,17 @@ def test_dropout_is_on_under_backprop_and_off_in_probes():
     for paradigm in PARADIGMS:
         for mode in (True, False):
             model = net().train(mode)
-            Engine(model, small("stiefel", paradigm, **({"eps": 1e-2} if paradigm == "zo" else {})), lr=1e-2, loss=watched).step(BATCHES[:1])
+            Engine(
+                model,
+                small("stiefel", paradigm, **({"eps": 1e-2} if paradigm == "zo" else {})),
+                lr=1e-2,
+                loss=watched,
+            ).step(BATCHES[:1])
             assert set(seen) == {paradigm == "fo"} and model.training is mode
             seen.clear()
 
 
-@pytest.mark.parametrize("name", ["stiefel", "mezo", "lozo"])
+@pytest.mark.parametrize("name", ["mezo", "lozo"])
 def test_an_objective_without_derivative_trains_under_zo(name):
     def errors(model: nn.Module, batch: Batch) -> Tensor:
         return (model(batch[0]).argmax(-1) != batch[1]).double().mean(1)
@@ -899,14 +1049,16 @@ def test_an_objective_without_derivative_trains_under_zo(name):
     with torch.no_grad():
         before = float(errors(model, batch).mean())
     engine = Engine(model, method, lr=0.3, loss=errors)
-    for _ in range(60):
+    for _ in range(30):
         assert not engine.step([batch]).skipped
     with torch.no_grad():
         assert float(errors(model, batch).mean()) < before - 0.2
 
 
 def test_an_objective_without_derivative_is_refused_under_backprop():
-    engine = Engine(net(), small("stiefel", "fo"), lr=1e-2, loss=lambda m, b: (m(b[0]).argmax(-1) != b[1]).double().mean())
+    engine = Engine(
+        net(), small("stiefel", "fo"), lr=1e-2, loss=lambda m, b: (m(b[0]).argmax(-1) != b[1]).double().mean()
+    )
     with pytest.raises(UsageError, match="no derivative.*--paradigm zo"):
         engine.step(BATCHES[:1])
 
@@ -925,7 +1077,12 @@ def test_a_low_precision_model_has_float32_coordinates_and_trains(name, paradigm
     infos = [engine.step([batch]) for batch in BATCHES[:5]]
     assert not any(i.skipped for i in infos)
     assert all(v.value.dtype == torch.float32 for v in engine.variables)
-    assert all(s.dtype == torch.float32 for state in engine.optimizer.state.values() for s in state.values() if isinstance(s, Tensor))
+    assert all(
+        s.dtype == torch.float32
+        for state in engine.optimizer.state.values()
+        for s in state.values()
+        if isinstance(s, Tensor)
+    )
     assert all(p.dtype == dtype for p in model.parameters())
     plain = engine.detach()
     moved = [n for n, p in plain.named_parameters() if not torch.equal(p, start[n])]
@@ -955,13 +1112,20 @@ def test_a_fold_below_float32_is_unbiased_and_moves_by_one_unit_at_most(dtype, e
         variable.fold(exact=exact, key=Key(i))
         folded = layer.weight.detach().double()
         total += folded
-        below, above = torch.where(folded <= target, folded, below).maximum(below), torch.where(folded >= target, folded, above).minimum(above)
+        below, above = (
+            torch.where(folded <= target, folded, below).maximum(below),
+            torch.where(folded >= target, folded, above).minimum(above),
+        )
     error = total / draws - target
     unit = (torch.finfo(dtype).eps * target.abs()).clamp_min(torch.finfo(dtype).smallest_normal)
-    assert float((error.abs() / unit).max()) < 5 * 0.5 / math.sqrt(draws) * 1.2  # five standard errors of a coin
+    assert (
+        float((error.abs() / unit).max()) < 5 * 0.5 / math.sqrt(draws) * 1.2
+    )  # five standard errors of a coin
     assert abs(float((error / unit).mean())) < 5 * 0.5 / math.sqrt(draws * error.numel())
     both = torch.isfinite(below) & torch.isfinite(above)
-    assert float(((above - below)[both] / unit[both]).max()) <= 1.0 + 1e-9  # only the two neighbors are ever used
+    assert (
+        float(((above - below)[both] / unit[both]).max()) <= 1.0 + 1e-9
+    )  # only the two neighbors are ever used
     assert bool((layer.weight[0] == 0).all())
     # without the noise almost everything would be lost
     assert float((target.to(dtype) == start).double().mean()) > 0.3
@@ -972,9 +1136,11 @@ def test_a_fold_below_float32_is_unbiased_and_moves_by_one_unit_at_most(dtype, e
 def test_e1_estimates_leave_the_weights_alone(name, dtype):
     model = nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 12)).to(dtype)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
-    engine = Engine(model, small(name, every=100, eps=1e-3), lr=1e-2, loss=lambda m, b: m(b).float().sum() * 0 + 1)
+    engine = Engine(
+        model, small(name, every=100, eps=1e-3), lr=1e-2, loss=lambda m, b: m(b).float().sum() * 0 + 1
+    )
     batch = torch.ones(2, 12, dtype=dtype)
-    for _ in range(200):
+    for _ in range(60):
         engine.step([batch])
     assert not differences(start, {n: p.detach() for n, p in engine.detach().named_parameters()})
 
@@ -989,7 +1155,9 @@ def test_e1_two_thousand_steps_without_a_slope_drift_only_in_place(dtype):
             model = nn.Sequential(nn.Linear(32, 32, bias=False)).to(dtype)
         start = model[0].weight.detach().double().clone()
         method = small("lozo", every=500, eps=1e-3)
-        engine = Engine(model, method, lr=1e-2, loss=lambda m, b: m(b).float().sum() * 0 + 1, realization=realization)
+        engine = Engine(
+            model, method, lr=1e-2, loss=lambda m, b: m(b).float().sum() * 0 + 1, realization=realization
+        )
         batch = torch.ones(2, 32, dtype=dtype)
         for _ in range(2000):
             engine.step([batch])
@@ -1018,10 +1186,10 @@ def test_e10_small_updates_are_not_lost(dtype):
     first = {v.name: v.value.detach().clone() for v in engine.variables}
     engine.step([batch])
     once = {v.name: v.value.detach() - first[v.name] for v in engine.variables}
-    for _ in range(299):
+    for _ in range(149):
         engine.step([batch])
     weight = next(v for v in engine.variables if v.name == "weight")
-    assert torch.allclose(weight.value.detach(), 300 * once["weight"], rtol=1e-3)
+    assert torch.allclose(weight.value.detach(), 150 * once["weight"], rtol=1e-3)
     assert float(once["weight"].abs().max()) > 0
 
 
@@ -1032,7 +1200,10 @@ def test_e10_small_updates_are_not_lost(dtype):
 @pytest.mark.parametrize(("name", "paradigm"), ROWS)
 def test_an_export_is_the_live_model_and_leaves_the_run_alone(name, paradigm, schedule):
     models = net(), net()
-    runs = [Engine(m, small(name, paradigm), lr=1e-2, loss=loss, weight_decay=0.1, schedule=schedule) for m in models]
+    runs = [
+        Engine(m, small(name, paradigm), lr=1e-2, loss=loss, weight_decay=0.1, schedule=schedule)
+        for m in models
+    ]
     for step, batch in enumerate(BATCHES[:5]):
         before = runs[0].state_dict()
         if step in (1, 4):
@@ -1040,7 +1211,9 @@ def test_an_export_is_the_live_model_and_leaves_the_run_alone(name, paradigm, sc
             assert not differences(before, runs[0].state_dict())
             with torch.no_grad():
                 assert torch.allclose(plain(batch[0]), models[0].eval()(batch[0]), rtol=0, atol=1e-12)
-            assert type(plain) is Net and [type(m) for m in plain.modules()] == [type(m) for m in net().modules()]
+            assert type(plain) is Net and [type(m) for m in plain.modules()] == [
+                type(m) for m in net().modules()
+            ]
             assert all(p.requires_grad for p in plain.parameters()) and not plain.training
             nn.init.zeros_(plain.head.weight)  # the copy is a copy
         for run in runs:
@@ -1055,7 +1228,9 @@ def test_detach_gives_the_plain_model_back(name, paradigm):
     keys, kinds = list(model.state_dict()), [type(m) for m in model.modules()]
     needs = {n: p.requires_grad for n, p in model.named_parameters()}
     contents = [sorted(m.__dict__) for m in model.modules()]
-    engine = Engine(model, small(name, paradigm), lr=1e-2, loss=loss, weight_decay=0.1, select="linear+embedding+norm")
+    engine = Engine(
+        model, small(name, paradigm), lr=1e-2, loss=loss, weight_decay=0.1, select="linear+embedding+norm"
+    )
     assert list(model.state_dict()) == keys and not any(p.requires_grad for p in model.parameters())
     for batch in BATCHES[:5]:
         engine.step([batch])
@@ -1066,7 +1241,9 @@ def test_detach_gives_the_plain_model_back(name, paradigm):
     assert [sorted(m.__dict__) for m in model.modules()] == contents
     assert gap({n: p.detach() for n, p in model.named_parameters()}, weights) < 1e-12
     for n, p in reference.named_parameters():  # what was not selected did not move; what was did
-        assert torch.equal(p, dict(model.named_parameters())[n]) == n.endswith("bias") and (n != "norm.bias" or True)
+        assert torch.equal(p, dict(model.named_parameters())[n]) == n.endswith("bias") and (
+            n != "norm.bias" or True
+        )
     reference.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert torch.equal(reference(BATCHES[0][0]), model(BATCHES[0][0]))
@@ -1087,7 +1264,13 @@ def test_detach_gives_the_plain_model_back(name, paradigm):
         ({"select": lambda n, p: False}, "no weight .*widen the selection"),
         ({"realization": "sideways"}, "realization 'sideways' .*use one of"),
         ({"schedule": lambda optimizer: optimizer.nothing}, None),
-        ({"method": replace(small("lozo"), estimator=Spsa(eps=1e-3, signs="together")), "realization": "inplace"}, "'inplace' .*use signs 'sequence'"),
+        (
+            {
+                "method": replace(small("lozo"), estimator=Spsa(eps=1e-3, signs="together")),
+                "realization": "inplace",
+            },
+            "'inplace' .*use signs 'sequence'",
+        ),
     ],
 )
 def test_a_bad_setting_is_refused_and_leaves_the_model_as_it_was(settings, words):
@@ -1132,18 +1315,28 @@ def test_every_kind_of_parameter_can_be_trained():
             self.stack = nn.Parameter(torch.ones(2, 3, 3))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.linear(x) @ self.stack.sum(0) * self.scale + self.conv(torch.ones(1, 2, 3, dtype=x.dtype)).mean()
+            return (
+                self.linear(x) @ self.stack.sum(0) * self.scale
+                + self.conv(torch.ones(1, 2, 3, dtype=x.dtype)).mean()
+            )
 
     x = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for paradigm in PARADIGMS:
         for realization in ("auto", "rebuild", "inplace"):
             model = Odd().double()
             start = {n: p.detach().clone() for n, p in model.named_parameters()}
-            method = small("stiefel", paradigm, optimizer="sgd", **({"eps": 1e-3} if paradigm == "zo" else {}))
-            engine = Engine(model, method, lr=1e-2, loss=lambda m, b: m(b).square().mean(), realization=realization, check=x)
+            method = small(
+                "stiefel", paradigm, optimizer="sgd", **({"eps": 1e-3} if paradigm == "zo" else {})
+            )
+            engine = Engine(
+                model,
+                method,
+                lr=1e-2,
+                loss=lambda m, b: m(b).square().mean(),
+                realization=realization,
+                check=x,
+            )
             for _ in range(5):
                 engine.step([x])
             engine.load_state_dict(engine.state_dict())
             assert all(not torch.equal(p, start[n]) for n, p in engine.detach().named_parameters())
-
-

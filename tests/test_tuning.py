@@ -30,7 +30,14 @@ def regression(scale: float) -> Problem:
 
 def classes(dtype: torch.dtype = torch.float32, errors: bool = False) -> Problem:
     ids = torch.randint(9, (32, 5), generator=torch.Generator().manual_seed(1))
-    parts = [nn.Embedding(9, 8), nn.Flatten(), nn.Linear(40, 16), nn.ReLU(), nn.LayerNorm(16), nn.Linear(16, 3)]
+    parts = [
+        nn.Embedding(9, 8),
+        nn.Flatten(),
+        nn.Linear(40, 16),
+        nn.ReLU(),
+        nn.LayerNorm(16),
+        nn.Linear(16, 3),
+    ]
     model = nn.Sequential(*parts).to(dtype)
     if errors:
         return model, (ids, ids.sum(1) % 3), lambda m, b: (m(b[0]).argmax(-1) != b[1]).float().mean()
@@ -49,20 +56,21 @@ def multiplied(problem: Problem, factor: float) -> Problem:
     return problem[0], problem[1], lambda m, b: factor * problem[2](m, b)
 
 
-# by name: the problem, and the share of the first loss that must be left at most after a few hundred steps (three
-# quarters of the way that the rule goes today)
-PROBLEMS: dict[str, tuple[Callable[[], Problem], float]] = {
-    "regression": (lambda: regression(1.0), 0.8),
-    "regression on large inputs": (lambda: regression(30.0), 0.75),
-    "regression on tiny inputs": (lambda: regression(0.03), 0.95),
-    "classes": (classes, 0.75),
-    "classes in bfloat16": (lambda: classes(torch.bfloat16), 0.75),
-    "classes, loss times 1e4": (lambda: multiplied(classes(), 1e4), 0.75),
-    "classes, loss times 1e-4": (lambda: multiplied(classes(), 1e-4), 0.75),
-    "classes by accuracy": (lambda: classes(errors=True), 0.75),
-    "logistic": (lambda: logistic(1.0), 0.92),
-    "logistic, one feature large": (lambda: logistic(100.0), 0.4),
+# by name: the problem, and the shares of the first loss that must be left at most after 120 and after 300 steps; the
+# rule goes about twice as far
+PROBLEMS: dict[str, tuple[Callable[[], Problem], float, float]] = {
+    "regression": (lambda: regression(1.0), 0.97, 0.9),
+    "regression on large inputs": (lambda: regression(30.0), 0.9, 0.75),
+    "regression on tiny inputs": (lambda: regression(0.03), 0.97, 0.95),
+    "classes": (classes, 0.95, 0.85),
+    "classes in bfloat16": (lambda: classes(torch.bfloat16), 0.95, 0.85),
+    "classes, loss times 1e4": (lambda: multiplied(classes(), 1e4), 0.95, 0.85),
+    "classes, loss times 1e-4": (lambda: multiplied(classes(), 1e-4), 0.95, 0.85),
+    "classes by accuracy": (lambda: classes(errors=True), 0.95, 0.88),
+    "logistic": (lambda: logistic(1.0), 0.98, 0.95),
+    "logistic, one feature large": (lambda: logistic(100.0), 0.8, 0.4),
 }
+HARD = [n for n in PROBLEMS if n not in ("regression", "classes", "logistic", "classes, loss times 1e-4")]
 
 
 def built(problem: Callable[[], Problem]) -> Problem:
@@ -71,7 +79,9 @@ def built(problem: Callable[[], Problem]) -> Problem:
         return problem()
 
 
-def trained(name: str, optimizer: str, projector: str, eps: float | None, steps: int, seed: int = 0) -> tuple[Engine, list[float]]:
+def trained(
+    name: str, optimizer: str, projector: str, eps: float | None, steps: int, seed: int = 0
+) -> tuple[Engine, list[float]]:
     model, batch, loss = built(PROBLEMS[name][0])
     window = {} if projector == "identity" else {"rank": 3, "refresh_every": 50}
     method = compose("stiefel", "zo", projector=projector, optimizer=optimizer, eps=eps, **window)
@@ -83,29 +93,36 @@ def judge(name: str, losses: list[float]) -> None:
     start, end = losses[0], sum(losses[-20:]) / 20
     assert all(math.isfinite(value) for value in losses)
     assert max(losses) < 1.25 * start, "diverges"
-    assert end < PROBLEMS[name][1] * start, "stalls"
+    assert end < PROBLEMS[name][1 if len(losses) < 200 else 2] * start, "stalls"
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", HARD)
 def test_a_rate_chosen_neither_diverges_nor_stalls(name, optimizer):
-    engine, losses = trained(name, optimizer, "stiefel", None, 200)
+    engine, losses = trained(name, optimizer, "stiefel", None, 120)
     judge(name, losses)
     assert engine.tuning is not None and engine.base_lr == engine.tuning.lr
 
 
+MANY = [
+    ("stiefel", "sgd"),
+    ("stiefel", "adamw"),
+    ("stiefel", "momentum"),
+    ("two_sided", "sgd"),
+    ("identity", "sgd"),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize(("projector", "optimizer"), [("stiefel", "momentum"), ("two_sided", "sgd"), ("identity", "sgd")])
+@pytest.mark.parametrize(("projector", "optimizer"), MANY)
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_a_rate_chosen_neither_diverges_nor_stalls_in_any_subspace(name, projector, optimizer, seed):
-    judge(name, trained(name, optimizer, projector, None, 300 if projector != "identity" else 200, seed)[1])
+def test_a_rate_chosen_neither_diverges_nor_stalls_in_any_subspace(name, projector, optimizer):
+    judge(name, trained(name, optimizer, projector, None, 300, seed=1)[1])
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("name", ["regression", "classes", "logistic, one feature large"])
+@pytest.mark.parametrize(("name", "optimizer"), [("regression on large inputs", "sgd"), ("classes", "adamw")])
 def test_an_eps_given_is_kept(name, optimizer):
-    engine, losses = trained(name, optimizer, "stiefel", 1e-2, 200)
+    engine, losses = trained(name, optimizer, "stiefel", 1e-2, 120)
     judge(name, losses)
     assert engine.tuning is not None and engine.tuning.eps == 1e-2 and engine.method.estimator.eps == 1e-2  # type: ignore[attr-defined]
 
@@ -128,7 +145,9 @@ def test_nothing_is_tuned_where_both_are_given():
 # ---- the rule itself -------------------------------------------------------------------------------------------------
 
 
-def bowl(stiffness: float, size: int = 40, at: float = 1.0) -> tuple[list[Any], Callable[[], Tensor], nn.Linear]:
+def bowl(
+    stiffness: float, size: int = 40, at: float = 1.0
+) -> tuple[list[Any], Callable[[], Tensor], nn.Linear]:
     """`stiffness / 2 * ‖W‖²`: every probe sees the curvature `stiffness * size` exactly."""
     model = nn.Linear(size, 1, bias=False).double()
     nn.init.constant_(model.weight, at)
@@ -167,7 +186,10 @@ def test_a_rate_does_not_depend_on_the_unit_of_the_loss():
     rates = []
     for factor in (1e-6, 1.0, 1e6):
         variables, loss, _ = bowl(3.0)
-        found = [tune(lambda f=factor, g=loss: f * g(), variables, Key(0), eps=None, normalized=n) for n in (False, True)]
+        found = [
+            tune(lambda f=factor, g=loss: f * g(), variables, Key(0), eps=None, normalized=n)
+            for n in (False, True)
+        ]
         rates.append((found[0].lr * factor, found[1].lr, found[0].eps))
     for other in rates[1:]:
         assert other == pytest.approx(rates[0], rel=1e-4)
@@ -216,14 +238,19 @@ def test_tuning_is_a_measurement_it_repeats_and_changes_nothing(eps):
     assert torch.equal(numbers, torch.get_rng_state())
     for name, saved in before["variables"].items():
         assert torch.equal(saved["weight"], after["variables"][name]["weight"])
-    assert first.as_dict() == {name: getattr(first, name) for name in first.as_dict()} and len(first.as_dict()) == 6
+    assert (
+        first.as_dict() == {name: getattr(first, name) for name in first.as_dict()}
+        and len(first.as_dict()) == 6
+    )
 
 
 def test_more_probes_allow_larger_steps():
     model, batch, loss = built(classes)
     rates = []
     for probes in (1, 4):
-        engine = Engine(model, compose("stiefel", rank=3, optimizer="sgd", probes=probes, eps=1e-3), lr=None, loss=loss)
+        engine = Engine(
+            model, compose("stiefel", rank=3, optimizer="sgd", probes=probes, eps=1e-3), lr=None, loss=loss
+        )
         engine.step([batch])
         rates.append(engine.base_lr)
         engine.detach()
@@ -231,10 +258,22 @@ def test_more_probes_allow_larger_steps():
 
 
 BROKEN: dict[str, tuple[Callable[[nn.Module, Any], Tensor], str]] = {
-    "not a number": (lambda m, b: m(b[0]).sum() * float("nan"), "loss is nan before training; check the model"),
-    "infinite": (lambda m, b: m(b[0]).sum() * 0 + float("inf"), "loss is inf before training; check the model"),
-    "constant": (lambda m, b: m(b[0]).sum() * 0 + 1, "does not change at probes of radius .*give a larger --eps"),
-    "flat here": (lambda m, b: F.relu(m(b[0]).square().mean() - 50), "does not change at probes of radius .*give a larger --eps"),
+    "not a number": (
+        lambda m, b: m(b[0]).sum() * float("nan"),
+        "loss is nan before training; check the model",
+    ),
+    "infinite": (
+        lambda m, b: m(b[0]).sum() * 0 + float("inf"),
+        "loss is inf before training; check the model",
+    ),
+    "constant": (
+        lambda m, b: m(b[0]).sum() * 0 + 1,
+        "does not change at probes of radius .*give a larger --eps",
+    ),
+    "flat here": (
+        lambda m, b: F.relu(m(b[0]).square().mean() - 50),
+        "does not change at probes of radius .*give a larger --eps",
+    ),
 }
 
 
@@ -252,7 +291,10 @@ def test_a_loss_that_breaks_off_the_starting_point_is_refused():
     model, batch, _ = built(lambda: logistic(1.0))
     start = model.weight.detach().clone()
     broken = lambda m, b: m(b[0]).sum() if len(calls) == 1 else m(b[0]).sum() * float("nan")  # noqa: E731
-    for eps, words in ((None, "not finite around the starting point; give --eps"), (1e-3, "give a smaller --eps and an --lr")):
+    for eps, words in (
+        (None, "not finite around the starting point; give --eps"),
+        (1e-3, "give a smaller --eps and an --lr"),
+    ):
         calls: list[int] = []
         method = compose("stiefel", rank=3, eps=eps)
         engine = Engine(model, replace(method), lr=None, loss=lambda m, b: (calls.append(1), broken(m, b))[1])

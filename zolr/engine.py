@@ -372,6 +372,11 @@ class Engine:
 
         return checked
 
+    @staticmethod
+    def _scaled(variable: Variable, gradient: Tensor) -> Tensor:
+        """The gradient in the coordinates from that in units of the variable's probes (see `_rate`)."""
+        return gradient if variable.scale == 1.0 else gradient * variable.scale
+
     def _decay(self, variable: Variable, lr: float) -> None:
         """Decoupled decay of the weight: of the coordinates now, of the rest by a factor until the fold."""
         if self.weight_decay and len(variable.shape) >= 2:
@@ -388,7 +393,7 @@ class Engine:
 
     @torch.no_grad()
     def _apply(self, received: Sequence[tuple[Variable, Tensor]], lr: float) -> None:
-        gradients = [variable.mask(gradient) for variable, gradient in received]
+        gradients = [self._scaled(variable, variable.mask(gradient)) for variable, gradient in received]
         for (variable, _), gradient in zip(received, gradients, strict=True):
             self._observe(variable, gradient)
         if self.clip is not None:
@@ -416,7 +421,7 @@ class Engine:
                 skip.append(not bool(torch.isfinite(gradient.flatten()[:1]).all()))
             if skip and skip[0]:
                 return
-            gradient = variable.mask(gradient)
+            gradient = self._scaled(variable, variable.mask(gradient))
             self._observe(variable, gradient)
             self._decay(variable, lr)
             value = variable.value
@@ -445,7 +450,8 @@ class Engine:
             self.variables,
             self.key.fold_in("tuning"),
             eps=_eps(self.method),
-            normalized=self.method.optimizer.name not in ("sgd", "momentum", "SGD"),
+            normalized=self._normalized,
+            balance=self.base_lr is None,
             probes=getattr(estimator, "probes", 1),
         )
         if self.base_lr is not None:  # the user's own rate stands; only eps was open
@@ -460,10 +466,32 @@ class Engine:
             self.method = replace(self.method, estimator=replace(estimator, eps=tuning.eps))
         self._tune = False
         self.base_lr = tuning.lr
-        for group in self.optimizer.param_groups:
-            group["lr"] = tuning.lr
-            group.pop("initial_lr", None)
+        self._group_by_scale()
         self._set_schedule()
+
+    @property
+    def _normalized(self) -> bool:
+        """Whether the optimizer divides by the size of the gradient."""
+        return self.method.optimizer.name not in ("sgd", "momentum", "SGD")
+
+    def _rate(self, scale: float) -> float:
+        """Factor on the learning rate of values whose probes have a scale.
+
+        A value that is probed at `s` moves in proportion to `s²`: the gradient, a slope times `s z`, brings both factors
+        to SGD; a normalizing optimizer takes its size away, so that one of them goes into the rate.
+        """
+        return scale if self._normalized else 1.0
+
+    def _group_by_scale(self) -> None:
+        """One parameter group of the optimizer for each scale, at the base rate."""
+        scale_of = {id(v.value): v.scale for v in self.variables}
+        groups = []
+        for group in self.optimizer.param_groups:
+            for scale in sorted({scale_of[id(p)] for p in group["params"]}, reverse=True):
+                own = [p for p in group["params"] if scale_of[id(p)] == scale]
+                kept = {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
+                groups.append({**kept, "params": own, "lr": (self.base_lr or 1.0) * self._rate(scale), "scale": scale})
+        self.optimizer.param_groups = groups
 
     def _set_schedule(self) -> None:
         if self._schedule is None or self.base_lr is None:
@@ -477,7 +505,7 @@ class Engine:
         if self._schedule is not None and self._scheduler is None and self.base_lr is not None:
             factor = float(self._schedule(self.step_count))
             for group in self.optimizer.param_groups:
-                group["lr"] = self.base_lr * factor
+                group["lr"] = self.base_lr * factor * self._rate(group.get("scale", 1.0))
 
     # ---- checks, saving and leaving ------------------------------------------------------------------------------
 
@@ -543,6 +571,7 @@ class Engine:
                 "tensors": v.subspace.tensors(),
                 "window": v.window,
                 "decay": v.decay,
+                "scale": v.scale,
                 "moved": v.moved,
                 "optimizer": {k: _copied(s) for k, s in self.optimizer.state.get(v.value, {}).items()},
             }
@@ -576,6 +605,8 @@ class Engine:
             raise UsageError(f"the saved state is of other weights (such as '{different[0]}'); use the same selection")
         if state["seed"] != self.seed:
             raise UsageError(f"the saved state has seed {state['seed']}, this run {self.seed}; use the same seed")
+        for v in self.variables:
+            v.scale = state["variables"][v.name]["scale"]
         if state["tuning"] is not None:
             self._adopt(Tuning(**state["tuning"]))
         self.base_lr = state["base_lr"]

@@ -1,28 +1,36 @@
-"""Choosing the probe radius and the learning rate of a forward-only run from what its first losses say.
+"""Choosing how far to probe, which weights to move how much, and the learning rate of a forward-only run.
 
-Along a probe `z` (unit variance in every coordinate) the loss is `L + t c + t² h / 2 + ...` with slope `c` and
-curvature `h = zᵀ H z`; over probes `E[c²] = ‖g‖²` and `E[h] = tr H`.
+Everything is read off the losses around the starting point, on the first batch. Along a probe `z` (unit variance in
+every coordinate) the loss is `L + t c + t² h / 2 + ...` with slope `c` and curvature `h = zᵀ H z`; over probes
+`E[c²] = ‖g‖²` and `E[h] = tr H`.
 
 - Radius. `c(eps)` is off by `O(eps²)` from the third derivative and by `noise / eps` from the arithmetic of the
   losses. Both show in `c(eps) - c(eps / 3)` along the same probe. The rule takes the radius of a ladder, from 3e-1 to
   1e-4 of the weights' root mean square, whose two neighbors disagree least with it.
+- Scales. One slope serves all weights of a step, so every weight pays for the noise of all others: a group of `d`
+  entries whose gradient has energy `e` adds `d` to the noise and `e` to the signal. The mean squared error is least when
+  each group moves in proportion to its energy per entry, `e / d` (Wiener). The groups are the kinds of weight (matrix,
+  embedding, vector) of each layer, their energies the mean squared slopes of a few probes of that group alone. Probes
+  of a group are scaled by `sqrt(e / d)`, relative to the densest group, rounded to a power of two, at least 1/64;
+  its steps are scaled by the square of that.
 - Step. A step of SGD along a probe changes the loss by `- lr c² + lr² c² h / 2`, best at `lr = 1 / h`. The curvature
   is the mean over the probes of `(L₊ + L₋ - 2 L) / eps²`, taken at its upper confidence limit so that a curvature lost
-  in noise gives a small step and not a large one, times half for the noise between batches. No step may move the
-  weights by more than `LARGEST_STEP` of their norm, nor by less than `SMALLEST_STEP`.
+  in noise gives a small step and not a large one, times half for the noise between batches. No step may move any group
+  by more than `LARGEST_STEP` of its root mean square.
 - Optimizers that divide by the size of the gradient (Adam) take steps of `lr` in every coordinate: their rate is the
   SGD rate times the root mean square of the slopes.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from math import sqrt
+from math import log2, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zolr.errors import UsageError
+from zolr.errors import NonFiniteError, UsageError
 from zolr.keys import Key
 from zolr.probes import Probe
 from zolr.variables import Variable, layout, shifted
@@ -31,6 +39,7 @@ LADDER = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
 DIRECTIONS = 4  # directions that judge the radius
 PROBES = 16  # directions that measure slope and curvature
 LARGEST_STEP, SMALLEST_STEP = 1e-2, 1e-6
+SMALLEST_SCALE = 6  # as a power of one half
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,7 @@ class Tuning:
         curvature: the curvature that the step was taken from.
         noise: relative disagreement of the slopes at `eps` and the next smaller radius.
         forwards: forward passes spent.
+        scales: factor on the probes of each group of weights.
     """
 
     eps: float
@@ -52,10 +62,45 @@ class Tuning:
     curvature: float
     noise: float
     forwards: int
+    scales: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers by name."""
         return asdict(self)
+
+
+def group_of(variable: Variable) -> str:
+    """The group a weight is measured with: its kind, and the layer it belongs to."""
+    layer = re.search(r"\.(\d+)\.", variable.name)
+    kind = "vector" if len(variable.shape) < 2 else "embedding" if variable.is_embedding else "matrix"
+    return f"{kind} of layer {layer[1]}" if layer else kind
+
+
+class _Probing:
+    """Losses around the starting point, with a count of what they cost."""
+
+    def __init__(self, loss: Callable[[], Tensor], key: Key) -> None:
+        self.loss, self.key, self.forwards = loss, key, 1
+        self.base = float(loss())
+        if not abs(self.base) < float("inf"):
+            raise NonFiniteError(
+                f"the loss is {self.base} before training; check the model, the data type and the first batch"
+            )
+
+    def sides(self, variables: Sequence[Variable], name: str, number: int, radius: float) -> tuple[float, float]:
+        """Losses on both sides of the starting point along one direction."""
+        direction = Probe(layout(variables), "rademacher", self.key.fold_in(name, number))
+        values = []
+        for scale in (radius, -radius):
+            with shifted(variables, direction, scale):
+                values.append(float(self.loss()))
+        self.forwards += 2
+        return values[0], values[1]
+
+    def slopes(self, variables: Sequence[Variable], name: str, count: int, radius: float) -> Tensor:
+        """`(count,)` slopes."""
+        pairs = [self.sides(variables, name, i, radius) for i in range(count)]
+        return torch.tensor([(plus - minus) / (2 * radius) for plus, minus in pairs], dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -67,66 +112,73 @@ def tune(
     eps: float | None,
     normalized: bool,
     probes: int = 1,
+    balance: bool = True,
 ) -> Tuning:
-    """Measure and choose.
+    """Measure and choose; the scales are set on the variables.
 
     Args:
         loss: mean loss on fixed batches at the model's current point.
         eps: a radius to keep; None to choose one.
         normalized: the optimizer divides by the size of the gradient.
         probes: directions averaged in a step.
+        balance: choose scales; otherwise all weights move alike.
 
     Raises:
-        UsageError: the loss is not finite to begin with, or flat: no radius gives a slope.
+        UsageError: the loss is flat: no radius gives a slope.
+        NonFiniteError: the loss is not finite to begin with.
     """
-    base = float(loss())
-    forwards = 1
-    if not abs(base) < float("inf"):
-        raise UsageError(f"the loss is {base} before training; check the model, the data type and the batch")
-    space = layout(variables)
-    weights = sqrt(sum(float(v.weight.float().square().sum()) for v in variables))
-    rms = weights / sqrt(sum(v.weight.numel() for v in variables))
-
-    def sides(direction: Probe, radius: float) -> tuple[float, float]:
-        values = []
-        for scale in (radius, -radius):
-            with shifted(variables, direction, scale):
-                values.append(float(loss()))
-        return values[0], values[1]
-
-    noise = 0.0
+    probing = _Probing(loss, key)
+    groups: dict[str, list[Variable]] = {}
+    for variable in variables:
+        groups.setdefault(group_of(variable), []).append(variable)
+        variable.scale = 1.0
+    rms = {name: _root_mean_square(members) for name, members in groups.items()}
+    noise, overall = 0.0, max(_root_mean_square(variables), 1e-6)
     if eps is None:
-        directions = [Probe(space, "rademacher", key.fold_in("radius", i)) for i in range(DIRECTIONS)]
-        ladder = [f * max(rms, 1e-6) for f in LADDER]
-        slopes = []
-        for radius in ladder:
-            pairs = [sides(d, radius) for d in directions]
-            forwards += 2 * DIRECTIONS
-            slopes.append(torch.tensor([(p - m) / (2 * radius) for p, m in pairs], dtype=torch.float64))
-        eps, noise = _radius(ladder, slopes)
-    found, bends = [], []
+        ladder = [f * overall for f in LADDER]
+        found = [probing.slopes(variables, "radius", DIRECTIONS, radius) for radius in ladder]
+        eps, noise = _radius(ladder, found)
+    if balance and len(groups) > 1:
+        density = {}
+        for name, members in groups.items():
+            energy = float(probing.slopes(members, f"energy of {name}", DIRECTIONS, eps).square().mean())
+            density[name] = energy / sum(v.weight.numel() for v in members)
+        densest = max(density.values())
+        for name, members in groups.items():
+            share = sqrt(density[name] / densest) if densest > 0 else 1.0
+            for variable in members:
+                variable.scale = 2.0 ** max(round(log2(max(share, 1e-9))), -SMALLEST_SCALE)
+    slopes, bends = [], []
     for i in range(PROBES):
-        plus, minus = sides(Probe(space, "rademacher", key.fold_in("step", i)), eps)
-        forwards += 2
-        found.append((plus - minus) / (2 * eps))
-        bends.append((plus + minus - 2 * base) / eps**2)
-    slope = float(torch.tensor(found, dtype=torch.float64).square().mean().sqrt())
+        plus, minus = probing.sides(variables, "step", i, eps)
+        slopes.append((plus - minus) / (2 * eps))
+        bends.append((plus + minus - 2 * probing.base) / eps**2)
+    slope = float(torch.tensor(slopes, dtype=torch.float64).square().mean().sqrt())
     bend = torch.tensor(bends, dtype=torch.float64)
     curvature = float(bend.mean().abs() + 2 * bend.std() / sqrt(PROBES))
     if slope == 0:
         raise UsageError(f"the loss does not change at probes of radius {eps:.3g}; give a larger --eps, or check the loss")
     if not slope < float("inf") or not curvature < float("inf"):
         raise UsageError(f"the loss is not finite at probes of radius {eps:.3g}; give a smaller --eps and an --lr")
-    # a coordinate entry of size a moves the weights by a in every entry (root mean square) of an unbiased subspace
-    numel = sum(v.weight.numel() for v in variables)
-    length = sqrt(numel)
-    typical = max(slope, 1e-12) / sqrt(probes)
-    rate = 0.5 * min(probes, 8) / max(curvature, 1e-12)
-    step = rate * typical * length
-    step = min(max(step, SMALLEST_STEP * weights), LARGEST_STEP * weights)
-    rate = step / (typical * length)
-    lr = rate * slope / sqrt(probes) if normalized else rate
-    return Tuning(eps=eps, lr=lr, slope=slope, curvature=curvature, noise=noise, forwards=forwards)
+    # an Adam step moves every coordinate by its rate, an SGD step by rate times slope: compare them as the former
+    typical = slope / sqrt(probes)
+    entry = 0.5 * min(probes, 8) / max(curvature, 1e-12) * typical
+    bounds = [max(rms[name], 1e-3 * overall) / members[0].scale for name, members in groups.items()]
+    entry = min(max(entry, SMALLEST_STEP * min(bounds)), LARGEST_STEP * min(bounds))
+    return Tuning(
+        eps=eps,
+        lr=entry if normalized else entry / typical,
+        slope=slope,
+        curvature=curvature,
+        noise=noise,
+        forwards=probing.forwards,
+        scales={name: members[0].scale for name, members in groups.items()},
+    )
+
+
+def _root_mean_square(variables: Sequence[Variable]) -> float:
+    total = sum(float(v.weight.float().square().sum()) for v in variables)
+    return sqrt(total / sum(v.weight.numel() for v in variables))
 
 
 def _radius(ladder: Sequence[float], slopes: Sequence[Tensor]) -> tuple[float, float]:

@@ -88,6 +88,7 @@ class Variable:
         )
         self.window = -1
         self.decay = 1.0
+        self.scale = 1.0  # of the probes of this weight, relative to other weights
         self.moved = False
         self.touched = False
         self.watch: Callable[[Tensor], None] | None = None  # sees the inputs of every linear site
@@ -109,6 +110,11 @@ class Variable:
     def is_full(self) -> bool:
         """Whether the coordinates are the weight itself."""
         return isinstance(self.subspace, Full)
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the weight is looked up by rows somewhere."""
+        return any(isinstance(site.module, nn.Embedding) for site in self.sites)
 
     @property
     def space(self) -> Space:
@@ -212,13 +218,14 @@ class Variable:
 
     @contextmanager
     def shifted(self, shift: Shift, scale: float | Tensor = 1.0, *, plain: bool = True) -> Iterator[None]:
-        """Evaluate the model at `value + scale * shift` inside the context; `value` is never written.
+        """Evaluate the model at `value + scale * self.scale * shift` inside the context; `value` is never written.
 
         Args:
             shift: tensor of coords_shape, or (Full only) a function of a block of rows for spaces as large as a
                 weight, called again at every use.
             scale: number, or a 0-dim tensor under vmap (then `plain` must be False).
         """
+        scale = scale * self.scale
         if self.realization == "inplace":
             with self._walked(shift, scale):
                 yield

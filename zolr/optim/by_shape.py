@@ -17,7 +17,7 @@ class ByShape(torch.optim.Optimizer):
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
         super().__init__([p for part in parts for g in part.param_groups for p in g["params"]], {})
         self.parts = list(parts)
-        self.param_groups = [group for part in parts for group in part.param_groups]
+        self.param_groups = [{**g, "part": i} for i, part in enumerate(self.parts) for g in part.param_groups]
         self.state = defaultdict(dict)
         for part in self.parts:
             part.state = self.state
@@ -26,5 +26,6 @@ class ByShape(torch.optim.Optimizer):
         """One step of every part."""
         if closure is not None:
             raise ValueError("ByShape takes no closure; compute gradients before the step")
-        for part in self.parts:
+        for i, part in enumerate(self.parts):
+            part.param_groups = [group for group in self.param_groups if group["part"] == i]
             part.step()
