@@ -36,7 +36,14 @@ def cases() -> dict[str, dict[str, list[str]]]:
                 fo[f"fo/{task}/{method}/{seed}"] = [*REAL, *THREE_EPOCHS, *paradigm, "--task", task, *seeds]
         for seed in range(3):
             seeds = ["--seed", str(seed), "--data-seed", str(seed)]
-            zo[f"zo/{task}/stiefel/{seed}"] = [*FORWARD_ONLY, "--projector", "stiefel", "--task", task, *seeds]
+            zo[f"zo/{task}/stiefel/{seed}"] = [
+                *FORWARD_ONLY,
+                "--projector",
+                "stiefel",
+                "--task",
+                task,
+                *seeds,
+            ]
     for seed in range(3):
         seeds = ["--seed", str(seed), "--data-seed", str(seed), "--threads", "2"]
         demo[f"demo/stiefel-zo/{seed}"] = ["--paradigm", "zo", "--projector", "stiefel", *seeds]
@@ -61,7 +68,9 @@ def ran(arguments: list[str]) -> dict[str, object]:
 
 def main() -> None:
     """Run the cases of a group and print them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--group", choices=("fo", "zo", "demo"), required=True)
     parser.add_argument("--again", action="store_true", help="run cases that have a result too")
     parser.add_argument("--only", default="", help="a part of the names of the cases to run")

@@ -162,7 +162,9 @@ def test_causal_labels_are_the_next_ids():
     for step in range(10):
         batch = stream.batch(step)
         assert batch["input_ids"].shape == batch["labels"].shape == (3, 4)
-        assert torch.equal(batch["labels"], batch["input_ids"] + 1)  # ids count up, so the next one is one more
+        assert torch.equal(
+            batch["labels"], batch["input_ids"] + 1
+        )  # ids count up, so the next one is one more
 
 
 def test_an_epoch_shows_every_row_once():
@@ -185,7 +187,9 @@ def test_a_batch_is_a_function_of_seed_and_step(objective):
         batch = other.batch(step)
         assert torch.equal(batch["input_ids"], in_order[step]["input_ids"])
         assert torch.equal(batch["labels"], in_order[step]["labels"])
-    assert not torch.equal(stream_of(ids, objective=objective, seed=8).batch(0)["input_ids"], in_order[0]["input_ids"])
+    assert not torch.equal(
+        stream_of(ids, objective=objective, seed=8).batch(0)["input_ids"], in_order[0]["input_ids"]
+    )
 
 
 def test_batches_leave_global_randomness_alone():
@@ -214,7 +218,9 @@ def test_masked_labels_are_the_hidden_ids():
         assert abs(count - total * share) < 5 * (total * share * (1 - share)) ** 0.5
 
     near(k, n, 0.15)
-    near(int((shown[counted] == 1).sum()), k, 0.8 + 0.1 * 2 / 1000)  # a special random token is shown as the mask
+    near(
+        int((shown[counted] == 1).sum()), k, 0.8 + 0.1 * 2 / 1000
+    )  # a special random token is shown as the mask
     near(int((shown[counted] == rows[counted]).sum()), k, 0.1 + 0.1 / 1000)
     assert not (shown[counted] == 0).any()
 
@@ -243,7 +249,9 @@ def test_evaluation_is_the_same_every_time(objective):
     first, second = list(stream.evaluation(7)), list(stream.evaluation(7))
     assert sum(len(batch["labels"]) for batch in first) == 7
     for one, other in zip(first, second, strict=True):
-        assert torch.equal(one["input_ids"], other["input_ids"]) and torch.equal(one["labels"], other["labels"])
+        assert torch.equal(one["input_ids"], other["input_ids"]) and torch.equal(
+            one["labels"], other["labels"]
+        )
 
 
 # errors
@@ -297,9 +305,13 @@ def test_streams_refuse_what_they_cannot_do():
 def pretrained(folder, corpus, *more):
     from zolr.cli import main
 
-    numbers = "--train-tokenizer --vocab-size 300 --hidden-size 16 --heads 2 --layers 1 --length 16 --batch-size 4"
+    numbers = (
+        "--train-tokenizer --vocab-size 300 --hidden-size 16 --heads 2 --layers 1 --length 16 --batch-size 4"
+    )
     course = "--lr 0.01 --schedule wsd --warmup 1 --threads 1 --device cpu --save-every 2 --eval-rows 8 --quiet --json"
-    return main(["pretrain", "--data", str(corpus), "--output", str(folder), *numbers.split(), *course.split(), *more])
+    return main(
+        ["pretrain", "--data", str(corpus), "--output", str(folder), *numbers.split(), *course.split(), *more]
+    )
 
 
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
@@ -313,12 +325,22 @@ def test_pretraining_gives_a_folder_that_transformers_loads(objective, corpus, t
     auto = AutoModelForCausalLM if objective == "clm" else AutoModelForMaskedLM
     model = auto.from_pretrained(tmp_path / "run").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
-    held_out = TokenStream.of_text([corpus / "valid.txt"], tokenizer, length=16, batch_size=4, objective=objective)
+    held_out = TokenStream.of_text(
+        [corpus / "valid.txt"], tokenizer, length=16, batch_size=4, objective=objective
+    )
     losses = []
     with torch.no_grad():
         for batch in held_out.evaluation(8):
-            logits, labels = model(input_ids=batch["input_ids"]).logits.flatten(0, 1), batch["labels"].flatten()
-            losses.append((torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), (labels != IGNORED).sum()))
+            logits, labels = (
+                model(input_ids=batch["input_ids"]).logits.flatten(0, 1),
+                batch["labels"].flatten(),
+            )
+            losses.append(
+                (
+                    torch.nn.functional.cross_entropy(logits, labels, reduction="sum"),
+                    (labels != IGNORED).sum(),
+                )
+            )
     mean = sum(float(part) for part, _ in losses) / sum(int(count) for _, count in losses)
     assert mean == pytest.approx(result["after"], rel=1e-5)
 
@@ -343,7 +365,9 @@ def test_pretraining_resumed_is_pretraining_uninterrupted(method, corpus, tmp_pa
 def test_wsd_may_be_given_another_end_until_it_falls():
     from zolr.cli.pretrain import Pretrain, schedule
 
-    long, short = (schedule(Pretrain(steps=steps, warmup=5, schedule="wsd", decay=0.25)) for steps in (200, 100))
+    long, short = (
+        schedule(Pretrain(steps=steps, warmup=5, schedule="wsd", decay=0.25)) for steps in (200, 100)
+    )
     assert [long(step) for step in range(76)] == [short(step) for step in range(76)]
     assert short(100) == 0 and short(76) < 1
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zolr.engine import Engine
-from zolr.errors import UsageError
+from zolr.errors import NonFiniteError, UsageError
 from zolr.estimators.backprop import Backprop
 from zolr.keys import Key
 from zolr.methods import compose
@@ -211,7 +211,9 @@ def test_the_radius_gives_slopes_that_are_derivatives(dtype):
             for scale in (found.eps, -found.eps):
                 with shifted(engine.variables, lambda name, rows=slice(None), z=z: z[name][rows], scale):
                     values.append(float(loss(model, batch)))
-            exact = sum(float((gradients[n].double() * z[n]).sum()) for n in z)
+            exact = sum(
+                v.scale * float((gradients[v.name].double() * z[v.name]).sum()) for v in engine.variables
+            )
             errors.append((values[0] - values[1]) / (2 * found.eps) - exact)
             sizes.append(exact)
     error = math.sqrt(sum(e * e for e in errors) / sum(s * s for s in sizes))
@@ -238,10 +240,7 @@ def test_tuning_is_a_measurement_it_repeats_and_changes_nothing(eps):
     assert torch.equal(numbers, torch.get_rng_state())
     for name, saved in before["variables"].items():
         assert torch.equal(saved["weight"], after["variables"][name]["weight"])
-    assert (
-        first.as_dict() == {name: getattr(first, name) for name in first.as_dict()}
-        and len(first.as_dict()) == 6
-    )
+    assert set(first.as_dict()) == {f.name for f in fields(first)} and first == type(first)(**first.as_dict())
 
 
 def test_more_probes_allow_larger_steps():
@@ -283,21 +282,55 @@ def test_a_loss_that_shows_no_slope_is_refused(case, eps):
     loss, words = BROKEN[case]
     model, batch, _ = built(lambda: logistic(1.0))
     engine = Engine(model, compose("stiefel", rank=3, eps=eps), lr=None, loss=loss)
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises(NonFiniteError if "before" in words else UsageError, match=words):
         engine.step([batch])
 
 
 def test_a_loss_that_breaks_off_the_starting_point_is_refused():
+    calls: list[int] = []
+
+    def broken(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(1)
+        return model(batch[0]).sum() * (1.0 if len(calls) == 1 else float("nan"))
+
     model, batch, _ = built(lambda: logistic(1.0))
     start = model.weight.detach().clone()
-    broken = lambda m, b: m(b[0]).sum() if len(calls) == 1 else m(b[0]).sum() * float("nan")  # noqa: E731
-    for eps, words in (
-        (None, "not finite around the starting point; give --eps"),
-        (1e-3, "give a smaller --eps and an --lr"),
-    ):
-        calls: list[int] = []
-        method = compose("stiefel", rank=3, eps=eps)
-        engine = Engine(model, replace(method), lr=None, loss=lambda m, b: (calls.append(1), broken(m, b))[1])
+    ways = {
+        None: "not finite around the starting point; give --eps",
+        1e-3: "give a smaller --eps and an --lr",
+    }
+    for eps, words in ways.items():
+        calls.clear()
+        engine = Engine(model, compose("stiefel", rank=3, eps=eps), lr=None, loss=broken)
         with pytest.raises(UsageError, match=words):
             engine.step([batch])
         assert torch.equal(engine.detach().weight, start)
+
+
+# ---- scales ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected"), [(1.0, 1.0), (4.0, 0.25), (0.25, 0.25), (1e6, 2.0**-6), (0.0, 2.0**-6)]
+)
+def test_groups_are_probed_in_proportion_to_their_energy_per_entry(ratio, expected):
+    # a loss linear in one entry of each group: every slope is that entry's coefficient, so energies are exact
+    model = nn.Linear(16, 4).double()  # a matrix of 64 entries and a vector of 4
+    variables = attach(model, lambda n, p: True)
+
+    def loss() -> Tensor:
+        out = model(torch.cat((torch.zeros(1, 16), torch.eye(16))).double())
+        bias, weight = out[0, 0], out[1, 0] - out[0, 0]
+        return (
+            4 * ratio * weight + bias
+        )  # energies (4 ratio)² and 1 over 64 and 4 entries: densities ratio² to 1
+
+    found = tune(loss, variables, Key(0), eps=1e-3, normalized=False)
+    assert max(found.scales.values()) == 1.0 and min(found.scales.values()) == expected
+    assert found.scales["matrix" if ratio < 1 else "vector"] == expected
+    assert {v.name: v.scale for v in variables} == {
+        "weight": found.scales["matrix"],
+        "bias": found.scales["vector"],
+    }
+    flat = tune(loss, variables, Key(0), eps=1e-3, normalized=False, balance=False)
+    assert set(flat.scales.values()) == {1.0} == {v.scale for v in variables}

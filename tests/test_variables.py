@@ -189,6 +189,34 @@ def test_e3_realizations_and_signs_give_the_same_losses_and_gradients(name, proj
             assert all(torch.allclose(other[n], gradients[n], rtol=0, atol=10 * allowed) for n in gradients)
 
 
+class Branching(Plain):
+    """A forward that looks at its numbers, which vmap has no rule for."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embed(input_ids)
+        return self.head(x if float(x.sum()) > -1e9 else -x)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=RuntimeError,
+    reason="signs 'together' does not fall back to sequence where vmap fails",
+)
+def test_e3_signs_together_fall_back_where_an_operation_has_no_batching_rule():
+    losses = []
+    for signs in ("sequence", "together"):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = Branching().double()
+        estimator = Spsa(eps=1e-2, signs=signs)  # type: ignore[arg-type]
+        used = lambda n, p: n.startswith(("embed", "head"))  # noqa: E731
+        engine = Engine(
+            model, replace(method("stiefel"), estimator=estimator), lr=1e-2, loss=loss, select=used
+        )
+        losses.append(engine.step([BATCH]).slope)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
 @pytest.mark.parametrize("name", ["mlp", "bert", "gpt2", "opt"])
 def test_e3_a_left_basis_gives_the_same_in_every_realization(name):
     expected, _ = slopes(name, "stiefel", "rebuild", "sequence", "left")
@@ -200,24 +228,24 @@ def test_e3_a_left_basis_gives_the_same_in_every_realization(name):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("projector", PROJECTORS)
-def test_e3_gradients_are_those_of_the_dense_weight(name, projector):
-    for realization in ("side", "rebuild"):
-        with in_mid_window(name, projector, realization) as (model, engine):
-            plain = explicit(model, engine)
-            for p in plain.parameters():
-                p.requires_grad_(True)
-            loss(plain, BATCH).backward()
-            dense = {n: p.grad for n, p in plain.named_parameters()}
-            got: dict[str, Tensor] = {}
-            emit = lambda v, g: got.update({v.name: g.clone()})  # noqa: E731
-            Backprop()(lambda b: loss(model, b), [BATCH], engine.variables, emit, Key(0))
-            for v in engine.variables:
-                gradient = dense[v.name]
-                assert gradient is not None
-                projected = v.subspace.project(gradient.T if v.transposed else gradient)
-                assert torch.allclose(
-                    v.mask(got[v.name]), v.mask(projected), rtol=0, atol=ROUNDING.get(name, 1e-10)
-                ), (realization, v.name)
+@pytest.mark.parametrize("realization", ["side", "rebuild"])
+def test_e3_gradients_are_those_of_the_dense_weight(name, projector, realization):
+    with in_mid_window(name, projector, realization) as (model, engine):
+        plain = explicit(model, engine)
+        for p in plain.parameters():
+            p.requires_grad_(True)
+        loss(plain, BATCH).backward()
+        dense = {n: p.grad for n, p in plain.named_parameters()}
+        got: dict[str, Tensor] = {}
+        emit = lambda v, g: got.update({v.name: g.clone()})  # noqa: E731
+        Backprop()(lambda b: loss(model, b), [BATCH], engine.variables, emit, Key(0))
+        for v in engine.variables:
+            gradient = dense[v.name]
+            assert gradient is not None
+            projected = v.subspace.project(gradient.T if v.transposed else gradient)
+            assert torch.allclose(
+                v.mask(got[v.name]), v.mask(projected), rtol=0, atol=ROUNDING.get(name, 1e-10)
+            ), (realization, v.name)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -300,6 +328,23 @@ def test_e3_inputs_of_any_shape(paradigm, realization):
                 with torch.no_grad():
                     results.append(model(batch))
             assert results[0].shape == results[1].shape and torch.allclose(*results, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("realization", ["side", "rebuild"])
+@pytest.mark.parametrize("paradigm", ["fo", "zo", "fwd"])
+def test_e3_runs_under_autocast(paradigm, realization):
+    results = []
+    for enabled in (False, True):
+
+        def narrow(model: nn.Module, batch: dict[str, Tensor], enabled: bool = enabled) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                return loss(model, batch).float()
+
+        engine = Engine(
+            make("tied").float(), method("stiefel", paradigm), lr=1e-2, loss=narrow, realization=realization
+        )
+        results.append([engine.step([BATCH]).loss for _ in range(3)])
+    assert results[0] == pytest.approx(results[1], rel=0.02) and results[0] != results[1]
 
 
 # ---- which path a site takes -----------------------------------------------------------------------------------------
@@ -557,6 +602,22 @@ def test_verify_passes_on_real_models(name, projector):
     engine.verify(BATCH)
     after = engine.state_dict()["variables"]
     assert all(torch.equal(before[n]["weight"], after[n]["weight"]) for n in before)
+
+
+@pytest.mark.parametrize("projector", PROJECTORS)
+@pytest.mark.parametrize("realization", ["side", "rebuild"])
+def test_verify_passes_below_float32(projector, realization):
+    for dtype in (torch.bfloat16, torch.float16):
+        engine = Engine(
+            make("tied").to(dtype),
+            method(projector),
+            lr=1e-2,
+            loss=loss,
+            realization=realization,
+            check=BATCH,
+        )
+        engine.step([BATCH])
+        engine.verify(BATCH)
 
 
 class Attention(nn.Module):

@@ -35,7 +35,26 @@ _HOMES = {
     "TRANSPORTS": "transports",
 }
 
-__all__ = [*_HOMES, "__version__"]
+__all__ = [
+    "ESTIMATORS",
+    "Engine",
+    "Full",
+    "Info",
+    "Key",
+    "Left",
+    "METHODS",
+    "Method",
+    "OPTIMIZERS",
+    "OptimizerRule",
+    "PROJECTORS",
+    "Right",
+    "Row",
+    "Subspace",
+    "TRANSPORTS",
+    "TwoSided",
+    "compose",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -144,9 +144,13 @@ class Engine:
         if weight_decay < 0 or (clip is not None and not clip > 0):
             raise UsageError(f"weight_decay = {weight_decay} and clip = {clip} must not be negative")
         if realization == "inplace" and getattr(method.estimator, "signs", "sequence") == "together":
-            raise UsageError("realization 'inplace' holds one sign at a time; use signs 'sequence', or realization 'auto'")
+            raise UsageError(
+                "realization 'inplace' holds one sign at a time; use signs 'sequence', or realization 'auto'"
+            )
         if method.dense and clip is not None:
-            raise UsageError(f"clip = {clip} needs all gradients at once, a dense method has one; leave clip out")
+            raise UsageError(
+                f"clip = {clip} needs all gradients at once, a dense method has one; leave clip out"
+            )
         self.model, self.method, self.seed = model, method, seed
         self.key = Key(seed)
         self.weight_decay, self.clip, self.guard = weight_decay, clip, guard
@@ -490,7 +494,9 @@ class Engine:
             for scale in sorted({scale_of[id(p)] for p in group["params"]}, reverse=True):
                 own = [p for p in group["params"] if scale_of[id(p)] == scale]
                 kept = {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
-                groups.append({**kept, "params": own, "lr": (self.base_lr or 1.0) * self._rate(scale), "scale": scale})
+                groups.append(
+                    {**kept, "params": own, "lr": (self.base_lr or 1.0) * self._rate(scale), "scale": scale}
+                )
         self.optimizer.param_groups = groups
 
     def _set_schedule(self) -> None:
@@ -539,7 +545,7 @@ class Engine:
         for variable in self.variables:
             shift = self.key.fold_in("verify", variable.name).normal(variable.subspace.coords_shape)
             shift = variable.mask(shift.to(variable.value))
-            dense = variable.subspace.lift(shift).to(variable.weight.dtype)
+            dense = variable.subspace.lift(shift.to(variable.weight.dtype))
             size = 0.05 * float(variable.weight.float().square().mean().sqrt() + 1e-3)
             shift, dense = shift * size, dense * size
             with variable.shifted(shift):
@@ -547,7 +553,7 @@ class Engine:
             kept = variable.weight.data.clone()
             try:
                 oriented = variable.weight.data.t() if variable.transposed else variable.weight.data
-                oriented += dense / variable.decay
+                oriented += dense * (variable.scale / variable.decay)
                 direct = evaluate()
             finally:
                 variable.weight.data.copy_(kept)
@@ -602,9 +608,13 @@ class Engine:
         names = {v.name for v in self.variables}
         if set(state["variables"]) != names:
             different = sorted(set(state["variables"]) ^ names)
-            raise UsageError(f"the saved state is of other weights (such as '{different[0]}'); use the same selection")
+            raise UsageError(
+                f"the saved state is of other weights (such as '{different[0]}'); use the same selection"
+            )
         if state["seed"] != self.seed:
-            raise UsageError(f"the saved state has seed {state['seed']}, this run {self.seed}; use the same seed")
+            raise UsageError(
+                f"the saved state has seed {state['seed']}, this run {self.seed}; use the same seed"
+            )
         for v in self.variables:
             v.scale = state["variables"][v.name]["scale"]
         if state["tuning"] is not None:
@@ -614,7 +624,9 @@ class Engine:
             saved = state["variables"][v.name]
             v.weight.data.copy_(saved["weight"])
             before = v.value
-            subspace = rebuild(saved["subspace"], {k: t.to(v.weight.device) for k, t in saved["tensors"].items()})
+            subspace = rebuild(
+                saved["subspace"], {k: t.to(v.weight.device) for k, t in saved["tensors"].items()}
+            )
             v.open(subspace)
             if saved["value"] is not None:
                 v.value.data.copy_(saved["value"])
@@ -671,5 +683,3 @@ def _takes_a_step(schedule: Schedule) -> bool:
         return isinstance(schedule(0), int | float)
     except (AttributeError, TypeError):
         return False
-
-

@@ -26,7 +26,9 @@ def name_hash(name: str) -> int:
 def _multiply(constant: int, words: Tensor) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of `constant * words`, in int64 without overflow of the high part."""
     high = (constant * (words >> 16) + ((constant * (words & 0xFFFF)) >> 16)) >> 16
-    return high & _MASK, (constant * words) & _MASK  # int64 wraps modulo 2**64, which keeps the low word exact
+    return high & _MASK, (
+        constant * words
+    ) & _MASK  # int64 wraps modulo 2**64, which keeps the low word exact
 
 
 def philox(counters: Tensor, key: int) -> Tensor:

@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
 
-from zolr import variables
 from zolr.engine import Engine
 from zolr.errors import BudgetError, UsageError
 from zolr.methods import Method
@@ -364,7 +363,7 @@ def predict(
         states = engine.optimizer.state.values()
         return live, coords, counted.track(*(t for s in states for t in s.values() if isinstance(t, Tensor)))
 
-    with _fake_tensors():
+    with FakeTensorMode():
         net = fresh()
         batches = [_batch(objective, batch_size, max_length) for _ in range(accumulation)]
         with LiveBytes(profile=profile and method is None) as forward:
@@ -463,17 +462,6 @@ def largest_batch(peak_at: Callable[[int], int], budget: int, most: int = 4096) 
         else:
             high, high_peak = guess, peak
     return low
-
-
-@contextlib.contextmanager
-def _fake_tensors() -> Iterator[None]:
-    """A fake mode that neither meets real tensors kept in caches nor leaves fake ones there."""
-    variables._layout.cache_clear()
-    try:
-        with FakeTensorMode():
-            yield
-    finally:
-        variables._layout.cache_clear()
 
 
 LOSSES: dict[str, Loss] = {

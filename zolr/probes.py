@@ -191,7 +191,9 @@ def orthonormal(layout: Layout, count: int, key: Key) -> list[Combination]:
         UsageError: more directions than entries, or a space that is too large to be drawn whole.
     """
     if count > layout.size:
-        raise UsageError(f"{count} orthonormal probes do not fit in {layout.size} coordinates; use fewer probes")
+        raise UsageError(
+            f"{count} orthonormal probes do not fit in {layout.size} coordinates; use fewer probes"
+        )
     if any(space.blocked for space in layout.spaces):
         raise UsageError("orthonormal probes need a subspace; with projector 'identity' use fresh probes")
     columns = [
@@ -200,7 +202,9 @@ def orthonormal(layout: Layout, count: int, key: Key) -> list[Combination]:
     ]
     with one_thread():
         q, upper = torch.linalg.qr(torch.stack(columns, dim=1))  # (size, count), (count, count)
-    q = q * (upper.diagonal().sign() * sqrt(layout.size))  # QR alone is not Haar: fix the signs (Mezzadri 2007)
+    q = q * (
+        upper.diagonal().sign() * sqrt(layout.size)
+    )  # QR alone is not Haar: fix the signs (Mezzadri 2007)
     directions = []
     for column in q.to(layout.device).unbind(1):
         pieces = column.split([s.size for s in layout.spaces])

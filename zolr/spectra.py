@@ -104,7 +104,9 @@ class Spectrum:
         """
         n = basis.shape[0]
         change = rate * (moment.double().cpu() - self.within(basis))  # (r, r)
-        span = torch.linalg.qr(torch.cat((self.vectors, basis), dim=1).double().cpu())[0]  # (n, k + r) or fewer
+        span = torch.linalg.qr(torch.cat((self.vectors, basis), dim=1).double().cpu())[
+            0
+        ]  # (n, k + r) or fewer
         named_in, basis_in = span.mT @ self.vectors.double().cpu(), span.mT @ basis.double().cpu()
         small = named_in * (self.values - self.rest) @ named_in.mT + basis_in @ change @ basis_in.mT
         shifted, rotation = torch.linalg.eigh((small + small.mT) / 2)  # eigenvalues minus rest, ascending

@@ -87,7 +87,9 @@ class _Probing:
                 f"the loss is {self.base} before training; check the model, the data type and the first batch"
             )
 
-    def sides(self, variables: Sequence[Variable], name: str, number: int, radius: float) -> tuple[float, float]:
+    def sides(
+        self, variables: Sequence[Variable], name: str, number: int, radius: float
+    ) -> tuple[float, float]:
         """Losses on both sides of the starting point along one direction."""
         direction = Probe(layout(variables), "rademacher", self.key.fold_in(name, number))
         values = []
@@ -157,9 +159,13 @@ def tune(
     bend = torch.tensor(bends, dtype=torch.float64)
     curvature = float(bend.mean().abs() + 2 * bend.std() / sqrt(PROBES))
     if slope == 0:
-        raise UsageError(f"the loss does not change at probes of radius {eps:.3g}; give a larger --eps, or check the loss")
+        raise UsageError(
+            f"the loss does not change at probes of radius {eps:.3g}; give a larger --eps, or check the loss"
+        )
     if not slope < float("inf") or not curvature < float("inf"):
-        raise UsageError(f"the loss is not finite at probes of radius {eps:.3g}; give a smaller --eps and an --lr")
+        raise UsageError(
+            f"the loss is not finite at probes of radius {eps:.3g}; give a smaller --eps and an --lr"
+        )
     # an Adam step moves every coordinate by its rate, an SGD step by rate times slope: compare them as the former
     typical = slope / sqrt(probes)
     entry = 0.5 * min(probes, 8) / max(curvature, 1e-12) * typical
@@ -202,8 +208,12 @@ def _radius(ladder: Sequence[float], slopes: Sequence[Tensor]) -> tuple[float, f
         gap = max(gaps[i - 1], gaps[i])
         if gap < best:
             best, chosen = gap, i
-    if chosen < 0 and any(useful):  # no three radii in a row say anything: the largest that does is the safest
+    if chosen < 0 and any(
+        useful
+    ):  # no three radii in a row say anything: the largest that does is the safest
         return ladder[useful.index(True)], 1.0
     if chosen < 0:
-        raise UsageError("the loss is not finite around the starting point; give --eps and --lr, or check the data type")
+        raise UsageError(
+            "the loss is not finite around the starting point; give --eps and --lr, or check the data type"
+        )
     return ladder[chosen], gaps[chosen]

@@ -8,7 +8,7 @@ written between folds.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -99,7 +99,9 @@ class Variable:
         self.value = nn.Parameter(weight.data.t() if self.transposed else weight.data, requires_grad=False)
 
     def __repr__(self) -> str:
-        return f"Variable({self.name}, {self.shape}, {type(self.subspace).__name__}{self.subspace.coords_shape})"
+        return (
+            f"Variable({self.name}, {self.shape}, {type(self.subspace).__name__}{self.subspace.coords_shape})"
+        )
 
     @property
     def weight(self) -> nn.Parameter:
@@ -189,7 +191,9 @@ class Variable:
                 block += _widened(self.subspace, wide).lift(coords, rows)
             low = weight.dtype.itemsize < 4
             seed = key.fold_in("rounding", self.name, rows.start) if low and key is not None else None
-            weight[rows] = _round_stochastically(block, weight.dtype, seed) if seed else block.to(weight.dtype)
+            weight[rows] = (
+                _round_stochastically(block, weight.dtype, seed) if seed else block.to(weight.dtype)
+            )
         self.value.data.zero_()
         self.moved = False
         self.decay = 1.0
@@ -259,7 +263,9 @@ class Variable:
         if not self.shape:
             weight += scale * shift if isinstance(shift, Tensor) else 0
             return
-        scale = scale / self.decay  # the forward multiplies the weight, and what is walked with it, by the decay
+        scale = (
+            scale / self.decay
+        )  # the forward multiplies the weight, and what is walked with it, by the decay
         for rows in row_blocks(self.shape):
             if self.is_full:
                 part = shift[rows] if isinstance(shift, Tensor) else shift(rows)
@@ -340,7 +346,9 @@ def _add_in_rank_order(block: Tensor, subspace: Subspace, coords: Tensor, rows: 
     multiply and add: the result does not depend on the machine.
     """
     if isinstance(subspace, TwoSided):
-        inner = torch.zeros(coords.shape[0], subspace.right.shape[0], dtype=coords.dtype, device=coords.device)
+        inner = torch.zeros(
+            coords.shape[0], subspace.right.shape[0], dtype=coords.dtype, device=coords.device
+        )
         for j in range(coords.shape[1]):
             inner.addcmul_(coords[:, j : j + 1], subspace.right[:, j].to(coords.dtype))
         if subspace.right.dtype != torch.float64:
@@ -359,7 +367,11 @@ def _round_stochastically(block: Tensor, dtype: torch.dtype, key: Key) -> Tensor
     """Round up or down with the probabilities that keep the mean; the noise has a name."""
     down = block.to(dtype)
     step = torch.where(down.to(block.dtype) > block, -1.0, 1.0)
-    up = torch.nextafter(down, (down + step * float("inf")).to(dtype)) if dtype.itemsize >= 4 else _neighbor(down, step)
+    up = (
+        torch.nextafter(down, (down + step * float("inf")).to(dtype))
+        if dtype.itemsize >= 4
+        else _neighbor(down, step)
+    )
     gap = up.to(block.dtype) - down.to(block.dtype)
     share = torch.where(gap == 0, torch.zeros_like(block), (block - down.to(block.dtype)) / gap)
     noise = key.uniform(block.shape).to(block)
@@ -373,6 +385,19 @@ def _neighbor(x: Tensor, direction: Tensor) -> Tensor:
     moved = torch.where(away, bits + 1, bits - 1).view(x.dtype)
     tiny = torch.ones_like(bits).view(x.dtype)  # smallest positive subnormal
     return torch.where(x == 0, torch.where(direction > 0, tiny, -tiny), moved)
+
+
+class Variables(list[Variable]):
+    """The variables of one run, with the layout of a flat draw over them, built once for given shapes."""
+
+    _built: tuple[tuple[Space, ...], Layout] | None = None
+
+    def layout(self) -> Layout:
+        """The layout of one flat draw over all variables."""
+        spaces = tuple(v.space for v in self)
+        if self._built is None or self._built[0] != spaces:
+            self._built = spaces, Layout(spaces, self[0].value.device)
+        return self._built[1]
 
 
 # ---- attaching ------------------------------------------------------------------------------------------------------
@@ -434,7 +459,9 @@ def _attached(cls: type[nn.Module]) -> type[nn.Module]:
                 return cls.forward(self, *args, **kwargs)
             return _with_side(cls, self, side, *args, **kwargs)
 
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "_zolr_original": cls})
+    return type(
+        cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "_zolr_original": cls}
+    )
 
 
 def _with_side(
@@ -463,7 +490,8 @@ def _with_side(
     if variable._plain and not torch.is_grad_enabled() and out.is_contiguous():
         factors = variable.subspace.factors(x.reshape(-1, x.shape[-1]), point.to(x.dtype))
         assert factors is not None  # Full subspaces never take the side path
-        out.view(-1, out.shape[-1]).addmm_(*factors)
+        # under autocast the output is narrower than the factors, and in-place products do not cast
+        out.view(-1, out.shape[-1]).addmm_(*(factor.to(out.dtype) for factor in factors))
         return out
     return out + variable.subspace.apply(x, point.to(x.dtype))
 
@@ -472,7 +500,7 @@ def attach(
     model: nn.Module,
     select: Callable[[str, nn.Parameter], bool],
     realization: Realization = "auto",
-) -> list[Variable]:
+) -> Variables:
     """Make variables of the selected weights of a model and let the model compute with them.
 
     Every use of a selected parameter becomes a site of the same variable. All parameters of the model stop requiring
@@ -500,7 +528,9 @@ def attach(
             sites.setdefault(id(parameter), []).append(Site(module_name, module, name, _kind(module, name)))
     chosen = [sites[code] for code, (name, p) in first.items() if p.is_floating_point() and select(name, p)]
     if not chosen:
-        raise UsageError("no weight of the model is selected for training; widen the selection (select='all')")
+        raise UsageError(
+            "no weight of the model is selected for training; widen the selection (select='all')"
+        )
     variables = [Variable(group, realization) for group in chosen]
     for variable in variables:
         for site in variable.sites:
@@ -511,7 +541,7 @@ def attach(
             module.__dict__[_BINDINGS][site.parameter] = (variable, site.kind)
     for _, parameter in first.values():
         parameter.requires_grad_(False)
-    return variables
+    return Variables(variables)
 
 
 def detach(model: nn.Module, trainable: Sequence[str] | None = None) -> nn.Module:
@@ -532,14 +562,9 @@ def detach(model: nn.Module, trainable: Sequence[str] | None = None) -> nn.Modul
     return model
 
 
-@lru_cache(maxsize=8)
-def _layout(spaces: tuple[Space, ...], device: torch.device) -> Layout:
-    return Layout(spaces, device)
-
-
 def layout(variables: Sequence[Variable]) -> Layout:
-    """The layout of one flat draw over all variables; built once for given shapes."""
-    return _layout(tuple(v.space for v in variables), variables[0].value.device)
+    """The layout of one flat draw over some variables."""
+    return (variables if isinstance(variables, Variables) else Variables(variables)).layout()
 
 
 @contextmanager
@@ -561,5 +586,3 @@ def shifted(
                 shift = direction(name).to(variable.value.dtype)
             stack.enter_context(variable.shifted(shift, scale, plain=plain))
         yield
-
-

@@ -27,21 +27,33 @@ if TYPE_CHECKING:
 
 TOKENIZER, TOKENS = "tokenizer", "tokens"  # working files in a run folder until the run is complete
 CHUNK_ENTRIES = 1 << 21  # logits alive at once on a CPU: 8 MiB stay in its cache, and more is slower
-LEARNING_RATE = 1e-3  # by backprop; the rates of the methods are for fine-tuning, and random weights stand more
+LEARNING_RATE = (
+    1e-3  # by backprop; the rates of the methods are for fine-tuning, and random weights stand more
+)
 
 
 @dataclass(frozen=True)
 class Text(Settings):
     """What to read."""
 
-    data: tuple[str, ...] = flag((), "Text files or folders of .txt and .txt.xz files (repeat the flag).", "Data", path=True)
-    held_out: tuple[str, ...] = flag(
-        (), "Text to evaluate on.", "Data", shown="files of --data named valid*, dev*, eval*; else the last rows", path=True
+    data: tuple[str, ...] = flag(
+        (), "Text files or folders of .txt and .txt.xz files (repeat the flag).", "Data", path=True
     )
-    tokenizer: str | None = flag(None, "Folder or hub name of a tokenizer.", "Data", shown="the model's own", path=True)
+    held_out: tuple[str, ...] = flag(
+        (),
+        "Text to evaluate on.",
+        "Data",
+        shown="files of --data named valid*, dev*, eval*; else the last rows",
+        path=True,
+    )
+    tokenizer: str | None = flag(
+        None, "Folder or hub name of a tokenizer.", "Data", shown="the model's own", path=True
+    )
     train_tokenizer: bool = flag(False, "Learn a byte-level BPE tokenizer from the data first.", "Data")
     vocab_size: Annotated[int, Ge(260)] = flag(8192, "Tokens of the tokenizer to learn.", "Data")
-    tokenizer_characters: Annotated[int, Ge(1)] = flag(8_000_000, "Characters of the data it is learned from.", "Data")
+    tokenizer_characters: Annotated[int, Ge(1)] = flag(
+        8_000_000, "Characters of the data it is learned from.", "Data"
+    )
     length: Annotated[int, Ge(2)] = flag(128, "Tokens of a row.", "Data")
 
 
@@ -50,13 +62,19 @@ class Architecture(Settings):
     """What to train."""
 
     model: str | None = flag(
-        None, "Preset, folder, hub name or config.json; without it one is made from the numbers below.", "Model", path=True
+        None,
+        "Preset, folder, hub name or config.json; without it one is made from the numbers below.",
+        "Model",
+        path=True,
     )
     hidden_size: Annotated[int, Ge(8)] = flag(192, "Width.", "Model")
     layers: Annotated[int, Ge(1)] = flag(4, "Layers.", "Model")
     heads: Annotated[int, Ge(1)] = flag(4, "Attention heads; they divide the width.", "Model")
     ffn_size: Annotated[int, Ge(1)] | None = flag(
-        None, "Inner width of the feed-forward layers.", "Model", shown="8/3 of the width (clm), 4 times it (mlm)"
+        None,
+        "Inner width of the feed-forward layers.",
+        "Model",
+        shown="8/3 of the width (clm), 4 times it (mlm)",
     )
 
 
@@ -64,22 +82,40 @@ class Architecture(Settings):
 class Course(Settings):
     """How long and how fast."""
 
-    objective: Literal["clm", "mlm"] = flag("clm", "Predict the next token (clm) or masked ones (mlm).", "Training")
+    objective: Literal["clm", "mlm"] = flag(
+        "clm", "Predict the next token (clm) or masked ones (mlm).", "Training"
+    )
     steps: Annotated[int, Ge(1)] = flag(1000, "Optimizer steps.", "Training")
-    batch_size: Annotated[int, Ge(1)] = flag(32, "Rows of a forward pass.", "Training", aliases=("per_device_train_batch_size",))
-    accumulate: Annotated[int, Ge(1)] = flag(1, "Batches of a step.", "Training", aliases=("gradient_accumulation_steps",))
+    batch_size: Annotated[int, Ge(1)] = flag(
+        32, "Rows of a forward pass.", "Training", aliases=("per_device_train_batch_size",)
+    )
+    accumulate: Annotated[int, Ge(1)] = flag(
+        1, "Batches of a step.", "Training", aliases=("gradient_accumulation_steps",)
+    )
     lr: Annotated[float, Gt(0)] | None = flag(
-        None, "Highest learning rate.", "Training", shown=f"{LEARNING_RATE:g}; without backprop the method's", aliases=("learning_rate",)
+        None,
+        "Highest learning rate.",
+        "Training",
+        shown=f"{LEARNING_RATE:g}; without backprop the method's",
+        aliases=("learning_rate",),
     )
     schedule: Literal["constant", "linear", "cosine", "wsd"] = flag(
-        "cosine", "Course of the rate: constant, linear, cosine, or wsd: constant, then linear over the last --decay.", "Training"
+        "cosine",
+        "Course of the rate: constant, linear, cosine, or wsd: constant, then linear over the last --decay.",
+        "Training",
     )
     warmup: Annotated[int, Ge(0)] = flag(0, "Steps in which the rate rises from zero.", "Training")
     decay: Annotated[float, Gt(0), Lt(1)] = flag(0.2, "Share of the steps in which wsd falls.", "Training")
     weight_decay: Annotated[float, Ge(0)] = flag(0.0, "Decoupled decay of the matrices.", "Training")
-    clip: Annotated[float, Gt(0)] | None = flag(None, "Largest norm of a gradient.", "Training", shown="no clipping")
-    eval_every: Annotated[int, Ge(1)] | None = flag(None, "Steps between evaluations.", "Training", shown="a tenth of the steps")
-    eval_rows: Annotated[int, Ge(1)] = flag(256, "Held-out rows of an evaluation, spread over all of them.", "Training")
+    clip: Annotated[float, Gt(0)] | None = flag(
+        None, "Largest norm of a gradient.", "Training", shown="no clipping"
+    )
+    eval_every: Annotated[int, Ge(1)] | None = flag(
+        None, "Steps between evaluations.", "Training", shown="a tenth of the steps"
+    )
+    eval_rows: Annotated[int, Ge(1)] = flag(
+        256, "Held-out rows of an evaluation, spread over all of them.", "Training"
+    )
     seed: int = flag(0, "Seed of the weights, of the rows of each step and of directions.", "Training")
     compute: Literal["float32", "bfloat16"] = flag(
         "float32", "Precision of matrix products; weights keep --dtype, losses are float32.", "Memory"
@@ -108,12 +144,16 @@ class Pretrain(Writing, Machine, Course, Composition, Text, Architecture):
         if self.tokenizer and self.train_tokenizer:
             raise UsageError("--tokenizer and --train-tokenizer exclude each other; give one of them")
         if self.hidden_size % self.heads:
-            raise UsageError(f"--hidden-size {self.hidden_size} cannot be divided among {self.heads} heads; change --heads")
+            raise UsageError(
+                f"--hidden-size {self.hidden_size} cannot be divided among {self.heads} heads; change --heads"
+            )
         if self.warmup >= self.steps:
             raise UsageError(f"--warmup {self.warmup} leaves none of {self.steps} steps; use less")
         method = self.composed()
         if self.checkpointing and method.paradigm != "fo":
-            raise UsageError(f"--checkpointing is for backprop; paradigm '{method.paradigm}' saves no activations, leave it out")
+            raise UsageError(
+                f"--checkpointing is for backprop; paradigm '{method.paradigm}' saves no activations, leave it out"
+            )
         lr = self.lr if self.lr is not None or method.paradigm != "fo" else LEARNING_RATE
         return replace(
             self,
@@ -127,7 +167,10 @@ class Pretrain(Writing, Machine, Course, Composition, Text, Architecture):
         """The method these settings describe."""
         from zolr.methods import compose
 
-        parts = {f: getattr(self, f) for f in ("projector", "rank", "refresh_every", "optimizer", "transport", "probes", "eps", "side")}
+        parts = {
+            f: getattr(self, f)
+            for f in ("projector", "rank", "refresh_every", "optimizer", "transport", "probes", "eps", "side")
+        }
         return compose(self.method or "adamw", self.paradigm, **parts)
 
 
@@ -154,7 +197,11 @@ def run(settings: Pretrain) -> None:
 
     columns = ["held-out loss before", "after", "steps", "tokens", "seconds", "peak", "predicted"]
     row = [result[key] for key in ("before", "after", "steps", "tokens_seen")]
-    row += [f"{result['seconds']:.1f}", size(result["peak_bytes_measured"]), size(result["peak_bytes_predicted"])]
+    row += [
+        f"{result['seconds']:.1f}",
+        size(result["peak_bytes_measured"]),
+        size(result["peak_bytes_predicted"]),
+    ]
     title = f"{result['model']}, {result['parameters']:,} parameters, {result['method']} {result['paradigm']}"
     out = Console(highlight=False)
     out.print(table(title, columns, [row]))
@@ -198,7 +245,9 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
     engine = Engine(
         model,
         method,
-        lr=settings.lr if settings.lr is not None else METHODS[settings.method or "adamw"].lr.get(method.paradigm),
+        lr=settings.lr
+        if settings.lr is not None
+        else METHODS[settings.method or "adamw"].lr.get(method.paradigm),
         loss=loss,
         select=select,
         seed=settings.seed,
@@ -380,10 +429,14 @@ def _tokenizer(settings: Pretrain, work: Path, files: list[Path]) -> Any:
     model = settings.model
     if model and model not in PRESETS and not model.endswith(".json"):
         if settings.train_tokenizer:
-            raise UsageError(f"--train-tokenizer makes tokens that model '{model}' has never seen; leave it out, or give a config.json")
+            raise UsageError(
+                f"--train-tokenizer makes tokens that model '{model}' has never seen; leave it out, or give a config.json"
+            )
         return load_tokenizer(model)
     if not settings.train_tokenizer:
-        raise UsageError(f"model '{model or 'made from numbers'}' has no tokenizer; give --tokenizer, or --train-tokenizer")
+        raise UsageError(
+            f"model '{model or 'made from numbers'}' has no tokenizer; give --tokenizer, or --train-tokenizer"
+        )
     folder = work / TOKENIZER
     if not (folder / "tokenizer.json").exists():
         train_tokenizer(files, settings.vocab_size, folder, max_characters=settings.tokenizer_characters)
@@ -419,10 +472,14 @@ def _model(settings: Pretrain, tokenizer: Any) -> nn.Module:
         model = load_model(settings.model, **common)
         rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
         if len(tokenizer) > rows:
-            raise UsageError(f"model '{settings.model}' has {rows} tokens, the tokenizer {len(tokenizer)}; use the model's own tokenizer")
+            raise UsageError(
+                f"model '{settings.model}' has {rows} tokens, the tokenizer {len(tokenizer)}; use the model's own tokenizer"
+            )
     if is_masked(model) != (settings.objective == "mlm"):
         kind, other = ("masked", "mlm") if is_masked(model) else ("causal", "clm")
-        raise UsageError(f"{type(model).__name__} is a {kind} language model; train it with --objective {other}")
+        raise UsageError(
+            f"{type(model).__name__} is a {kind} language model; train it with --objective {other}"
+        )
     return model
 
 
@@ -431,16 +488,22 @@ def _config(settings: Pretrain, changes: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     width = settings.hidden_size
-    numbers = dict(changes, hidden_size=width, num_hidden_layers=settings.layers, num_attention_heads=settings.heads)
+    numbers = dict(
+        changes, hidden_size=width, num_hidden_layers=settings.layers, num_attention_heads=settings.heads
+    )
     if settings.objective == "clm":
         # 8/3 of the width with a gate costs what 4 times the width costs without one; multiples of 32 are fast
         numbers["intermediate_size"] = settings.ffn_size or -(-8 * width // 3 // 32) * 32
-        numbers |= dict(max_position_embeddings=max(512, settings.length), tie_word_embeddings=True, rms_norm_eps=1e-6)
+        numbers |= dict(
+            max_position_embeddings=max(512, settings.length), tie_word_embeddings=True, rms_norm_eps=1e-6
+        )
         return AutoConfig.for_model("llama", **numbers)
     numbers["intermediate_size"] = settings.ffn_size or 4 * width
     # RoBERTa counts positions from its padding index on
     numbers["max_position_embeddings"] = max(512, settings.length) + changes["pad_token_id"] + 1
-    numbers |= dict(type_vocab_size=1, layer_norm_eps=1e-5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    numbers |= dict(
+        type_vocab_size=1, layer_norm_eps=1e-5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
     return AutoConfig.for_model("roberta", **numbers)
 
 
@@ -450,7 +513,9 @@ def _streams(
     from zolr.tasks.streams import TokenStream
 
     rows = settings.batch_size * settings.accumulate
-    common: dict[str, Any] = dict(length=settings.length, batch_size=rows, objective=settings.objective, seed=settings.seed)
+    common: dict[str, Any] = dict(
+        length=settings.length, batch_size=rows, objective=settings.objective, seed=settings.seed
+    )
     common["cache"] = work / TOKENS
     stream = TokenStream.of_text(train, tokenizer, **common)
     if valid:

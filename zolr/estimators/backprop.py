@@ -66,7 +66,9 @@ class Backprop:
                         part.backward()
                     del part
             if not differentiable and float(count) > 0:  # a batch without labels has no derivative either
-                raise UsageError("the loss has no derivative in any trained weight; use --paradigm zo, or another loss")
+                raise UsageError(
+                    "the loss has no derivative in any trained weight; use --paradigm zo, or another loss"
+                )
             for variable in list(pending.values()):  # no path to the loss in the last micro-batch
                 if variable.value.grad is None:
                     variable.value.grad = torch.zeros_like(variable.value)

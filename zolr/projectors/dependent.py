@@ -82,9 +82,13 @@ class Dependent:
                     f"{name} = {share} is outside (0, 1]; without it the estimate loses directions"
                 )
         if self.source not in ("gradients", "activations"):
-            raise UsageError(f"source '{self.source}' of a spectrum is not known; use 'gradients' or 'activations'")
+            raise UsageError(
+                f"source '{self.source}' of a spectrum is not known; use 'gradients' or 'activations'"
+            )
         if self.source == "activations" and self.side != "right":
-            raise UsageError(f"side '{self.side}' sees no activations; use side 'right', or source 'gradients'")
+            raise UsageError(
+                f"side '{self.side}' sees no activations; use side 'right', or source 'gradients'"
+            )
         if self.named < 1:
             raise UsageError(
                 f"named = {self.named} keeps no eigenpair; use at least 1, or projector 'stiefel'"

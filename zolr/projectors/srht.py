@@ -65,7 +65,9 @@ class Srht:
         r = min(self.rank, n)
         power = 1 << (n - 1).bit_length()
         signs = key.fold_in("signs").signs(counters("srht", 0, n, torch.device("cpu")))[:n]
-        columns = hadamard_columns(key.fold_in("columns").permutation(power)[:r], n).to(working_dtype(like))  # (n, r)
+        columns = hadamard_columns(key.fold_in("columns").permutation(power)[:r], n).to(
+            working_dtype(like)
+        )  # (n, r)
         if power == n:
             basis = columns * sqrt(self.c / r)
         else:

@@ -35,7 +35,9 @@ PAD, UNKNOWN, MASK = "<|pad|>", "<|unk|>", "<|mask|>"
 _SUFFIXES = (".txt", ".txt.xz")
 _HELD_OUT = ("valid", "dev", "eval")  # how the names of evaluation files begin
 _TEST = ("test",)  # never read unless named
-_PIECE = 1 << 16  # characters: longer documents are read in pieces, so that one endless document fits in memory
+_PIECE = (
+    1 << 16
+)  # characters: longer documents are read in pieces, so that one endless document fits in memory
 _BLOCK = 1 << 20  # characters handed to the tokenizer at once
 
 
@@ -69,10 +71,14 @@ def text_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
                 elif not file.name.startswith(_TEST):
                     train.append(file)
         else:
-            raise DataError(f"no file or folder {str(path)!r}; give the path of a text file, or of a folder of them")
+            raise DataError(
+                f"no file or folder {str(path)!r}; give the path of a text file, or of a folder of them"
+            )
     if not train:
         given = ", ".join(repr(str(path)) for path in paths) or "nothing"
-        raise DataError(f"no {' or '.join(_SUFFIXES)} file to train on in {given}; name the files one by one if they end otherwise")
+        raise DataError(
+            f"no {' or '.join(_SUFFIXES)} file to train on in {given}; name the files one by one if they end otherwise"
+        )
     return train, held_out
 
 
@@ -124,7 +130,9 @@ def train_tokenizer(
     special = [END, PAD, UNKNOWN, MASK]
     smallest = 256 + len(special)
     if vocab_size < smallest:
-        raise DataError(f"vocabulary of {vocab_size} tokens: bytes and special tokens alone are {smallest}; ask for more")
+        raise DataError(
+            f"vocabulary of {vocab_size} tokens: bytes and special tokens alone are {smallest}; ask for more"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
@@ -247,11 +255,17 @@ class TokenStream:
         if self.objective not in OBJECTIVES:
             raise DataError(f"objective {self.objective!r} is none of {', '.join(OBJECTIVES)}")
         if self.length < 1 or self.batch_size < 1:
-            raise DataError(f"rows of {self.length} tokens in batches of {self.batch_size}: both must be at least 1")
+            raise DataError(
+                f"rows of {self.length} tokens in batches of {self.batch_size}: both must be at least 1"
+            )
         if self.rows < 1:
-            raise DataError(f"{len(self.ids)} tokens do not fill one row of {self.length}; give more text or a shorter length")
+            raise DataError(
+                f"{len(self.ids)} tokens do not fill one row of {self.length}; give more text or a shorter length"
+            )
         if self.objective == "mlm" and (self.mask_id is None or self.vocab_size < 1):
-            raise DataError("objective 'mlm' needs a tokenizer with a mask token; use one, or objective 'clm'")
+            raise DataError(
+                "objective 'mlm' needs a tokenizer with a mask token; use one, or objective 'clm'"
+            )
 
     @classmethod
     def of_text(
@@ -335,7 +349,9 @@ class TokenStream:
         count = self.rows if limit is None else min(limit, self.rows)
         picked = [place * self.rows // count for place in range(count)]
         for start in range(0, count, self.batch_size):
-            yield self._assemble(picked[start : start + self.batch_size], Key(self.seed).fold_in("evaluation mask", start))
+            yield self._assemble(
+                picked[start : start + self.batch_size], Key(self.seed).fold_in("evaluation mask", start)
+            )
 
     def _over(self, ids: np.ndarray) -> TokenStream:
         from dataclasses import replace
@@ -407,11 +423,15 @@ def _pieces(files: Iterable[str | Path]) -> Iterator[tuple[str, bool]]:
                     held.append(line)
                     size += len(line)
         except UnicodeDecodeError as error:
-            raise DataError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start} of a block); convert it first") from error
+            raise DataError(
+                f"{file} is not UTF-8 text ({error.reason} at byte {error.start} of a block); convert it first"
+            ) from error
         except (lzma.LZMAError, EOFError) as error:
             raise DataError(f"{file} is a damaged or truncated .xz file ({error}); copy it again") from error
         except OSError as error:
-            raise DataError(f"{file} cannot be read ({error.strerror or error}); check the path and its permissions") from error
+            raise DataError(
+                f"{file} cannot be read ({error.strerror or error}); check the path and its permissions"
+            ) from error
         if held or started:
             yield "".join(held).removesuffix("\n"), True
 
@@ -452,11 +472,15 @@ def _sample(files: Sequence[str | Path], max_characters: int | None) -> Iterator
 def _fingerprint(files: Sequence[str | Path], tokenizer) -> str:
     digest = hashlib.sha256(repr((tokenizer.eos_token_id, tokenizer.sep_token_id, len(tokenizer))).encode())
     fast = getattr(tokenizer, "backend_tokenizer", None)
-    digest.update((fast.to_str() if fast is not None else repr(sorted(tokenizer.get_vocab().items()))).encode())
+    digest.update(
+        (fast.to_str() if fast is not None else repr(sorted(tokenizer.get_vocab().items()))).encode()
+    )
     for file in map(Path, files):
         try:
             with file.open("rb") as handle:
                 digest.update(hashlib.file_digest(handle, "sha256").digest())
         except OSError as error:
-            raise DataError(f"{file} cannot be read ({error.strerror or error}); check the path and its permissions") from error
+            raise DataError(
+                f"{file} cannot be read ({error.strerror or error}); check the path and its permissions"
+            ) from error
     return digest.hexdigest()[:16]
