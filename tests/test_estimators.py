@@ -504,21 +504,7 @@ def test_a_call_leaves_everything_as_it_was(case: str, projector: str) -> None:
     before.assert_unchanged()
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            name,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="Backprop alone lets a stochastic loss move the global generator; Engine forks it",
-            )
-            if name == "backprop"
-            else [],
-        )
-        for name in CASES
-    ],
-)
+@pytest.mark.parametrize("case", CASES)
 def test_a_stochastic_loss_does_not_move_the_global_generator(case: str) -> None:
     run = Attached()
     torch.manual_seed(1)

@@ -176,7 +176,7 @@ _ROWS = (
                 Spsa(eps=1e-3, law="gaussian"), Gaussian(rank=2), OptimizerRule("momentum"), Align(), 50
             )
         },
-        "N <- b N + (1 - b) c U, W <- W - lr N Vᵀ / sqrt(r); at a refresh N <- N (V_oldᵀ V_new)(V_newᵀ V_new)⁻¹",
+        "N <- b N + (1 - b) c U, W <- W - lr N Vᵀ / sqrt(r); at a refresh N <- N (V_oldᵀ V_old)⁻¹ V_oldᵀ V_new",
         "arXiv 2410.07698",
         "paper; its factor 1/n at a refresh is replaced by the exact inverse Gram matrix; the buffer starts at the "
         "first gradient, as torch's SGD does",

@@ -20,15 +20,20 @@ Rows = slice | Tensor
 
 @dataclass(frozen=True)
 class Change:
-    """How coordinates of an old subspace read in a new one.
+    """How what was written in the coordinates of an old subspace reads in a new one.
 
     Args:
-        coords: `C_old -> C_new`, the coordinates of the orthogonal projection of `lift_old(C_old)`.
-        squares: the same for a tensor of second moments: each new axis takes the average of the old axes' moments,
-            weighted by squared cosines, so that the mass of a moment is not lost between unrelated subspaces.
+        coords: of displacements: `C_old -> C_new`, the coordinates of the orthogonal projection of `lift_old(C_old)`.
+        gradients: of gradients and their averages: `G P_old -> G P_new` for every `G` inside the old span; they grow
+            with the length of the basis where coordinates shrink.
+        squares: of second moments of gradients: each new axis takes the average of the old axes' moments, weighted by
+            squared cosines, so that the mass of a moment is not lost between unrelated subspaces.
+
+    Reference: PLUMAGE arXiv 2505.18313, LOZO (gradients); the average of squares is ours.
     """
 
     coords: Callable[[Tensor], Tensor]
+    gradients: Callable[[Tensor], Tensor]
     squares: Callable[[Tensor], Tensor]
 
 
@@ -100,19 +105,20 @@ class Full(Subspace):
 
     def change_from(self, old: Subspace) -> Change | None:
         same = isinstance(old, Full) and old.size == self.size
-        return Change(coords=lambda c: c, squares=lambda v: v) if same else None
+        return Change(coords=lambda c: c, gradients=lambda g: g, squares=lambda v: v) if same else None
 
     def tensors(self) -> dict[str, Tensor]:
         return {"size": torch.tensor(self.size)}
 
 
-def _overlap(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+def _overlap(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Maps between coordinates of two bases of columns `(n, r)`, `(n, s)`.
 
     Returns:
         `(r, s)` matrix `R` with `B_old @ R` the coordinates of the orthogonal projection of `B_old oldᵀ` on the span
-        of `new`, and the `(r, s)` weights, columns summing to 1 for bases of equal lengths, that average second
-        moments. Both are the identity when the bases are the same, orthogonal or not.
+        of `new`; the `(r, s)` matrix `T` with `G old T = G new` for `G` in the span of `old`; and the `(r, s)` weights,
+        columns summing to 1 for bases of equal lengths, that average second moments. All are the identity when the
+        bases are the same, orthogonal or not.
     """
     if old.dtype.itemsize < 4:
         old, new = old.float(), new.float()  # there are no factorizations in 16 bits
@@ -130,7 +136,7 @@ def _overlap(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     weights = torch.where(squared.sum(0) > torch.finfo(cross.dtype).eps * size, share, uniform)
     # a second moment of gradients scales with the square of the basis it was taken in
     scale = torch.where(seen, size / lengths, torch.zeros_like(cross))
-    return coords, weights * scale
+    return coords, turn, weights * scale
 
 
 @final
@@ -169,8 +175,10 @@ class Right(Subspace):
     def change_from(self, old: Subspace) -> Change | None:
         if not isinstance(old, Right) or old.shape != self.shape:
             return None
-        coords, squares = _overlap(old.basis, self.basis)
-        return Change(coords=lambda c: c @ coords, squares=lambda v: v @ squares)
+        coords, turn, squares = _overlap(old.basis, self.basis)
+        return Change(
+            coords=lambda c: c @ coords, gradients=lambda g: g @ turn, squares=lambda v: v @ squares
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         return {"basis": self.basis, "m": torch.tensor(self.m)}
@@ -212,8 +220,12 @@ class Left(Subspace):
     def change_from(self, old: Subspace) -> Change | None:
         if not isinstance(old, Left) or old.shape != self.shape:
             return None
-        coords, squares = _overlap(old.basis, self.basis)
-        return Change(coords=lambda c: coords.mT @ c, squares=lambda v: squares.mT @ v)
+        coords, turn, squares = _overlap(old.basis, self.basis)
+        return Change(
+            coords=lambda c: coords.mT @ c,
+            gradients=lambda g: turn.mT @ g,
+            squares=lambda v: squares.mT @ v,
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         return {"basis": self.basis, "n": torch.tensor(self.n)}
@@ -255,10 +267,11 @@ class TwoSided(Subspace):
     def change_from(self, old: Subspace) -> Change | None:
         if not isinstance(old, TwoSided) or old.shape != self.shape:
             return None
-        left, left_squares = _overlap(old.left, self.left)
-        right, right_squares = _overlap(old.right, self.right)
+        left, left_turn, left_squares = _overlap(old.left, self.left)
+        right, right_turn, right_squares = _overlap(old.right, self.right)
         return Change(
             coords=lambda c: left.mT @ c @ right,
+            gradients=lambda g: left_turn.mT @ g @ right_turn,
             squares=lambda v: left_squares.mT @ v @ right_squares,
         )
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zolr.errors import UsageError
-from zolr.estimators import Emit, Estimate, Loss, totals
+from zolr.estimators import Emit, Estimate, Loss, same_noise, totals
 from zolr.keys import Key
 from zolr.variables import Variable
 
@@ -54,7 +54,7 @@ class Backprop:
             for value in values:
                 value.requires_grad_(True)
                 value.grad = None
-            with torch.enable_grad():
+            with same_noise(values[0].device), torch.enable_grad():
                 for i, batch in enumerate(batches):
                     part, n = totals(loss(batch))
                     count = count + n

@@ -13,11 +13,11 @@ from zolr.transports import State
 class Align:
     """Map every state tensor by its degree in the gradient.
 
-    First moments are projected (`M R`, exact for the part inside the old span); second moments are averaged with
+    First moments are turned as gradients are (`M R`, `R = (VᵀV)⁻¹ Vᵀ V'`, exact for the part inside the old span); second moments are averaged with
     squared cosines as weights, which keeps their mass where plain squaring would shrink it by `r / n`. Counters stay.
     Where the subspaces have no common coordinates the state starts afresh.
 
-    Reference: LOZO-M (first moment, as `N V_oldᵀ V_new / n`; here with the exact inverse Gram matrix), LDAdam
+    Reference: LOZO-M (first moment, as `N V_oldᵀ V_new / n`, its form for large n), LDAdam
     arXiv 2410.16103 and PLUMAGE arXiv 2505.18313 (second moments; the mass-preserving average is ours).
     """
 
@@ -36,5 +36,5 @@ class Align:
             raise UsageError(
                 f"transport 'align' does not know the state '{unknown}'; use transport 'reset' or 'keep'"
             )
-        maps = {0: lambda x: x, 1: change.coords, 2: lambda v: change.squares(v).clamp_min(0)}
+        maps = {0: lambda x: x, 1: change.gradients, 2: lambda v: change.squares(v).clamp_min(0)}
         return {name: maps[degrees[name]](value) for name, value in state.items()}
