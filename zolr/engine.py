@@ -1,6 +1,7 @@
 """Engine: one model, one method, one optimizer; step, fold, save."""
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +22,7 @@ from zolr.subspaces import rebuild
 from zolr.tuning import Tuning, tune
 from zolr.variables import Realization, Variable, attach, detach
 
-CATEGORIES = ("linear", "head", "embedding", "bias", "norm")
+CATEGORIES = ("attention", "linear", "head", "embedding", "bias", "norm")
 
 Loss = Callable[[nn.Module, Any], Any]
 Schedule = Callable[[Any], Any]
@@ -49,7 +50,8 @@ class Info:
 
 
 def categories(model: nn.Module) -> dict[str, str]:
-    """What each parameter of a model is: linear, head, embedding, bias or norm, by its first name.
+    """What each parameter of a model is, by its first name: attention (a matrix of a module whose name says so), linear
+    (any other), head, embedding, bias or norm.
 
     A head is a linear map to as many outputs as an embedding of the model has rows; a weight that is both (tied) counts
     as an embedding.
@@ -62,7 +64,8 @@ def categories(model: nn.Module) -> dict[str, str]:
             result[name] = "embedding"
         elif parameter.dim() >= 2:
             big = parameter.shape[0] in vocabulary and parameter.shape[0] > 2 * parameter.shape[1]
-            result[name] = "head" if big else "linear"
+            inner = "attention" if re.search(r"attn|attention", name) else "linear"
+            result[name] = "head" if big else inner
         else:
             result[name] = "bias" if name.endswith("bias") else "norm"
     return result
@@ -70,6 +73,8 @@ def categories(model: nn.Module) -> dict[str, str]:
 
 def selection(model: nn.Module, select: str | Callable[[str, nn.Parameter], bool]) -> Callable[..., bool]:
     """A predicate on parameters from a word: "all", or categories joined by "+", such as "linear+norm".
+
+    "linear" includes the matrices of attention; "attention" is these alone.
 
     Raises:
         UsageError: an unknown category.
@@ -82,6 +87,8 @@ def selection(model: nn.Module, select: str | Callable[[str, nn.Parameter], bool
         raise UsageError(
             f"'{unknown[0]}' is no kind of weight; train 'all', or some of {', '.join(CATEGORIES)} joined by '+'"
         )
+    if "linear" in wanted:
+        wanted.add("attention")
     kinds = categories(model)
     return lambda name, _: kinds.get(name) in wanted
 
@@ -106,6 +113,7 @@ class Engine:
             scheduler.
         clip: largest norm of the gradient over all coordinates; None for no clipping.
         realization: how a perturbation reaches a weight: "auto", "side", "rebuild" or "inplace".
+        balance: with `lr=None`, also scale the probes of each group of weights by its measured energy (see `tuning`).
         guard: skip steps whose loss is not finite; costs the one host synchronization of a step.
         check: a batch; if given, the attached model is compared with dense weights on it before training.
 
@@ -135,6 +143,7 @@ class Engine:
         clip: float | None = None,
         realization: Realization = "auto",
         guard: bool = True,
+        balance: bool = False,
         check: Any = None,
     ) -> None:
         if lr is not None and not 0 < lr < float("inf"):
@@ -157,6 +166,7 @@ class Engine:
         self.tuning: Tuning | None = None
         self.step_count = 0
         self._loss = loss
+        self._balance = balance
         self._tune = _eps(method) is not _NO_EPS and (lr is None or _eps(method) is None)
         self._trainable = [n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
         self._moments: dict[str, Moments] = {}
@@ -455,7 +465,7 @@ class Engine:
             self.key.fold_in("tuning"),
             eps=_eps(self.method),
             normalized=self._normalized,
-            balance=self.base_lr is None,
+            balance=self._balance,
             probes=getattr(estimator, "probes", 1),
         )
         if self.base_lr is not None:  # the user's own rate stands; only eps was open

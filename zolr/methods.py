@@ -79,7 +79,8 @@ class Row:
         name: its name on the command line.
         summary: one line.
         methods: a method per paradigm; the first is the default.
-        train: which weights it trains unless the user says otherwise (see `engine.selection`).
+        train: which weights it trains per paradigm unless the user says otherwise (see `engine.selection`); all of
+            them where nothing is said.
         lr: learning rate per paradigm when the user gives none; None lets the engine choose from what it measures.
         equation: the step.
         reference: where it was published.
@@ -94,7 +95,7 @@ class Row:
     reference: str
     follows: str
     limits: str = ""
-    train: str = "all"
+    train: Mapping[str, str] = field(default_factory=dict)
     lr: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
@@ -118,6 +119,10 @@ class Row:
             )
         return self.methods[paradigm]
 
+    def trained(self, paradigm: str) -> str:
+        """Which weights it trains under a paradigm."""
+        return self.train.get(paradigm, "all")
+
 
 SGD, ADAMW = OptimizerRule("sgd"), OptimizerRule("adamw")
 ZO_ADAMW = OptimizerRule("adamw", {"betas": (0.9, 0.99)})
@@ -127,13 +132,14 @@ _ROWS = (
         "stiefel",
         "the gradient in a Haar-random subspace, the optimal law when nothing is known of it (default)",
         {
-            "zo": Method(Spsa(), Stiefel(rank=4), ZO_ADAMW, Reset(), 500),
+            "zo": Method(Spsa(), Stiefel(rank=16), SGD, Reset(), 200),
             "fo": Method(Backprop(), Stiefel(rank=16), ADAMW, Reset(), 100),
-            "fwd": Method(Forward(), Stiefel(rank=4), ZO_ADAMW, Reset(), 500),
+            "fwd": Method(Forward(), Stiefel(rank=16), ZO_ADAMW, Reset(), 200),
         },
         "W + B Pᵀ, P = sqrt(n/r) Q, Q Haar on the Stiefel manifold; train B, fold every refresh_every steps",
         "arXiv 2603.20632",
         "paper (law and scale); rank, window and optimizer are our defaults",
+        train={"zo": "attention", "fwd": "attention"},
         lr={"zo": None, "fo": 3e-4, "fwd": 1e-3},
     ),
     Row(
@@ -141,12 +147,13 @@ _ROWS = (
         "directions sampled by the spectrum of the gradient's second moment, the instance-dependent optimum",
         {
             "fo": Method(Backprop(), Dependent(rank=16), ADAMW, Reset(), 100),
-            "zo": Method(Spsa(), Dependent(rank=4, alpha=0.2, source="activations"), ZO_ADAMW, Reset(), 500),
+            "zo": Method(Spsa(), Dependent(rank=16, alpha=0.2, source="activations"), SGD, Reset(), 200),
         },
         "P = [sqrt(1/pi_i) q_i], pi_i = min(1, sqrt(sigma_i)/lambda), sum pi = r, E[GᵀG] = Q diag(sigma) Qᵀ",
         "arXiv 2603.20632",
         "paper (law); the spectrum estimate from projected gradients or probes is ours",
         "Adam rescales coordinates, so only SGD sees an unbiased estimate",
+        train={"zo": "attention"},
         lr={"zo": None, "fo": 3e-4},
     ),
     Row(

@@ -7,7 +7,7 @@ every coordinate) the loss is `L + t c + t² h / 2 + ...` with slope `c` and cur
 - Radius. `c(eps)` is off by `O(eps²)` from the third derivative and by `noise / eps` from the arithmetic of the
   losses. Both show in `c(eps) - c(eps / 3)` along the same probe. The rule takes the radius of a ladder, from 3e-1 to
   1e-4 of the weights' root mean square, whose two neighbors disagree least with it.
-- Scales. One slope serves all weights of a step, so every weight pays for the noise of all others: a group of `d`
+- Scales (on request). One slope serves all weights of a step, so every weight pays for the noise of all others: a group of `d`
   entries whose gradient has energy `e` adds `d` to the noise and `e` to the signal. The mean squared error is least when
   each group moves in proportion to its energy per entry, `e / d` (Wiener). The groups are the kinds of weight (matrix,
   embedding, vector) of each layer, their energies the mean squared slopes of a few probes of that group alone. Probes
@@ -15,8 +15,9 @@ every coordinate) the loss is `L + t c + t² h / 2 + ...` with slope `c` and cur
   its steps are scaled by the square of that.
 - Step. A step of SGD along a probe changes the loss by `- lr c² + lr² c² h / 2`, best at `lr = 1 / h`. The curvature
   is the mean over the probes of `(L₊ + L₋ - 2 L) / eps²`, taken at its upper confidence limit so that a curvature lost
-  in noise gives a small step and not a large one, times half for the noise between batches. No step may move any group
-  by more than `LARGEST_STEP` of its root mean square.
+  in noise gives a small step and not a large one. The rate is `SHARE` of that: the curvature grows several times while
+  a model becomes sure of its answers (a half diverged on two models, see `benchmarks/LOG.md`). No step may move any
+  group by more than `LARGEST_STEP` of its root mean square.
 - Optimizers that divide by the size of the gradient (Adam) take steps of `lr` in every coordinate: their rate is the
   SGD rate times the root mean square of the slopes.
 """
@@ -38,7 +39,8 @@ from zolr.variables import Variable, layout, shifted
 LADDER = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
 DIRECTIONS = 4  # directions that judge the radius
 PROBES = 16  # directions that measure slope and curvature
-LARGEST_STEP, SMALLEST_STEP = 1e-2, 1e-6
+SHARE = 0.15  # of the step that is best on the first batch: curvature grows while a model learns a task
+LARGEST_STEP, SMALLEST_STEP = 1e-1, 1e-6
 SMALLEST_SCALE = 6  # as a power of one half
 
 
@@ -114,7 +116,7 @@ def tune(
     eps: float | None,
     normalized: bool,
     probes: int = 1,
-    balance: bool = True,
+    balance: bool = False,
 ) -> Tuning:
     """Measure and choose; the scales are set on the variables.
 
@@ -123,7 +125,8 @@ def tune(
         eps: a radius to keep; None to choose one.
         normalized: the optimizer divides by the size of the gradient.
         probes: directions averaged in a step.
-        balance: choose scales; otherwise all weights move alike.
+        balance: choose scales; otherwise all weights move alike. Off by default: the energies of the first batch are
+            mostly those of the label prior, and following them was slower on every task tried.
 
     Raises:
         UsageError: the loss is flat: no radius gives a slope.
@@ -168,7 +171,7 @@ def tune(
         )
     # an Adam step moves every coordinate by its rate, an SGD step by rate times slope: compare them as the former
     typical = slope / sqrt(probes)
-    entry = 0.5 * min(probes, 8) / max(curvature, 1e-12) * typical
+    entry = SHARE * min(probes, 8) / max(curvature, 1e-12) * typical
     bounds = [max(rms[name], 1e-3 * overall) / members[0].scale for name, members in groups.items()]
     entry = min(max(entry, SMALLEST_STEP * min(bounds)), LARGEST_STEP * min(bounds))
     return Tuning(

@@ -35,7 +35,7 @@ class Numbers:
 
 DEFAULTS = {
     "fo": Numbers(steps=300, batch_size=16, eval_every=50, save_every=100),
-    "zo": Numbers(steps=2000, batch_size=16, eval_every=250, save_every=500),
+    "zo": Numbers(steps=4000, batch_size=32, eval_every=1000, save_every=1000),
     "fwd": Numbers(steps=1000, batch_size=16, eval_every=125, save_every=250),
 }
 
@@ -76,7 +76,7 @@ class Composition(Settings):
     )
     train: str | None = flag(
         None,
-        "Weights to train: all, or linear, head, embedding, bias, norm joined by +.",
+        "Weights to train: all, or attention, linear, head, embedding, bias, norm joined by +.",
         "Method",
         shown="the method's",
     )
@@ -104,7 +104,7 @@ class Schedule(Settings):
         aliases=("learning_rate",),
     )
     schedule: Literal["constant", "linear", "cosine"] = flag(
-        "constant", "Course of the rate: constant, linear, cosine.", "Training"
+        "linear", "Course of the rate: constant, linear, cosine.", "Training"
     )
     warmup: Annotated[int, Ge(0)] = flag(0, "Steps in which the rate rises from zero.", "Training")
     weight_decay: Annotated[float, Ge(0)] = flag(0.0, "Decoupled decay of the matrices.", "Training")
@@ -382,7 +382,7 @@ class Job:
         if settings.checkpointing:
             models.checkpoint_activations(self.work.model)
         method = settings.composed()
-        self.select = settings.train or METHODS[settings.method or "stiefel"].train
+        self.select = settings.train or METHODS[settings.method or "stiefel"].trained(method.paradigm)
         self.metric = "f1" if settings.objective == "f1" else task.metric
         self.notes = list(self.work.notes)
         self.engine: Engine = Engine(
