@@ -251,9 +251,9 @@ def test_tuning_is_a_measurement_it_repeats_and_changes_nothing(eps):
 
 
 def test_more_probes_allow_larger_steps():
-    model, batch, loss = built(classes)
     rates = []
     for probes in (1, 4):
+        model, batch, loss = built(classes)
         engine = Engine(
             model, compose("stiefel", rank=3, optimizer="sgd", probes=probes, eps=1e-3), lr=None, loss=loss
         )
@@ -332,7 +332,7 @@ def test_groups_are_probed_in_proportion_to_their_energy_per_entry(ratio, expect
             4 * ratio * weight + bias
         )  # energies (4 ratio)² and 1 over 64 and 4 entries: densities ratio² to 1
 
-    found = tune(loss, variables, Key(0), eps=1e-3, normalized=False)
+    found = tune(loss, variables, Key(0), eps=1e-3, normalized=False, balance=True)
     assert max(found.scales.values()) == 1.0 and min(found.scales.values()) == expected
     assert found.scales["matrix" if ratio < 1 else "vector"] == expected
     assert {v.name: v.scale for v in variables} == {

@@ -168,13 +168,13 @@ class Sketch:
         trace = float(self.trace)
         if not 0 < trace < float("inf"):
             return None
-        shift = 1e-7 * float(seen.norm())  # keeps the Cholesky factor of a singular sketch real
-        shifted = seen + shift * omega
-        core = omega.mT @ shifted
-        factor = torch.linalg.cholesky((core + core.mT) / 2)
-        left = torch.linalg.solve_triangular(factor, shifted.mT, upper=False).mT
+        core = omega.mT @ seen
+        weights, axes = torch.linalg.eigh((core + core.mT) / 2)
+        # what was summed in float32 is known to 1e-6 of the largest part; less than that is rounding, or nothing
+        known = weights > 1e-6 * weights[-1]
+        left = seen @ (axes[:, known] / weights[known].sqrt())
         vectors, singular, _ = torch.linalg.svd(left, full_matrices=False)
-        values = (singular.square() - shift).clamp_min(0)
+        values = singular.square()
         n, keep = seen.shape[0], min(named, len(values))
         rest = max(trace - float(values[:keep].sum()), 0.0)
         return Spectrum(vectors[:, :keep].float(), values[:keep], rest / (n - keep) if n > keep else 0.0)

@@ -16,8 +16,8 @@ every coordinate) the loss is `L + t c + t² h / 2 + ...` with slope `c` and cur
 - Step. A step of SGD along a probe changes the loss by `- lr c² + lr² c² h / 2`, best at `lr = 1 / h`. The curvature
   is the mean over the probes of `(L₊ + L₋ - 2 L) / eps²`, taken at its upper confidence limit so that a curvature lost
   in noise gives a small step and not a large one. The rate is `SHARE` of that: the curvature grows several times while
-  a model becomes sure of its answers (a half diverged on two models, see `benchmarks/LOG.md`). No step may move any
-  group by more than `LARGEST_STEP` of its root mean square.
+  a model becomes sure of its answers (a half diverged on two models, see `benchmarks/LOG.md`). No step may move
+  the weights by more than `LARGEST_STEP` of their root mean square.
 - Optimizers that divide by the size of the gradient (Adam) take steps of `lr` in every coordinate: their rate is the
   SGD rate times the root mean square of the slopes.
 """
@@ -137,7 +137,6 @@ def tune(
     for variable in variables:
         groups.setdefault(group_of(variable), []).append(variable)
         variable.scale = 1.0
-    rms = {name: _root_mean_square(members) for name, members in groups.items()}
     noise, overall = 0.0, max(_root_mean_square(variables), 1e-6)
     if eps is None:
         ladder = [f * overall for f in LADDER]
@@ -172,8 +171,7 @@ def tune(
     # an Adam step moves every coordinate by its rate, an SGD step by rate times slope: compare them as the former
     typical = slope / sqrt(probes)
     entry = SHARE * min(probes, 8) / max(curvature, 1e-12) * typical
-    bounds = [max(rms[name], 1e-3 * overall) / members[0].scale for name, members in groups.items()]
-    entry = min(max(entry, SMALLEST_STEP * min(bounds)), LARGEST_STEP * min(bounds))
+    entry = min(max(entry, SMALLEST_STEP * overall), LARGEST_STEP * overall)
     return Tuning(
         eps=eps,
         lr=entry if normalized else entry / typical,
