@@ -505,7 +505,11 @@ def test_o1_holds_over_refreshes_with_state_kept_or_reset(transport):
 def test_o1_holds_where_groups_of_weights_have_scales(optimizer, projector):
     model = net()
     engine = Engine(
-        model, small("stiefel", "zo", every=4, projector=projector, optimizer=optimizer), lr=None, loss=loss
+        model,
+        small("stiefel", "zo", every=4, projector=projector, optimizer=optimizer),
+        lr=None,
+        balance=True,
+        loss=loss,
     )
     reference: Explicit | None = None
     for batch in BATCHES[:6]:
@@ -777,7 +781,10 @@ MORE: dict[str, tuple[Method, dict[str, Any]]] = {
     "align two-sided": (small("stiefel", "fo", projector="two_sided", transport="align"), {}),
     "left": (small("stiefel", "fo", side="left"), {}),
     "streamed": (replace(small("stiefel", "fo"), dense=True), {}),
-    "likelihood ratio": (small("stiefel", "zo", estimator="likelihood_ratio", probes=2, eps=1e-2), {}),
+    "likelihood ratio": (
+        small("stiefel", "zo", estimator="likelihood_ratio", probes=2, eps=1e-2),
+        {"lr": 1e-6},
+    ),
     "orthonormal": (
         replace(small("stiefel", "zo"), estimator=Spsa(eps=1e-2, probes=3, directions="orthonormal")),
         {},
@@ -785,6 +792,7 @@ MORE: dict[str, tuple[Method, dict[str, Any]]] = {
     "one-sided": (replace(small("stiefel", "zo"), estimator=Spsa(eps=1e-2, probes=2, sides=1)), {}),
     "rate chosen, eps given": (small("stiefel", "zo", eps=1e-2), {"lr": None}),
     "eps chosen, rate given": (small("stiefel", "zo"), {"lr": 1e-3}),
+    "scales": (small("stiefel", "zo", optimizer="adamw"), {"lr": None, "balance": True, "schedule": warmup}),
     "clip": (small("stiefel", "fo"), {"clip": 0.1}),
     "schedule": (small("stiefel", "fo"), {"schedule": warmup}),
     "schedule and a chosen rate": (small("stiefel", "zo"), {"schedule": warmup, "lr": None}),

@@ -237,7 +237,7 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
         checkpoint_activations(model)
     stream, valid = _streams(settings, place.work, tokenizer, train_files, valid_files)
     method = _without_embeddings(settings.composed(), model)
-    select = settings.train or METHODS[settings.method or "adamw"].train
+    select = settings.train or METHODS[settings.method or "adamw"].trained(method.paradigm)
     rows = settings.batch_size * settings.accumulate
     parameters = sum(p.numel() for p in model.parameters())
 
@@ -341,9 +341,7 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
     }
 
     def fill(folder: Path) -> None:
-        engine.detach()
-        model.to("cpu").eval().save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        runs.write_model(folder, engine.detach(), tokenizer)
         runs.write_text(folder / runs.CONFIG, toml(settings))
         runs.write_json(folder / runs.MEMORY, memory)
         runs.write_text(folder / runs.CARD, card(settings, result))

@@ -148,9 +148,9 @@ def complete(job: Job, place: runs.RunFolder, result: dict[str, Any], meter: Met
     task = {"task": described(work.task), "head": settings.head, "metric": job.metric}
 
     def fill(folder: Path) -> None:
-        model: Any = job.engine.detach()  # the run is over, so no copy has to be made
-        model.eval().save_pretrained(folder)
-        work.tokenizer.save_pretrained(folder)
+        runs.write_model(
+            folder, job.engine.detach(), work.tokenizer
+        )  # the run is over, so no copy has to be made
         runs.write_text(folder / runs.CONFIG, toml(settings))
         runs.write_json(folder / runs.TASK, task)
         runs.write_json(folder / runs.MEMORY, memory)
