@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from zolr.memory import Prediction, predict
-from zolr.methods import Method, compose
+from zolr.methods import METHODS, Method, compose
 
 GB = 1e9
 
@@ -59,6 +59,11 @@ CASES = {
 }
 
 
+def trained(case: Case) -> str:
+    """Which weights the method of a row trains unless it is told."""
+    return "all" if case.method is None else METHODS[case.method].trained(case.paradigm or "fo")
+
+
 def run(name: str, options: argparse.Namespace, profile: bool = False) -> Prediction:
     """The prediction of one row."""
     case = CASES[name]
@@ -69,7 +74,7 @@ def run(name: str, options: argparse.Namespace, profile: bool = False) -> Predic
         max_length=options.max_length,
         dtype=getattr(torch, options.dtype),
         objective=options.objective,
-        select=options.train,
+        select=options.train or trained(case),
         profile=profile,
         **dict(case.settings),
     )
@@ -128,7 +133,9 @@ def conditions(options: argparse.Namespace, prediction: Prediction) -> None:
     found = ", ".join(f"{name} {version}" for name, version in versions().items())
     weights = f"{prediction.weights_bytes / GB:.3f} GB of weights"
     print(f"predicted live bytes (1 GB = 1e9 bytes) of {options.model}, {weights}")
-    print(f"objective {options.objective}, trained: {options.train}; rank {options.rank or 'of the method'}")
+    print(
+        f"objective {options.objective}, trained: {options.train or 'as each method does by default'}; rank {options.rank or 'of the method'}"
+    )
     print(found)
     for line in prediction.assumptions:
         print(f"- {line}")
@@ -169,7 +176,8 @@ def main() -> int:
     parser.add_argument("--objective", default="prompt", choices=["prompt", "classes", "lm"])
     parser.add_argument("--rank", type=int, help="of the stiefel rows; by default the method's own")
     parser.add_argument(
-        "--train", default="all", help="which weights: all, or kinds joined by +, such as linear+norm"
+        "--train",
+        help="which weights: all, or kinds joined by +, such as linear+norm; by default the method's own",
     )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--profile", metavar="ROW", help="list the live storages at the peak of one row")
