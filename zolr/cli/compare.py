@@ -155,26 +155,15 @@ def arguments(settings: Finetune) -> list[str]:
 def _print(rows: Sequence[dict[str, Any]], task: str) -> None:
     from rich.console import Console
 
-    from zolr.cli.screen import size, table
+    from zolr.cli.screen import outcome_cells, outcome_columns, table
 
     metric = next((row["metric"] for row in rows if "metric" in row), "metric")
-    columns = (
-        "method",
-        f"{metric} before",
-        "after",
-        "steps",
-        "forwards",
-        "tokens",
-        "seconds",
-        "peak",
-        "predicted",
-    )
+    columns = ["method", *outcome_columns(metric)]
     lines = []
     for row in rows:
         name = f"{row['method']}:{row['paradigm']}"
         if "error" in row:
             lines.append((name, None, row["error"], *[None] * 6))
             continue
-        peaks = size(row["peak_bytes_measured"]), size(row["peak_bytes_predicted"])
-        lines.append((name, *(row[key] for key in SHOWN[:5]), f"{row['seconds']:.1f}", *peaks))
+        lines.append((name, *outcome_cells(row)))
     Console(highlight=False).print(table(f"{task}, each method in its own process", columns, lines))

@@ -320,26 +320,10 @@ def _present(result: dict[str, Any], settings: Finetune) -> None:
         return
     from rich.console import Console
 
-    from zolr.cli.screen import size, table
+    from zolr.cli.screen import outcome_cells, outcome_columns, table
 
-    columns = [
-        f"{result['metric']} before",
-        "after",
-        "steps",
-        "forwards",
-        "tokens",
-        "seconds",
-        "peak",
-        "predicted",
-    ]
-    row = [result[key] for key in ("before", "after", "steps", "forwards", "tokens")]
-    row += [
-        f"{result['seconds']:.1f}",
-        size(result["peak_bytes_measured"]),
-        size(result["peak_bytes_predicted"]),
-    ]
     title = f"{result['task']}, {result['method']} {result['paradigm']}: {result['rows']['test']} test rows"
-    Console(highlight=False).print(table(title, columns, [row]))
+    Console(highlight=False).print(table(title, outcome_columns(result["metric"]), [outcome_cells(result)]))
     if "folder" in result:
         print(f"run folder: {result['folder']}")
 

@@ -46,6 +46,21 @@ def number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def outcome_columns(metric: str) -> list[str]:
+    """Headings of what `outcome_cells` gives."""
+    return [f"{metric} before", "after", "steps", "forwards", "tokens", "seconds", "peak", "predicted"]
+
+
+def outcome_cells(result: Mapping[str, Any]) -> list[Any]:
+    """What a run reached and what it cost, of a `result.json`."""
+    return [
+        *(result[key] for key in ("before", "after", "steps", "forwards", "tokens")),
+        f"{result['seconds']:.1f}",
+        size(result["peak_bytes_measured"]),
+        size(result["peak_bytes_predicted"]),
+    ]
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     """A table with numbers to the right."""
     made = Table(

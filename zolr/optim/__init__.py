@@ -65,18 +65,16 @@ class Entry:
         settings: our defaults where they differ from torch's.
         degrees: homogeneity of each state tensor in the gradient; None refuses transport 'align'.
         matrices_only: class that takes all tensors but matrices, for a rule that refuses them.
-        stateless: the step depends on the gradient alone.
     """
 
     cls: type[torch.optim.Optimizer]
     settings: Mapping[str, Any] = field(default_factory=dict)
     degrees: Mapping[str, int] | None = None
     matrices_only: type[torch.optim.Optimizer] | None = None
-    stateless: bool = False
 
 
 OPTIMIZERS: dict[str, Entry] = {
-    "sgd": Entry(torch.optim.SGD, degrees={"momentum_buffer": 1}, stateless=True),
+    "sgd": Entry(torch.optim.SGD, degrees={"momentum_buffer": 1}),
     "momentum": Entry(torch.optim.SGD, {"momentum": 0.9, "dampening": 0.9}, {"momentum_buffer": 1}),
     "adamw": Entry(torch.optim.AdamW, {}, ADAM_DEGREES),
     "adafactor": Entry(torch.optim.Adafactor, {}, None),
