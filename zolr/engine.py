@@ -36,7 +36,8 @@ class Info:
         loss: mean loss before the update.
         slope: root mean square of the step's directional derivatives; None under backprop.
         lr: learning rate of the step.
-        skipped: the loss was not finite, nothing was changed.
+        skipped: the loss or a gradient was not finite. Nothing was changed, except by backprop that streams: what it
+            had applied before it met the bad gradient stays.
         forwards: forward passes spent so far in this step (a backward counts as two), tuning included.
         refreshed: a new window began.
     """
@@ -113,7 +114,6 @@ class Engine:
             scheduler.
         clip: largest norm of the gradient over all coordinates; None for no clipping.
         realization: how a perturbation reaches a weight: "auto", "side", "rebuild" or "inplace".
-        balance: with `lr=None`, also scale the probes of each group of weights by its measured energy (see `tuning`).
         guard: skip steps whose loss is not finite; costs the one host synchronization of a step.
         check: a batch; if given, the attached model is compared with dense weights on it before training.
 
@@ -143,7 +143,6 @@ class Engine:
         clip: float | None = None,
         realization: Realization = "auto",
         guard: bool = True,
-        balance: bool = False,
         check: Any = None,
     ) -> None:
         if lr is not None and not 0 < lr < float("inf"):
@@ -166,7 +165,6 @@ class Engine:
         self.tuning: Tuning | None = None
         self.step_count = 0
         self._loss = loss
-        self._balance = balance
         self._tune = _eps(method) is not _NO_EPS and (lr is None or _eps(method) is None)
         self._trainable = [n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
         self._moments: dict[str, Moments] = {}
@@ -180,6 +178,7 @@ class Engine:
         self._schedule = schedule
         self._scheduler: Any = None
         self._refreshed_at = 0
+        self._dropped = False  # a streamed gradient of this step was not finite
         try:
             self._begin(check)
         except BaseException:
@@ -189,7 +188,11 @@ class Engine:
     def _begin(self, check: Any) -> None:
         method, clip = self.method, self.clip
         self._open_windows()
-        self.optimizer = method.optimizer.build([v.value for v in self.variables], self.base_lr or 1.0)
+        kinds = categories(self.model)
+        tables = [v.value for v in self.variables if kinds.get(v.name) in ("embedding", "head")]
+        self.optimizer = method.optimizer.build(
+            [v.value for v in self.variables], self.base_lr or 1.0, tables
+        )
         self._set_schedule()
         # a direction as large as a weight is applied one weight at a time, so that one of them is alive
         self.streams = method.dense or (
@@ -335,12 +338,13 @@ class Engine:
                 loss = self._guarded(loss)
         else:
             emit = lambda variable, gradient: received.append((variable, gradient))  # noqa: E731
+        self._dropped = False
         try:
             estimate = self._estimate(loss, batches, emit, key)
         except _NonFinite:
             estimate, received = Estimate(torch.tensor(float("nan"))), []
         forwards += self.method.estimator.forwards(len(batches))
-        finite = self._finite(estimate)
+        finite = self._finite(estimate, [gradient for _, gradient in received])
         if finite and not self.streams:
             self._apply(received, lr)
         if finite:
@@ -368,12 +372,17 @@ class Engine:
             torch.manual_seed(key.fold_in("dropout").integer() >> 1)
             return estimator(loss, batches, self.variables, emit, key)
 
-    def _finite(self, estimate: Estimate) -> bool:
+    def _finite(self, estimate: Estimate, gradients: Sequence[Tensor]) -> bool:
+        """Whether the step may be applied: one answer from the device for the loss and all gradients together."""
         if not self.guard:
             return True
+        if self._dropped:
+            return False
         parts = [estimate.loss.double().reshape(1)]
-        if estimate.slopes is not None:
+        if estimate.slopes is not None:  # gradients are these numbers times finite directions
             parts.append(estimate.slopes.double())
+        elif gradients:
+            parts.append(nn.utils.get_total_norm(gradients).double().reshape(1))
         return bool(torch.isfinite(torch.cat(parts)).all())
 
     def _guarded(self, loss: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -385,11 +394,6 @@ class Engine:
             return output
 
         return checked
-
-    @staticmethod
-    def _scaled(variable: Variable, gradient: Tensor) -> Tensor:
-        """The gradient in the coordinates from that in units of the variable's probes (see `_rate`)."""
-        return gradient if variable.scale == 1.0 else gradient * variable.scale
 
     def _decay(self, variable: Variable, lr: float) -> None:
         """Decoupled decay of the weight: of the coordinates now, of the rest by a factor until the fold."""
@@ -407,7 +411,7 @@ class Engine:
 
     @torch.no_grad()
     def _apply(self, received: Sequence[tuple[Variable, Tensor]], lr: float) -> None:
-        gradients = [self._scaled(variable, variable.mask(gradient)) for variable, gradient in received]
+        gradients = [variable.mask(gradient) for variable, gradient in received]
         for (variable, _), gradient in zip(received, gradients, strict=True):
             self._observe(variable, gradient)
         if self.clip is not None:
@@ -425,17 +429,23 @@ class Engine:
             variable.commit()
 
     def _stream(self, lr: float) -> Callable[[Variable, Tensor], None]:
-        """An `emit` that applies each gradient at once, while no other is alive."""
-        skip: list[bool] = []
+        """An `emit` that applies each gradient at once, while no other is alive.
+
+        A gradient that is not finite, and all that follow it, are dropped; backprop may have applied earlier ones.
+        """
+        exact = self.method.estimator.exact
+        judged = False
 
         @torch.no_grad()
         def emit(variable: Variable, gradient: Tensor) -> None:
-            if self.guard and not skip:
+            nonlocal judged
+            if self.guard and not self._dropped and not judged:
                 # every forward-only gradient is a slope times a direction: one of them tells for all
-                skip.append(not bool(torch.isfinite(gradient.flatten()[:1]).all()))
-            if skip and skip[0]:
+                self._dropped = not bool(torch.isfinite(gradient if exact else gradient.flatten()[:1]).all())
+                judged = not exact
+            if self._dropped:
                 return
-            gradient = self._scaled(variable, variable.mask(gradient))
+            gradient = variable.mask(gradient)
             self._observe(variable, gradient)
             self._decay(variable, lr)
             value = variable.value
@@ -464,8 +474,8 @@ class Engine:
             self.variables,
             self.key.fold_in("tuning"),
             eps=_eps(self.method),
-            normalized=self._normalized,
-            balance=self._balance,
+            normalized=self.method.optimizer.normalizes,
+            momentum=self.method.optimizer.has_momentum,
             probes=getattr(estimator, "probes", 1),
         )
         if self.base_lr is not None:  # the user's own rate stands; only eps was open
@@ -480,34 +490,9 @@ class Engine:
             self.method = replace(self.method, estimator=replace(estimator, eps=tuning.eps))
         self._tune = False
         self.base_lr = tuning.lr
-        self._group_by_scale()
-        self._set_schedule()
-
-    @property
-    def _normalized(self) -> bool:
-        """Whether the optimizer divides by the size of the gradient."""
-        return self.method.optimizer.name not in ("sgd", "momentum", "SGD")
-
-    def _rate(self, scale: float) -> float:
-        """Factor on the learning rate of values whose probes have a scale.
-
-        A value that is probed at `s` moves in proportion to `s²`: the gradient, a slope times `s z`, brings both factors
-        to SGD; a normalizing optimizer takes its size away, so that one of them goes into the rate.
-        """
-        return scale if self._normalized else 1.0
-
-    def _group_by_scale(self) -> None:
-        """One parameter group of the optimizer for each scale, at the base rate."""
-        scale_of = {id(v.value): v.scale for v in self.variables}
-        groups = []
         for group in self.optimizer.param_groups:
-            for scale in sorted({scale_of[id(p)] for p in group["params"]}, reverse=True):
-                own = [p for p in group["params"] if scale_of[id(p)] == scale]
-                kept = {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
-                groups.append(
-                    {**kept, "params": own, "lr": (self.base_lr or 1.0) * self._rate(scale), "scale": scale}
-                )
-        self.optimizer.param_groups = groups
+            group["lr"] = self.base_lr
+        self._set_schedule()
 
     def _set_schedule(self) -> None:
         if self._schedule is None or self.base_lr is None:
@@ -521,7 +506,7 @@ class Engine:
         if self._schedule is not None and self._scheduler is None and self.base_lr is not None:
             factor = float(self._schedule(self.step_count))
             for group in self.optimizer.param_groups:
-                group["lr"] = self.base_lr * factor * self._rate(group.get("scale", 1.0))
+                group["lr"] = self.base_lr * factor
 
     # ---- checks, saving and leaving ------------------------------------------------------------------------------
 
@@ -563,7 +548,7 @@ class Engine:
             kept = variable.weight.data.clone()
             try:
                 oriented = variable.weight.data.t() if variable.transposed else variable.weight.data
-                oriented += dense * (variable.scale / variable.decay)
+                oriented += dense / variable.decay
                 direct = evaluate()
             finally:
                 variable.weight.data.copy_(kept)
@@ -587,7 +572,6 @@ class Engine:
                 "tensors": v.subspace.tensors(),
                 "window": v.window,
                 "decay": v.decay,
-                "scale": v.scale,
                 "moved": v.moved,
                 "optimizer": {k: _copied(s) for k, s in self.optimizer.state.get(v.value, {}).items()},
             }
@@ -625,8 +609,6 @@ class Engine:
             raise UsageError(
                 f"the saved state has seed {state['seed']}, this run {self.seed}; use the same seed"
             )
-        for v in self.variables:
-            v.scale = state["variables"][v.name]["scale"]
         if state["tuning"] is not None:
             self._adopt(Tuning(**state["tuning"]))
         self.base_lr = state["base_lr"]

@@ -1,4 +1,4 @@
-"""Choosing how far to probe, which weights to move how much, and the learning rate of a forward-only run.
+"""Choosing how far to probe, and the learning rate of a forward-only run.
 
 Everything is read off the losses around the starting point, on the first batch. Along a probe `z` (unit variance in
 every coordinate) the loss is `L + t c + t² h / 2 + ...` with slope `c` and curvature `h = zᵀ H z`; over probes
@@ -7,25 +7,18 @@ every coordinate) the loss is `L + t c + t² h / 2 + ...` with slope `c` and cur
 - Radius. `c(eps)` is off by `O(eps²)` from the third derivative and by `noise / eps` from the arithmetic of the
   losses. Both show in `c(eps) - c(eps / 3)` along the same probe. The rule takes the radius of a ladder, from 3e-1 to
   1e-4 of the weights' root mean square, whose two neighbors disagree least with it.
-- Scales (on request). One slope serves all weights of a step, so every weight pays for the noise of all others: a group of `d`
-  entries whose gradient has energy `e` adds `d` to the noise and `e` to the signal. The mean squared error is least when
-  each group moves in proportion to its energy per entry, `e / d` (Wiener). The groups are the kinds of weight (matrix,
-  embedding, vector) of each layer, their energies the mean squared slopes of a few probes of that group alone. Probes
-  of a group are scaled by `sqrt(e / d)`, relative to the densest group, rounded to a power of two, at least 1/64;
-  its steps are scaled by the square of that.
 - Step. A step of SGD along a probe changes the loss by `- lr c² + lr² c² h / 2`, best at `lr = 1 / h`. The curvature
   is the mean over the probes of `(L₊ + L₋ - 2 L) / eps²`, taken at its upper confidence limit so that a curvature lost
   in noise gives a small step and not a large one. The rate is `SHARE` of that: the curvature grows several times while
   a model becomes sure of its answers (a half diverged on two models, see `benchmarks/LOG.md`). No step may move
-  the weights by more than `LARGEST_STEP` of their root mean square.
+  the weights by more than `LARGEST_STEP` of their root mean square, or a third of that with momentum, which overshoots.
 - Optimizers that divide by the size of the gradient (Adam) take steps of `lr` in every coordinate: their rate is the
   SGD rate times the root mean square of the slopes.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from math import log2, sqrt
+from math import sqrt
 from typing import Any
 
 import torch
@@ -41,7 +34,6 @@ DIRECTIONS = 4  # directions that judge the radius
 PROBES = 16  # directions that measure slope and curvature
 SHARE = 0.15  # of the step that is best on the first batch: curvature grows while a model learns a task
 LARGEST_STEP, SMALLEST_STEP = 1e-1, 1e-6
-SMALLEST_SCALE = 6  # as a power of one half
 
 
 @dataclass(frozen=True)
@@ -55,7 +47,6 @@ class Tuning:
         curvature: the curvature that the step was taken from.
         noise: relative disagreement of the slopes at `eps` and the next smaller radius.
         forwards: forward passes spent.
-        scales: factor on the probes of each group of weights.
     """
 
     eps: float
@@ -64,18 +55,10 @@ class Tuning:
     curvature: float
     noise: float
     forwards: int
-    scales: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers by name."""
         return asdict(self)
-
-
-def group_of(variable: Variable) -> str:
-    """The group a weight is measured with: its kind, and the layer it belongs to."""
-    layer = re.search(r"\.(\d+)\.", variable.name)
-    kind = "vector" if len(variable.shape) < 2 else "embedding" if variable.is_embedding else "matrix"
-    return f"{kind} of layer {layer[1]}" if layer else kind
 
 
 class _Probing:
@@ -115,43 +98,28 @@ def tune(
     *,
     eps: float | None,
     normalized: bool,
+    momentum: bool = False,
     probes: int = 1,
-    balance: bool = False,
 ) -> Tuning:
-    """Measure and choose; the scales are set on the variables.
+    """Measure and choose.
 
     Args:
         loss: mean loss on fixed batches at the model's current point.
         eps: a radius to keep; None to choose one.
         normalized: the optimizer divides by the size of the gradient.
+        momentum: its steps go on where earlier ones went: they may be a third as large at most.
         probes: directions averaged in a step.
-        balance: choose scales; otherwise all weights move alike. Off by default: the energies of the first batch are
-            mostly those of the label prior, and following them was slower on every task tried.
 
     Raises:
         UsageError: the loss is flat: no radius gives a slope.
         NonFiniteError: the loss is not finite to begin with.
     """
     probing = _Probing(loss, key)
-    groups: dict[str, list[Variable]] = {}
-    for variable in variables:
-        groups.setdefault(group_of(variable), []).append(variable)
-        variable.scale = 1.0
     noise, overall = 0.0, max(_root_mean_square(variables), 1e-6)
     if eps is None:
         ladder = [f * overall for f in LADDER]
         found = [probing.slopes(variables, "radius", DIRECTIONS, radius) for radius in ladder]
         eps, noise = _radius(ladder, found)
-    if balance and len(groups) > 1:
-        density = {}
-        for name, members in groups.items():
-            energy = float(probing.slopes(members, f"energy of {name}", DIRECTIONS, eps).square().mean())
-            density[name] = energy / sum(v.weight.numel() for v in members)
-        densest = max(density.values())
-        for name, members in groups.items():
-            share = sqrt(density[name] / densest) if densest > 0 else 1.0
-            for variable in members:
-                variable.scale = 2.0 ** max(round(log2(max(share, 1e-9))), -SMALLEST_SCALE)
     slopes, bends = [], []
     for i in range(PROBES):
         plus, minus = probing.sides(variables, "step", i, eps)
@@ -171,7 +139,8 @@ def tune(
     # an Adam step moves every coordinate by its rate, an SGD step by rate times slope: compare them as the former
     typical = slope / sqrt(probes)
     entry = SHARE * min(probes, 8) / max(curvature, 1e-12) * typical
-    entry = min(max(entry, SMALLEST_STEP * overall), LARGEST_STEP * overall)
+    largest = LARGEST_STEP / 3 if momentum else LARGEST_STEP
+    entry = min(max(entry, SMALLEST_STEP * overall), largest * overall)
     return Tuning(
         eps=eps,
         lr=entry if normalized else entry / typical,
@@ -179,7 +148,6 @@ def tune(
         curvature=curvature,
         noise=noise,
         forwards=probing.forwards,
-        scales={name: members[0].scale for name, members in groups.items()},
     )
 
 

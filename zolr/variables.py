@@ -88,7 +88,6 @@ class Variable:
         )
         self.window = -1
         self.decay = 1.0
-        self.scale = 1.0  # of the probes of this weight, relative to other weights
         self.moved = False
         self.touched = False
         self.watch: Callable[[Tensor], None] | None = None  # sees the inputs of every linear site
@@ -222,14 +221,13 @@ class Variable:
 
     @contextmanager
     def shifted(self, shift: Shift, scale: float | Tensor = 1.0, *, plain: bool = True) -> Iterator[None]:
-        """Evaluate the model at `value + scale * self.scale * shift` inside the context; `value` is never written.
+        """Evaluate the model at `value + scale * shift` inside the context; `value` is never written.
 
         Args:
             shift: tensor of coords_shape, or (Full only) a function of a block of rows for spaces as large as a
                 weight, called again at every use.
             scale: number, or a 0-dim tensor under vmap (then `plain` must be False).
         """
-        scale = scale * self.scale
         if self.realization == "inplace":
             with self._walked(shift, scale):
                 yield

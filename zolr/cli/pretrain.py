@@ -236,7 +236,7 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
     if settings.checkpointing:
         checkpoint_activations(model)
     stream, valid = _streams(settings, place.work, tokenizer, train_files, valid_files)
-    method = _without_embeddings(settings.composed(), model)
+    method = settings.composed()
     select = settings.train or METHODS[settings.method or "adamw"].trained(method.paradigm)
     rows = settings.batch_size * settings.accumulate
     parameters = sum(p.numel() for p in model.parameters())
@@ -353,34 +353,6 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
     if settings.save_every is None:  # they guarded the run; asked for, they stay
         shutil.rmtree(place.path / runs.CHECKPOINTS, ignore_errors=True)
     return result
-
-
-def _without_embeddings(method: Any, model: nn.Module) -> Any:
-    """The method with AdamW for embeddings and heads where it has Muon for all matrices.
-
-    The rows of an embedding are vectors that meet gradients one by one; an orthogonal step, which moves all of them
-    alike, suits only maps between hidden states (Jordan et al., 2024).
-    """
-    import torch
-
-    from zolr.optim import OptimizerRule
-    from zolr.optim.by_shape import ByShape
-
-    if method.optimizer.name != "muon":
-        return method
-    tables = {m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-
-    class HiddenMuon(OptimizerRule):
-        def build(self, values: Any, lr: float) -> Any:
-            apart = [v for v in values if v.dim() == 2 and v.shape[0] in tables]
-            if not apart:
-                return super().build(values, lr)
-            rest = [v for v in values if all(v is not other for other in apart)]
-            adamw = torch.optim.AdamW(apart, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-            inner = super().build(rest, lr)
-            return ByShape([*(inner.parts if isinstance(inner, ByShape) else [inner]), adamw])
-
-    return replace(method, optimizer=HiddenMuon(method.optimizer.name, method.optimizer.settings))
 
 
 def schedule(settings: Pretrain) -> Callable[[int], float]:

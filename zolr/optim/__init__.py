@@ -39,8 +39,26 @@ class OptimizerRule:
         """Homogeneity of each state tensor in the gradient, None when unknown."""
         return OPTIMIZERS[self.name].degrees if self.name in OPTIMIZERS else None
 
-    def build(self, values: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        """The optimizer over the values."""
+    @property
+    def normalizes(self) -> bool:
+        """Whether a step's size does not depend on that of the gradient."""
+        return self.name not in ("sgd", "momentum", "SGD")
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether plain steps go on in the direction of earlier ones."""
+        known = OPTIMIZERS[self.name].settings if self.name in OPTIMIZERS else {}
+        return not self.normalizes and bool({**known, **self.settings}.get("momentum", 0))
+
+    def build(
+        self, values: Sequence[nn.Parameter], lr: float, tables: Sequence[nn.Parameter] = ()
+    ) -> torch.optim.Optimizer:
+        """The optimizer over the values.
+
+        Args:
+            tables: those of the values that belong to embeddings and heads. Their rows are vectors that meet gradients
+                one by one: a rule that moves a matrix as a whole (Muon) leaves them to AdamW (Jordan et al. 2024).
+        """
         if self.name not in OPTIMIZERS:
             cls = getattr(torch.optim, self.name)
             return _construct(cls, values, lr, dict(self.settings))
@@ -48,11 +66,14 @@ class OptimizerRule:
         settings = {**entry.settings, **self.settings}
         if entry.matrices_only is None:
             return _construct(entry.cls, values, lr, settings)
-        matrices = [v for v in values if v.dim() == 2]
+        apart = {id(v) for v in tables}
+        matrices = [v for v in values if v.dim() == 2 and id(v) not in apart]
         vectors = [v for v in values if v.dim() != 2]
         inner = [_construct(entry.cls, matrices, lr, settings)] if matrices else []
         if vectors:
             inner.append(_construct(entry.matrices_only, vectors, lr, {}))
+        if apart:
+            inner.append(_construct(entry.matrices_only, tables, lr, dict(entry.tables)))
         return inner[0] if len(inner) == 1 else ByShape(inner)
 
 
@@ -64,13 +85,15 @@ class Entry:
         cls: class of torch.optim.
         settings: our defaults where they differ from torch's.
         degrees: homogeneity of each state tensor in the gradient; None refuses transport 'align'.
-        matrices_only: class that takes all tensors but matrices, for a rule that refuses them.
+        matrices_only: class that takes all tensors but matrices between hidden states, for a rule that refuses them.
+        tables: its settings for embeddings and heads.
     """
 
     cls: type[torch.optim.Optimizer]
     settings: Mapping[str, Any] = field(default_factory=dict)
     degrees: Mapping[str, int] | None = None
     matrices_only: type[torch.optim.Optimizer] | None = None
+    tables: Mapping[str, Any] = field(default_factory=dict)
 
 
 OPTIMIZERS: dict[str, Entry] = {
@@ -83,6 +106,7 @@ OPTIMIZERS: dict[str, Entry] = {
         {"adjust_lr_fn": "match_rms_adamw"},
         {"momentum_buffer": 1, **ADAM_DEGREES},
         matrices_only=torch.optim.AdamW,
+        tables={"betas": (0.9, 0.95)},
     ),
 }
 
