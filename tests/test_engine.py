@@ -25,6 +25,7 @@ from zolr.keys import Key
 from zolr.methods import METHODS, SGD, Method, compose
 from zolr.optim import OPTIMIZERS, OptimizerRule
 from zolr.probes import Layout, Probe, Space
+from zolr.projectors.dependent import Dependent
 from zolr.projectors.gaussian import Gaussian
 from zolr.projectors.identity import Identity
 from zolr.projectors.stiefel import Stiefel
@@ -952,7 +953,9 @@ def test_f1_a_step_with_a_non_finite_loss_changes_nothing(name, paradigm, stream
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_f1_a_finite_loss_with_a_non_finite_gradient_changes_nothing(clip):
     def cusp(model: nn.Module, batch: Batch) -> Tensor:
-        return loss(model, batch) + (model(batch[0]) * 0).square().sum().sqrt()  # 0 at 0, with an infinite slope
+        return (
+            loss(model, batch) + (model(batch[0]) * 0).square().sum().sqrt()
+        )  # 0 at 0, with an infinite slope
 
     engine = Engine(net(), small("adamw", "fo"), lr=1e-2, loss=cusp, clip=clip)
     before = engine.state_dict()
@@ -1373,3 +1376,49 @@ def test_every_kind_of_parameter_can_be_trained():
                 engine.step([x])
             engine.load_state_dict(engine.state_dict())
             assert all(not torch.equal(p, start[n]) for n, p in engine.detach().named_parameters())
+
+
+# ---- learning from inputs ---------------------------------------------------------------------------------------------
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("projector", [Stiefel(2, centered=True), Dependent(2, source="inputs")])
+@pytest.mark.parametrize("paradigm", ["zo", "fo"])
+def test_each_window_sees_the_inputs_of_its_first_batch(projector, paradigm):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = TwoLayers().double()
+    batches = [torch.randn(16, 6, generator=torch.Generator().manual_seed(i)).double() + 1 for i in range(4)]
+    parts = {"zo": Spsa(eps=1e-3), "fo": Backprop()}
+    chosen = replace(compose("stiefel", paradigm), projector=projector, estimator=parts[paradigm])
+    chosen = replace(chosen, refresh_every=2)
+    engine = Engine(model, chosen, lr=1e-2, loss=lambda m, x: m(x).square().mean())
+    for step, x in enumerate(batches):
+        with torch.no_grad():
+            inputs = {"first.weight": x, "second.weight": torch.tanh(model.first(x))}
+        before = torch.random.get_rng_state()
+        info = engine.step([x])
+        assert torch.equal(before, torch.random.get_rng_state())
+        assert info.refreshed == (step % 2 == 0)
+        assert info.forwards == chosen.estimator.forwards(1) + info.refreshed
+        if not info.refreshed:
+            continue
+        for variable in engine.variables:
+            if variable.name not in inputs:
+                continue
+            seen = engine.state_dict()["variables"][variable.name]["spectrum"]
+            mean = F.normalize(inputs[variable.name].mean(0), dim=0)
+            assert torch.allclose(seen["mean"].double(), mean, atol=1e-5)
+            if isinstance(projector, Stiefel):
+                assert float((mean @ variable.subspace.basis).abs().max()) < 1e-4  # type: ignore[attr-defined]
+            else:
+                exact = torch.linalg.eigvalsh(inputs[variable.name].mT @ inputs[variable.name]).flip(0)
+                assert torch.allclose(seen["values"][:2], exact[:2], rtol=1e-4)

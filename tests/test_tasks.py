@@ -19,7 +19,7 @@ from zolr.tasks import (
     ClassInput,
     Example,
     Prompt,
-    batch_rows,
+    TrainingBatches,
     collate,
     evaluation_batches,
     find_task,
@@ -28,7 +28,6 @@ from zolr.tasks import (
     own_task,
     pad_id,
     read_texts,
-    training_batches,
     truncation_share,
 )
 from zolr.tasks.fewshot import cap, cut, few_shot, hold_out
@@ -373,13 +372,38 @@ def test_pad_id_of_a_tokenizer_without_padding():
     assert pad_id(types.SimpleNamespace(pad_token_id=None, eos_token_id=None)) == 0  # type: ignore[arg-type]
 
 
+def lengths_and_labels(labels):
+    return [
+        {"input_ids": [5] * (1 + 7 * i % 11), "label": label, "truncated": False}
+        for i, label in enumerate(labels)
+    ]
+
+
+def order_of(labels, size, seed):
+    return TrainingBatches(lengths_and_labels(labels), batch_size=size, seed=seed, pad_id=1)  # type: ignore[arg-type]
+
+
 def test_a_batch_is_a_function_of_seed_and_step():
-    later = batch_rows(10, 4, 3, 57)
-    assert later == batch_rows(10, 4, 3, 57) and later != batch_rows(10, 4, 4, 57)
-    rows = [row for step in range(10) for row in batch_rows(10, 4, 3, step)]
+    labels = [0, 1, 0, 1, 2, 0, 1, 0, 1, 2]
+    fresh, later = order_of(labels, 4, 3), order_of(labels, 4, 3).rows(57)
+    rows = [row for step in range(10) for row in fresh.rows(step)]
+    assert later == fresh.rows(57) and later != order_of(labels, 4, 4).rows(57)
     epochs = [rows[i : i + 10] for i in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)  # also where a batch spans two
     assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("labels", [[0] * 50 + [1] * 30 + [2] * 20, [0] * 97 + [1] * 3, [4] * 100])
+@pytest.mark.parametrize("size", [1, 7, 10, 32])
+def test_every_batch_holds_the_classes_in_proportion(labels, size):
+    batches = order_of(labels, size, 0)
+    for step in range(100 // size):  # within an epoch
+        drawn = [labels[row] for row in batches.rows(step)]
+        for label in set(labels):
+            assert abs(drawn.count(label) - size * labels.count(label) / 100) < 1.5
+    # which of a class come together is random: the first rows of many seeds cover the class
+    first = {order_of(labels, 1, seed).rows(0)[0] for seed in range(200)}
+    assert len(first) > 60
 
 
 @pytest.mark.parametrize(
@@ -387,19 +411,25 @@ def test_a_batch_is_a_function_of_seed_and_step():
 )
 def test_bad_batch_sizes_are_refused(size, message):
     with pytest.raises(UsageError, match=message):
-        batch_rows(10, size, 0, 0)
+        order_of([0] * 10, size, 0)
+    with pytest.raises(UsageError, match="steps count from 0"):
+        order_of([0] * 10, 2, 0).rows(-1)
 
 
-def test_micro_batches_are_the_batch_in_parts(roberta):
-    encoded = encode_sst2(roberta)
-    rows = batch_rows(10, 5, 0, 3)
-    parts = training_batches(encoded, batch_size=5, seed=0, step=3, pad_id=1, micro_batch_size=2)
-    assert [len(part["labels"]) for part in parts] == [2, 2, 1]
-    assert [label for part in parts for label in part["labels"].tolist()] == [
-        encoded[row]["label"] for row in rows
-    ]
-    (whole,) = training_batches(encoded, batch_size=5, seed=0, step=3, pad_id=1)
-    assert whole["input_ids"][0, :4].tolist() == parts[0]["input_ids"][0, :4].tolist()
+def test_micro_batches_are_the_batch_in_parts_of_like_length():
+    encoded = lengths_and_labels([i % 3 for i in range(30)])
+    whole, parts = (
+        TrainingBatches(encoded, batch_size=12, seed=0, pad_id=1, micro_batch_size=size)(3)
+        for size in (None, 5)
+    )
+    assert [len(part["labels"]) for part in parts] == [5, 5, 2] and len(whole) == 1
+    lengths = [part["attention_mask"].sum(1).tolist() for part in parts]
+    flat = [length for part in lengths for length in part]
+    assert flat == sorted(flat) == sorted(whole[0]["attention_mask"].sum(1).tolist())
+    assert [part["input_ids"].shape[1] for part in parts] == [max(part) for part in lengths]
+    assert sorted(label for part in parts for label in part["labels"].tolist()) == sorted(
+        whole[0]["labels"].tolist()
+    )
 
 
 def test_evaluation_sees_every_example_once_with_little_padding(roberta):

@@ -15,7 +15,7 @@ from zolr.errors import NonFiniteError, UsageError
 from zolr.estimators.backprop import Backprop
 from zolr.keys import Key
 from zolr.methods import compose
-from zolr.tuning import LADDER, LARGEST_STEP, PROBES, SHARE, SMALLEST_STEP, tune
+from zolr.tuning import LADDER, LARGEST_STEP, PROBES, SMALLEST_STEP, share, tune
 from zolr.variables import attach, layout, shifted
 
 Problem = tuple[nn.Module, tuple[Tensor, Tensor], Callable[[nn.Module, Any], Tensor]]
@@ -172,8 +172,8 @@ def test_on_a_quadratic_the_rate_is_the_closed_form(stiffness, probes):
     assert found.curvature == pytest.approx(stiffness * 40, rel=1e-4)
     gradient = stiffness * math.sqrt(40)
     assert 0.5 * gradient < found.slope < 1.6 * gradient  # a chi of 16 probes
-    # lr = SHARE k / tr H, unless that moves the weights by more than their largest step
-    free = SHARE * min(probes, 8) / (stiffness * 40)
+    # lr = share k / tr H, unless that moves the weights by more than their largest step
+    free = share(None) * min(probes, 8) / (stiffness * 40)
     moved = free * found.slope / math.sqrt(probes) * math.sqrt(40) / math.sqrt(40)
     assert found.lr == pytest.approx(free * min(1.0, LARGEST_STEP / moved), rel=1e-3)
     normalized = tune(loss, variables, Key(0), eps=1e-3, normalized=True, probes=probes)
@@ -219,9 +219,7 @@ def test_the_radius_gives_slopes_that_are_derivatives(dtype):
             for scale in (found.eps, -found.eps):
                 with shifted(engine.variables, lambda name, rows=slice(None), z=z: z[name][rows], scale):
                     values.append(float(loss(model, batch)))
-            exact = sum(
-                float((gradients[v.name].double() * z[v.name]).sum()) for v in engine.variables
-            )
+            exact = sum(float((gradients[v.name].double() * z[v.name]).sum()) for v in engine.variables)
             errors.append((values[0] - values[1]) / (2 * found.eps) - exact)
             sizes.append(exact)
     error = math.sqrt(sum(e * e for e in errors) / sum(s * s for s in sizes))

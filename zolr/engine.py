@@ -2,20 +2,21 @@
 
 import copy
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from zolr.errors import UsageError
-from zolr.estimators import Estimate, mean_loss
+from zolr.estimators import Estimate, mean_loss, rows_of, same_noise
 from zolr.estimators.likelihood_ratio import LikelihoodRatio
 from zolr.estimators.spsa import Spsa
 from zolr.keys import Key
 from zolr.methods import Method
-from zolr.projectors.dependent import Dependent
+from zolr.projectors import Learner
 from zolr.projectors.identity import Identity
 from zolr.spectra import Moments, Sketch, Spectrum
 from zolr.subspaces import rebuild
@@ -179,6 +180,7 @@ class Engine:
         self._scheduler: Any = None
         self._refreshed_at = 0
         self._dropped = False  # a streamed gradient of this step was not finite
+        self._untried = getattr(method.estimator, "signs", "sequence") == "together"
         try:
             self._begin(check)
         except BaseException:
@@ -239,7 +241,6 @@ class Engine:
             name = variable.name
             projector = self._projector(variable)
             if name in self._moments:
-                assert isinstance(projector, Dependent)
                 learned = projector.learn(
                     self._spectra.get(name),
                     variable.subspace,
@@ -267,15 +268,12 @@ class Engine:
 
     @property
     def _watches(self) -> bool:
-        projector = self.method.projector
-        return isinstance(projector, Dependent) and projector.source == "activations"
+        return self.method.projector.learns_from == "inputs"
 
     @torch.no_grad()
     def _watch(self, batches: Sequence[Any]) -> int:
         """Estimate spectra from the inputs of every linear site on these batches."""
-        projector = self.method.projector
-        assert isinstance(projector, Dependent)
-        named = projector.named * projector.rank
+        named = self.method.projector.eigenpairs
         sketches = {}
         for variable in self.variables:
             if not variable.is_full:
@@ -283,7 +281,8 @@ class Engine:
                 sketches[variable.name] = Sketch(variable.shape[1], named + 8, key, variable.value)
                 variable.watch = sketches[variable.name].add
         try:
-            mean_loss(lambda batch: self._loss(self.model, batch), batches)
+            with same_noise(self.variables[0].value.device):
+                mean_loss(lambda batch: self._loss(self.model, batch), batches)
         finally:
             for variable in self.variables:
                 variable.watch = None
@@ -328,6 +327,8 @@ class Engine:
             self._refreshed_at = self.step_count  # a skipped step comes again, its window does not
         if self._tune:
             forwards += self._choose(batches)
+        if self._untried:
+            forwards += self._try_signs(batches)
         key = self.key.fold_in("step", self.step_count)
         lr = float(self.optimizer.param_groups[0]["lr"])
         received: list[tuple[Variable, Tensor]] = []
@@ -361,6 +362,17 @@ class Engine:
             forwards=forwards,
             refreshed=refreshed,
         )
+
+    def _try_signs(self, batches: Sequence[Any]) -> int:
+        """Evaluate both signs together and in sequence once, and go on in sequence where they differ."""
+        estimator = cast(Spsa, self.method.estimator)
+        loss = lambda batch: self._loss(self.model, batch)  # noqa: E731
+        settled, reason = estimator.tried(loss, batches, self.variables, self.key.fold_in("signs"))
+        if settled is not estimator:
+            warnings.warn(f"signs are evaluated in sequence, not together: {reason}", stacklevel=4)
+            self.method = replace(self.method, estimator=settled)
+        self._untried = False
+        return 4 * len(batches)
 
     def _estimate(self, loss: Any, batches: Sequence[Any], emit: Any, key: Key) -> Estimate:
         estimator = self.method.estimator
@@ -404,10 +416,10 @@ class Engine:
                 variable.decay *= factor
 
     def _observe(self, variable: Variable, gradient: Tensor) -> None:
-        projector = self.method.projector
-        if isinstance(projector, Dependent) and projector.source == "gradients" and not variable.is_full:
+        if self.method.projector.learns_from == "gradients" and not variable.is_full:
+            learner = cast(Learner, self.method.projector)
             seen = self._moments.get(variable.name)
-            self._moments[variable.name] = projector.observe(variable.subspace, seen, gradient)
+            self._moments[variable.name] = learner.observe(variable.subspace, seen, gradient)
 
     @torch.no_grad()
     def _apply(self, received: Sequence[tuple[Variable, Tensor]], lr: float) -> None:
@@ -466,22 +478,25 @@ class Engine:
 
     # ---- learning rate -------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def _choose(self, batches: Sequence[Any]) -> int:
         """Choose eps and lr from measurements on the first batches."""
         estimator = self.method.estimator
+        loss = lambda batch: self._loss(self.model, batch)  # noqa: E731
         self.tuning = tune(
-            lambda: mean_loss(lambda batch: self._loss(self.model, batch), batches),
+            lambda: mean_loss(loss, batches),
             self.variables,
             self.key.fold_in("tuning"),
             eps=_eps(self.method),
             normalized=self.method.optimizer.normalizes,
             momentum=self.method.optimizer.has_momentum,
             probes=getattr(estimator, "probes", 1),
+            rows=rows_of(loss, batches),
         )
         if self.base_lr is not None:  # the user's own rate stands; only eps was open
             self.tuning = replace(self.tuning, lr=self.base_lr)
         self._adopt(self.tuning)
-        return self.tuning.forwards * len(batches)
+        return (self.tuning.forwards + 1) * len(batches)
 
     def _adopt(self, tuning: Tuning) -> None:
         self.tuning = tuning
@@ -633,7 +648,7 @@ class Engine:
                 self._moments[v.name] = Moments(**{k: _copied(s) for k, s in saved["moments"].items()})
             if "spectrum" in saved:
                 s = saved["spectrum"]
-                self._spectra[v.name] = Spectrum(s["vectors"], s["values"], float(s["rest"]))
+                self._spectra[v.name] = Spectrum(s["vectors"], s["values"], float(s["rest"]), s.get("mean"))
         self.step_count, self._refreshed_at = state["step"], state["refreshed_at"]
         if self._scheduler is not None and state["scheduler"] is not None:
             self._scheduler.load_state_dict(state["scheduler"])

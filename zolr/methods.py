@@ -132,22 +132,23 @@ _ROWS = (
         "stiefel",
         "the gradient in a Haar-random subspace, the optimal law when nothing is known of it (default)",
         {
-            "zo": Method(Spsa(), Stiefel(rank=16), SGD, Reset(), 200),
+            "zo": Method(Spsa(), Stiefel(rank=16, centered=True), SGD, Reset(), 200),
             "fo": Method(Backprop(), Stiefel(rank=16), ADAMW, Reset(), 100),
             "fwd": Method(Forward(), Stiefel(rank=16), ZO_ADAMW, Reset(), 200),
         },
-        "W + B Pᵀ, P = sqrt(n/r) Q, Q Haar on the Stiefel manifold; train B, fold every refresh_every steps",
+        "W + B Pᵀ, P = sqrt(n/r) Q, Q Haar on the Stiefel manifold; train B, fold every refresh_every steps; "
+        "zo: Q orthogonal to the mean input of the layer",
         "arXiv 2603.20632",
-        "paper (law and scale); rank, window and optimizer are our defaults",
+        "paper (law and scale); rank, window, optimizer and centering are ours",
         train={"zo": "attention", "fwd": "attention"},
-        lr={"zo": None, "fo": 3e-4, "fwd": 1e-3},
+        lr={"zo": None, "fo": 5e-4, "fwd": 1e-3},
     ),
     Row(
         "dependent",
         "directions sampled by the spectrum of the gradient's second moment, the instance-dependent optimum",
         {
             "fo": Method(Backprop(), Dependent(rank=16), ADAMW, Reset(), 100),
-            "zo": Method(Spsa(), Dependent(rank=16, alpha=0.2, source="activations"), SGD, Reset(), 200),
+            "zo": Method(Spsa(), Dependent(rank=16, alpha=0.2, source="inputs"), SGD, Reset(), 200),
         },
         "P = [sqrt(1/pi_i) q_i], pi_i = min(1, sqrt(sigma_i)/lambda), sum pi = r, E[GᵀG] = Q diag(sigma) Qᵀ",
         "arXiv 2603.20632",
@@ -276,6 +277,7 @@ def compose(
     probes: int | None = None,
     eps: float | None = None,
     law: str | None = None,
+    centered: bool | None = None,
 ) -> Method:
     """A row of METHODS with some of its parts or settings replaced.
 
@@ -308,7 +310,13 @@ def compose(
             result = replace(result, estimator=cls(**_shared(result.estimator, cls)))
     result = replace(
         result,
-        projector=_with(result.projector, key_of(PROJECTORS, result.projector), rank=rank, side=side),
+        projector=_with(
+            result.projector,
+            f"projector '{key_of(PROJECTORS, result.projector)}'",
+            rank=rank,
+            side=side,
+            centered=centered,
+        ),
         estimator=_with(result.estimator, f"paradigm '{result.paradigm}'", probes=probes, eps=eps, law=law),
     )
     if optimizer is not None and optimizer != result.optimizer.name:

@@ -9,9 +9,11 @@ every coordinate) the loss is `L + t c + t² h / 2 + ...` with slope `c` and cur
   1e-4 of the weights' root mean square, whose two neighbors disagree least with it.
 - Step. A step of SGD along a probe changes the loss by `- lr c² + lr² c² h / 2`, best at `lr = 1 / h`. The curvature
   is the mean over the probes of `(L₊ + L₋ - 2 L) / eps²`, taken at its upper confidence limit so that a curvature lost
-  in noise gives a small step and not a large one. The rate is `SHARE` of that: the curvature grows several times while
-  a model becomes sure of its answers (a half diverged on two models, see `benchmarks/LOG.md`). No step may move
-  the weights by more than `LARGEST_STEP` of their root mean square, or a third of that with momentum, which overshoots.
+  in noise gives a small step and not a large one. A batch of `rows` examples shows the gradient and its own noise; the
+  best rate shrinks by the part of `c²` that is signal, `rows / (rows + NOISE_ROWS)` (McCandlish et al. 2018, there for
+  backprop). The noise scale is not measured on the first batch, where all examples agree that the prior of the answers
+  is wrong, but taken from later in a run of the demo. No step may move the weights by more than `LARGEST_STEP` of
+  their root mean square, or a third of that with momentum, which overshoots.
 - Optimizers that divide by the size of the gradient (Adam) take steps of `lr` in every coordinate: their rate is the
   SGD rate times the root mean square of the slopes.
 """
@@ -32,7 +34,11 @@ from zolr.variables import Variable, layout, shifted
 LADDER = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
 DIRECTIONS = 4  # directions that judge the radius
 PROBES = 16  # directions that measure slope and curvature
-SHARE = 0.15  # of the step that is best on the first batch: curvature grows while a model learns a task
+NOISE_ROWS = 300.0  # rows at which the noise of a batch equals the gradient, on the demo
+USUAL_ROWS = 30.0  # of a loss that does not say how many it averages
+LARGEST_SHARE = (
+    0.4  # half of the best step diverged on two models: curvature grows while a model learns a task
+)
 LARGEST_STEP, SMALLEST_STEP = 1e-1, 1e-6
 
 
@@ -100,6 +106,7 @@ def tune(
     normalized: bool,
     momentum: bool = False,
     probes: int = 1,
+    rows: float | None = None,
 ) -> Tuning:
     """Measure and choose.
 
@@ -109,6 +116,7 @@ def tune(
         normalized: the optimizer divides by the size of the gradient.
         momentum: its steps go on where earlier ones went: they may be a third as large at most.
         probes: directions averaged in a step.
+        rows: examples in the batch; None where that is not known.
 
     Raises:
         UsageError: the loss is flat: no radius gives a slope.
@@ -138,7 +146,7 @@ def tune(
         )
     # an Adam step moves every coordinate by its rate, an SGD step by rate times slope: compare them as the former
     typical = slope / sqrt(probes)
-    entry = SHARE * min(probes, 8) / max(curvature, 1e-12) * typical
+    entry = share(rows) * min(probes, 8) / max(curvature, 1e-12) * typical
     largest = LARGEST_STEP / 3 if momentum else LARGEST_STEP
     entry = min(max(entry, SMALLEST_STEP * overall), largest * overall)
     return Tuning(
@@ -149,6 +157,16 @@ def tune(
         noise=noise,
         forwards=probing.forwards,
     )
+
+
+def share(rows: float | None) -> float:
+    """Share of the locally best step that a batch of so many examples may take: `rows / (rows + NOISE_ROWS)`.
+
+    >>> round(share(30), 2), round(share(64), 2), share(1024)
+    (0.09, 0.18, 0.4)
+    """
+    rows = USUAL_ROWS if rows is None else rows
+    return min(rows / (rows + NOISE_ROWS), LARGEST_SHARE)
 
 
 def _root_mean_square(variables: Sequence[Variable]) -> float:

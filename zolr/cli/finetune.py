@@ -29,14 +29,15 @@ class Numbers:
 
     steps: int
     batch_size: int
+    accumulate: int
     eval_every: int
     save_every: int
 
 
 DEFAULTS = {
-    "fo": Numbers(steps=300, batch_size=16, eval_every=50, save_every=100),
-    "zo": Numbers(steps=4000, batch_size=32, eval_every=1000, save_every=1000),
-    "fwd": Numbers(steps=1000, batch_size=16, eval_every=125, save_every=250),
+    "fo": Numbers(steps=300, batch_size=16, accumulate=1, eval_every=50, save_every=100),
+    "zo": Numbers(steps=2000, batch_size=32, accumulate=2, eval_every=500, save_every=500),
+    "fwd": Numbers(steps=1000, batch_size=16, accumulate=1, eval_every=125, save_every=250),
 }
 
 # Learning rate where neither the user nor the method's row has one for this optimizer (zo: the engine measures one)
@@ -73,6 +74,9 @@ class Composition(Settings):
     eps: float | None = flag(None, "Probe radius (zo).", "Method", shown="measured, or the method's")
     side: str | None = flag(
         None, "Which side of a matrix is projected: right, left, short.", "Method", shown="the method's"
+    )
+    centered: bool | None = flag(
+        None, "Leave the mean input of a layer out (stiefel).", "Method", shown="the method's"
     )
     train: str | None = flag(
         None,
@@ -118,10 +122,18 @@ class Schedule(Settings):
         None, "Passes over the training rows, instead of steps.", "Training", aliases=("num_train_epochs",)
     )
     batch_size: Annotated[int, Ge(1)] | None = flag(
-        None, "Examples of a forward pass.", "Training", shown="16", aliases=("per_device_train_batch_size",)
+        None,
+        "Examples of a forward pass.",
+        "Training",
+        shown=", ".join(f"{p} {n.batch_size}" for p, n in DEFAULTS.items()),
+        aliases=("per_device_train_batch_size",),
     )
-    accumulate: Annotated[int, Ge(1)] = flag(
-        1, "Batches of a step.", "Training", aliases=("gradient_accumulation_steps",)
+    accumulate: Annotated[int, Ge(1)] | None = flag(
+        None,
+        "Batches of a step.",
+        "Training",
+        shown="1, or 2 for zo with its own batch size",
+        aliases=("gradient_accumulation_steps",),
     )
     objective: Literal["loss", "accuracy", "f1"] = flag(
         "loss", "What training improves: loss, accuracy, f1 (the last two under zo).", "Training"
@@ -224,7 +236,17 @@ class Finetune(Writing, Machine, Schedule, Composition, DataChoice, ModelChoice)
 
         parts = {
             f: getattr(self, f)
-            for f in ("projector", "rank", "refresh_every", "optimizer", "transport", "probes", "eps", "side")
+            for f in (
+                "projector",
+                "rank",
+                "refresh_every",
+                "optimizer",
+                "transport",
+                "probes",
+                "eps",
+                "side",
+                "centered",
+            )
         }
         return compose(self.method, self.paradigm, **parts)
 
@@ -336,7 +358,7 @@ class Job:
         from zolr.cli.workload import device_of, set_threads, splits_of, task_of, words_of
         from zolr.engine import Engine
         from zolr.methods import METHODS
-        from zolr.tasks import own_task, truncation_share
+        from zolr.tasks import TrainingBatches, own_task, truncation_share
 
         set_threads(settings.threads)
         device = device_of(settings.device)
@@ -363,6 +385,13 @@ class Job:
         self.test = self.work.encode(self.splits.test)
         self.truncated = truncation_share(self.train_set)
         self.settings = settings = self._sized(settings)
+        self.batches = TrainingBatches(
+            self.train_set,
+            batch_size=self.step_size,
+            micro_batch_size=self.batch_size,
+            seed=settings.data_seed,
+            pad_id=self.work.pad_id,
+        )
         if settings.checkpointing:
             models.checkpoint_activations(self.work.model)
         method = settings.composed()
@@ -386,33 +415,28 @@ class Job:
     def _sized(self, settings: Finetune) -> Finetune:
         """The settings with what depends on the number of rows."""
         rows = len(self.train_set)
-        size = settings.batch_size or min(DEFAULTS[settings.paradigm or "zo"].batch_size, rows)
-        if size * settings.accumulate > rows:
+        numbers = DEFAULTS[settings.paradigm or "zo"]
+        size = settings.batch_size or min(numbers.batch_size, rows)
+        usual = 1 if settings.batch_size else max(1, min(numbers.accumulate, rows // size))
+        parts = settings.accumulate or usual
+        if size * parts > rows:
             raise UsageError(
-                f"--batch-size {size} times --accumulate {settings.accumulate} is more than the {rows} training rows; use less"
+                f"--batch-size {size} times --accumulate {parts} is more than the {rows} training rows; use less"
             )
-        steps = settings.steps or max(1, round((settings.epochs or 1) * rows / (size * settings.accumulate)))
+        steps = settings.steps or max(1, round((settings.epochs or 1) * rows / (size * parts)))
         if settings.warmup >= steps:
             raise UsageError(f"--warmup {settings.warmup} leaves none of {steps} steps; use less")
-        return replace(settings, batch_size=size, steps=steps, epochs=None)
+        return replace(settings, batch_size=size, accumulate=parts, steps=steps, epochs=None)
 
     @property
     def batch_size(self) -> int:
         """Examples of a forward pass."""
         return self.settings.batch_size or 1
 
-    def batches(self, step: int) -> list[dict[str, Any]]:
-        """The micro-batches of a step."""
-        from zolr.tasks import training_batches
-
-        return training_batches(
-            self.train_set,
-            batch_size=self.batch_size * self.settings.accumulate,
-            micro_batch_size=self.batch_size,
-            seed=self.settings.data_seed,
-            step=step,
-            pad_id=self.work.pad_id,
-        )
+    @property
+    def step_size(self) -> int:
+        """Examples of a step."""
+        return self.batch_size * (self.settings.accumulate or 1)
 
     def _moved(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {name: part.to(self.work.device) for name, part in batch.items()}
@@ -425,7 +449,7 @@ class Job:
         return (
             f"{splits.name}: {rows}; {self.truncated:.1%} of the training rows cut to {self.work.task.max_length} tokens\n"
             f"{s.model} ({total:,} parameters, {self.engine.trained_share:.1%} trained): method {s.method}, paradigm {s.paradigm}, "
-            f"{s.steps} steps of {self.batch_size * s.accumulate} examples"
+            f"{s.steps} steps of {self.step_size} examples"
         )
 
     def examples(self) -> list[str]:
@@ -451,7 +475,7 @@ class Job:
                 dtype=getattr(torch, s.dtype),
                 objective="classes" if s.head == "classes" else "prompt",
                 num_labels=len(self.work.task.classes),
-                accumulation=s.accumulate,
+                accumulation=s.accumulate or 1,
                 checkpointing=s.checkpointing,
                 select=self.select,
                 weight_decay=s.weight_decay,

@@ -169,7 +169,17 @@ class Pretrain(Writing, Machine, Course, Composition, Text, Architecture):
 
         parts = {
             f: getattr(self, f)
-            for f in ("projector", "rank", "refresh_every", "optimizer", "transport", "probes", "eps", "side")
+            for f in (
+                "projector",
+                "rank",
+                "refresh_every",
+                "optimizer",
+                "transport",
+                "probes",
+                "eps",
+                "side",
+                "centered",
+            )
         }
         return compose(self.method or "adamw", self.paradigm, **parts)
 

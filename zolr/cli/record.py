@@ -194,7 +194,7 @@ def card(job: Job, result: Mapping[str, Any], memory: Mapping[str, Any]) -> str:
         f"| projector | `{method.projector}` |",
         f"| optimizer | `{method.optimizer.name}`, lr {number(result['lr'])}, eps {number(result['eps'])} |",
         f"| seed | {s.seed} |",
-        f"| steps | {result['steps']} of {job.batch_size * s.accumulate} examples, weights of step {result['kept_step']} |",
+        f"| steps | {result['steps']} of {job.step_size} examples, weights of step {result['kept_step']} |",
         f"| forward passes, tokens through them | {result['forwards']:,}, {result['tokens']:,} |",
         f"| {metric} on {result['rows']['test']} test rows, before | {result['before']:.4f} |",
         f"| {metric} on {result['rows']['test']} test rows, after | {result['after']:.4f} |",

@@ -80,6 +80,14 @@ def mean_loss(loss: Loss, batches: Sequence[Any]) -> Tensor:
     return total / count
 
 
+def rows_of(loss: Loss, batches: Sequence[Any]) -> float | None:
+    """Examples (or tokens) that a loss averages over all micro-batches; None for plain means, which do not say."""
+    outputs = [loss(batch) for batch in batches]
+    if any(not isinstance(output, tuple) and output.dim() == 0 for output in outputs):
+        return None
+    return sum(float(totals(output)[1]) for output in outputs)
+
+
 @contextmanager
 def same_noise(device: torch.device) -> Iterator[Callable[[], None]]:
     """Global generators are as before afterwards, and the yielded function rewinds them to that state.

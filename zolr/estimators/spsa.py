@@ -1,7 +1,7 @@
 """Simultaneous perturbation: slopes of the loss along random directions, from forward passes alone."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -31,7 +31,8 @@ class Spsa:
         sides: 2 for central differences, 1 for `(L(B + eps z) - L(B)) / eps`, which shares one base loss between
             probes (k + 1 forwards instead of 2 k) at the price of a curvature term in the variance.
         directions: "fresh" (independent) or "orthonormal" (mutually orthogonal, less variance for several probes).
-        signs: "sequence" (least memory) or "together" (both signs in one forward by vmap).
+        signs: "sequence" (least memory) or "together" (both signs in one forward by vmap). An engine tries "together"
+            on its first step (see `tried`).
 
     Raises:
         UsageError: an argument out of range.
@@ -97,6 +98,30 @@ class Spsa:
         for variable in variables:
             emit(variable, combine(variable, directions, weights))
         return Estimate(torch.stack(losses).mean(), torch.stack(slopes))
+
+    @torch.no_grad()
+    def tried(
+        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key
+    ) -> tuple["Spsa", str]:
+        """This rule, or the same with signs in sequence and why, if the model cannot be run on both signs together.
+
+        vmap has no rule for an operation that looks at values, and a model may treat the leading axis as its own: both
+        signs are evaluated both ways once, `4` forwards a micro-batch.
+        """
+        direction, scales = self.draw(variables, key)[0], (self.eps or 1e-3, -(self.eps or 1e-3))
+        apart = replace(self, signs="sequence")
+        with same_noise(variables[0].value.device) as rewind:
+            expected = apart._evaluate(loss, batches, variables, direction, scales, rewind)
+            try:
+                found = self._evaluate(loss, batches, variables, direction, scales, rewind)
+            except (RuntimeError, NotImplementedError) as error:  # what torch raises where a rule is missing
+                return apart, str(error).strip().split("\n")[0]
+        precision = max(torch.finfo(v.weight.dtype).eps for v in variables)
+        size = max(1.0, abs(float(expected[0])))
+        gap = max(abs(float(a) - float(b)) for a, b in zip(expected, found, strict=True))
+        if gap > min(100 * precision, 0.05) * size:
+            return apart, f"the losses differ by {gap:.2g}"
+        return self, ""
 
     def _evaluate(
         self,

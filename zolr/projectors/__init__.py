@@ -12,17 +12,30 @@ from torch import Tensor
 from zolr.errors import UsageError
 from zolr.keys import Key
 from zolr.probes import one_thread
-from zolr.spectra import Spectrum
+from zolr.spectra import Moments, Spectrum
 from zolr.subspaces import Left, Right, Subspace
 
 Side = Literal["right", "left", "short"]
+Source = Literal["nothing", "gradients", "inputs"]
 
 
 class Projector(Protocol):
     """A frozen rule that draws subspaces; it holds hyper-parameters and no state."""
 
-    needs: ClassVar[Literal["nothing", "gradient", "spectrum"]]  # what a draw wants beyond its key
-    unbiased: ClassVar[bool]  # whether E[lift(project(G))] = c G
+    needs: ClassVar[
+        Literal["nothing", "gradient"]
+    ]  # what a draw wants beyond its key and what was learned before
+    unbiased: ClassVar[bool]  # whether E[lift(project(G))] = c G at the default settings
+
+    @property
+    def learns_from(self) -> Source:
+        """What its law follows from window to window: nothing, the gradients of a window, or a layer's inputs."""
+        ...
+
+    @property
+    def eigenpairs(self) -> int:
+        """How many eigenpairs of the inputs' second moment a draw uses, if it learns from inputs."""
+        ...
 
     def draw(
         self,
@@ -42,9 +55,37 @@ class Projector(Protocol):
             like: its dtype and device are those of the basis.
             gradient: dense gradient `(m, n)`, for projectors that need one.
             previous: the subspace of the window before.
-            spectrum: running estimate of `E[GᵀG]`, for projectors that learn one.
+            spectrum: what was learned, for projectors that learn; None before that.
         """
         ...
+
+
+class Learner(Projector, Protocol):
+    """A projector that learns from the gradients of each window."""
+
+    def observe(self, subspace: Subspace, moments: Moments | None, grad: Tensor) -> Moments:
+        """Add one gradient in the coordinates to what the window has shown."""
+        ...
+
+    def learn(
+        self, spectrum: Spectrum | None, subspace: Subspace, moments: Moments, *, exact: bool
+    ) -> Spectrum | None:
+        """The spectrum after a window; `exact` says that its gradients carried no estimation noise."""
+        ...
+
+
+class Fixed:
+    """A law that learns nothing."""
+
+    @property
+    def learns_from(self) -> Source:
+        """Nothing."""
+        return "nothing"
+
+    @property
+    def eigenpairs(self) -> int:
+        """None."""
+        return 0
 
 
 def check_rank(rank: int, c: float = 1.0) -> None:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from zolr.keys import Key
-from zolr.projectors import Side, check_rank, check_side, one_sided, projected_length, working_dtype
+from zolr.projectors import Fixed, Side, check_rank, check_side, one_sided, projected_length, working_dtype
 from zolr.subspaces import Subspace
 
 
 @dataclass(frozen=True)
-class Coordinate:
+class Coordinate(Fixed):
     """`P = sqrt(c n / r) [e_j]` for a uniform r-subset of axes.
 
     Has the same mean squared error as `stiefel` for every gradient, but heavier tails where a few input features carry
@@ -31,7 +31,7 @@ class Coordinate:
     rank: int = 8
     side: Side = "right"
     c: float = 1.0
-    needs: ClassVar[Literal["nothing", "gradient", "spectrum"]] = "nothing"
+    needs: ClassVar[Literal["nothing", "gradient"]] = "nothing"
     unbiased: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from zolr.keys import Key
 from zolr.probes import one_thread
 from zolr.projectors import (
     Side,
+    Source,
     check_rank,
     check_side,
     haar,
@@ -38,7 +39,7 @@ class Dependent:
     - "gradients": each window shows the r by r block that it saw, and the running estimate is moved to agree with it.
       Exact gradients (backprop) count by their second moment, uncentered as the theory asks; noisy ones (forward-only
       probes) by the products of different steps, whose noise has mean zero. The first draw is `stiefel`'s.
-    - "activations": `G = sum_t delta_t x_tᵀ`, so the gradient's rows lie in the span of the layer's inputs, and
+    - "inputs": `G = sum_t delta_t x_tᵀ`, so the gradient's rows lie in the span of the layer's inputs, and
       `Sigma` is proportional to `sum_t x_t x_tᵀ` where the errors do not depend on the inputs. Forward passes alone
       show it, on the first batch of each window, with no probe spent. Right side only; weights that are looked up
       rather than multiplied (embeddings) are drawn as by `stiefel`.
@@ -54,7 +55,7 @@ class Dependent:
         alpha: share of the uniform law, in (0, 1]; 0.05, 0.2 cost about 3 %, 13 % of variance on a steep spectrum.
         named: eigenpairs kept, as a multiple of the rank.
         rate: weight of a new window in the running estimate, in (0, 1].
-        source: "gradients" or "activations".
+        source: "gradients" or "inputs".
 
     Raises:
         UsageError: an argument out of range.
@@ -69,8 +70,8 @@ class Dependent:
     alpha: float = 0.1
     named: int = 4
     rate: float = 0.5
-    source: Literal["gradients", "activations"] = "gradients"
-    needs: ClassVar[Literal["nothing", "gradient", "spectrum"]] = "spectrum"
+    source: Literal["gradients", "inputs"] = "gradients"
+    needs: ClassVar[Literal["nothing", "gradient"]] = "nothing"
     unbiased: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -81,18 +82,26 @@ class Dependent:
                 raise UsageError(
                     f"{name} = {share} is outside (0, 1]; without it the estimate loses directions"
                 )
-        if self.source not in ("gradients", "activations"):
+        if self.source not in ("gradients", "inputs"):
             raise UsageError(
-                f"source '{self.source}' of a spectrum is not known; use 'gradients' or 'activations'"
+                f"source '{self.source}' of a spectrum is not known; use 'gradients' or 'inputs'"
             )
-        if self.source == "activations" and self.side != "right":
-            raise UsageError(
-                f"side '{self.side}' sees no activations; use side 'right', or source 'gradients'"
-            )
+        if self.source == "inputs" and self.side != "right":
+            raise UsageError(f"side '{self.side}' sees no inputs; use side 'right', or source 'gradients'")
         if self.named < 1:
             raise UsageError(
                 f"named = {self.named} keeps no eigenpair; use at least 1, or projector 'stiefel'"
             )
+
+    @property
+    def learns_from(self) -> Source:
+        """Its source."""
+        return self.source
+
+    @property
+    def eigenpairs(self) -> int:
+        """Eigenpairs kept of a spectrum."""
+        return self.named * self.rank
 
     @one_thread()
     def draw(

@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from zolr.keys import Key
-from zolr.projectors import Side, check_rank, check_side, one_sided, projected_length, working_dtype
+from zolr.projectors import Fixed, Side, check_rank, check_side, one_sided, projected_length, working_dtype
 from zolr.subspaces import Subspace
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(Fixed):
     """Independent `N(0, c / r)` entries.
 
     `E[P Pᵀ] = c I`, but `PᵀP` is the identity only on average: at `c = 1` the relative error is `(n + 1) / r`, against
@@ -32,7 +32,7 @@ class Gaussian:
     rank: int = 8
     side: Side = "right"
     c: float = 1.0
-    needs: ClassVar[Literal["nothing", "gradient", "spectrum"]] = "nothing"
+    needs: ClassVar[Literal["nothing", "gradient"]] = "nothing"
     unbiased: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

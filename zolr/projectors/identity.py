@@ -6,14 +6,15 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from zolr.keys import Key
+from zolr.projectors import Fixed
 from zolr.subspaces import Full, Subspace
 
 
 @dataclass(frozen=True)
-class Identity:
+class Identity(Fixed):
     """No projection: the coordinates are the weight itself."""
 
-    needs: ClassVar[Literal["nothing", "gradient", "spectrum"]] = "nothing"
+    needs: ClassVar[Literal["nothing", "gradient"]] = "nothing"
     unbiased: ClassVar[bool] = True
 
     def draw(self, shape: tuple[int, ...], key: Key, *, like: Tensor, **_: Any) -> Subspace:

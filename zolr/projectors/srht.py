@@ -10,6 +10,7 @@ from torch import Tensor
 from zolr.keys import Key
 from zolr.probes import counters
 from zolr.projectors import (
+    Fixed,
     Side,
     check_rank,
     check_side,
@@ -25,14 +26,14 @@ def hadamard_columns(columns: Tensor, n: int) -> Tensor:
     """`(n, r)` entries +-1 of the Sylvester-Hadamard matrix of the next power of two, cut to its first n rows."""
     bits = torch.arange(n)[:, None] & columns  # (n, r)
     parity = torch.zeros_like(bits)
-    while bool(bits.any()):
+    for _ in range((n - 1).bit_length()):
         parity ^= bits & 1
         bits = bits >> 1
     return 1.0 - 2.0 * parity
 
 
 @dataclass(frozen=True)
-class Srht:
+class Srht(Fixed):
     """Random signs times random columns of a Hadamard matrix.
 
     For `n` a power of two the columns are orthogonal and every entry is `+- sqrt(c / r)`: the same class, and the same
@@ -52,7 +53,7 @@ class Srht:
     rank: int = 8
     side: Side = "right"
     c: float = 1.0
-    needs: ClassVar[Literal["nothing", "gradient", "spectrum"]] = "nothing"
+    needs: ClassVar[Literal["nothing", "gradient"]] = "nothing"
     unbiased: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

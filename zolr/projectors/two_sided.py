@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from zolr.keys import Key
-from zolr.projectors import check_rank, haar
+from zolr.projectors import Fixed, check_rank, haar
 from zolr.subspaces import Subspace, TwoSided
 
 
 @dataclass(frozen=True)
-class TwoSidedHaar:
+class TwoSidedHaar(Fixed):
     """`lift(B) = U B Vᵀ` with Haar `U (m, r)`, `V (n, r)` and scale `sqrt(c m n) / r`.
 
     `E[lift(project(G))] = c G`. Only `r²` coordinates a weight, at the price of a relative error of `m n / r² − 1`
@@ -30,7 +30,7 @@ class TwoSidedHaar:
 
     rank: int = 8
     c: float = 1.0
-    needs: ClassVar[Literal["nothing", "gradient", "spectrum"]] = "nothing"
+    needs: ClassVar[Literal["nothing", "gradient"]] = "nothing"
     unbiased: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

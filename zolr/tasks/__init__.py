@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING
 from zolr.errors import DataError, UsageError
 from zolr.tasks.batches import (
     Encoded,
-    batch_rows,
+    TrainingBatches,
     collate,
     evaluation_batches,
-    training_batches,
     truncation_share,
 )
 from zolr.tasks.examples import UNLABELED, Example, Splits, nearest, without
@@ -40,7 +39,7 @@ __all__ = [
     "Prompt",
     "Splits",
     "Task",
-    "batch_rows",
+    "TrainingBatches",
     "collate",
     "evaluation_batches",
     "find_task",
@@ -49,7 +48,6 @@ __all__ = [
     "own_task",
     "pad_id",
     "read_texts",
-    "training_batches",
     "truncation_share",
 ]
 

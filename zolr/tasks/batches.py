@@ -7,7 +7,6 @@ what the uninterrupted one would have seen.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from zolr.errors import UsageError
@@ -73,70 +72,94 @@ def collate(encoded: Sequence[Encoded], pad_id: int, pad_to_multiple: int | None
     return {name: torch.tensor(values) for name, values in batch.items()}
 
 
-@lru_cache(maxsize=4)
-def _epoch_order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
-    from zolr.keys import Key
+class TrainingBatches:
+    """The micro-batches of every training step, a function of the arguments and the step alone.
 
-    return tuple(Key(seed).fold_in("data", epoch).permutation(count).tolist())
+    Every epoch is an order of its own, and a batch may reach into the next one: in any `len(encoded)` draws from the
+    start of an epoch each example comes once. The classes are spread evenly over an epoch: a run of b examples holds
+    each class very nearly in proportion. A batch in which one class is missing by chance pulls the prior of the
+    answers to one side; that is the largest part of a small batch's noise, and the easiest to avoid.
 
-
-def batch_rows(count: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Rows of the batch of a training step.
-
-    Every epoch is a permutation of its own, and a batch may reach into the next one: in any `count` draws
-    from the start of an epoch each row comes once.
-
-    Args:
-        count: number of training examples.
-        batch_size: rows of a batch, 1 to `count`.
-        seed: names the permutations.
-        step: from 0.
-
-    Raises:
-        UsageError: a batch size below 1 or above `count`, or a negative step.
-
-    >>> sorted(batch_rows(6, 2, 0, 0) + batch_rows(6, 2, 0, 1) + batch_rows(6, 2, 0, 2))
-    [0, 1, 2, 3, 4, 5]
-    """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise UsageError(f"batch size {batch_size!r} is not possible; use a whole number of at least 1")
-    if batch_size > count:
-        raise UsageError(
-            f"batch size {batch_size} is more than the {count} training examples; use {count} or less"
-        )
-    if step < 0:
-        raise UsageError(f"step {step} is not possible; steps count from 0")
-    places = range(step * batch_size, (step + 1) * batch_size)
-    return [_epoch_order(count, seed, place // count)[place % count] for place in places]
-
-
-def training_batches(
-    encoded: Sequence[Encoded],
-    *,
-    batch_size: int,
-    seed: int,
-    step: int,
-    pad_id: int,
-    micro_batch_size: int | None = None,
-    pad_to_multiple: int | None = None,
-) -> list[dict[str, Tensor]]:
-    """The micro-batches of a training step, together `batch_size` examples; a function of its arguments.
+    Examples of like length share a micro-batch, so that several of them hold less padding than one batch would.
 
     Args:
         encoded: all training examples.
-        batch_size: examples of the step.
-        seed: names the order.
-        step: from 0.
+        batch_size: examples of a step, 1 to `len(encoded)`.
+        seed: names the orders.
         pad_id: id to pad with.
         micro_batch_size: examples of a micro-batch; all in one when left out. The last one may be smaller.
         pad_to_multiple: see `collate`.
+
+    Raises:
+        UsageError: a size below 1 or above the number of examples.
+
+    >>> one = {"input_ids": [5], "truncated": False}
+    >>> batches = TrainingBatches([{**one, "label": i % 2} for i in range(6)], batch_size=2, seed=0, pad_id=1)
+    >>> [batch["labels"].sum().item() for step in range(3) for batch in batches(step)]
+    [1, 1, 1]
     """
-    rows = batch_rows(len(encoded), batch_size, seed, step)
-    size = batch_size if micro_batch_size is None else micro_batch_size
-    if size < 1:
-        raise UsageError(f"micro-batch size {size} is not possible; use at least 1")
-    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return [collate([encoded[row] for row in part], pad_id, pad_to_multiple) for part in parts]
+
+    def __init__(
+        self,
+        encoded: Sequence[Encoded],
+        *,
+        batch_size: int,
+        seed: int,
+        pad_id: int,
+        micro_batch_size: int | None = None,
+        pad_to_multiple: int | None = None,
+    ) -> None:
+        for name, size in (("batch size", batch_size), ("micro-batch size", micro_batch_size)):
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+                raise UsageError(f"{name} {size!r} is not possible; use a whole number of at least 1")
+        if batch_size > len(encoded):
+            raise UsageError(
+                f"batch size {batch_size} is more than the {len(encoded)} training examples; "
+                f"use {len(encoded)} or less"
+            )
+        self.encoded, self.batch_size, self.seed, self.pad_id = encoded, batch_size, seed, pad_id
+        self.micro_batch_size = micro_batch_size or batch_size
+        self.pad_to_multiple = pad_to_multiple
+        self._classes: dict[int, list[int]] = {}
+        for row, one in enumerate(encoded):
+            self._classes.setdefault(one["label"], []).append(row)
+        self._orders: dict[int, list[int]] = {}
+
+    def _order(self, epoch: int) -> list[int]:
+        if epoch not in self._orders:
+            from zolr.keys import Key
+
+            places: list[tuple[float, int, int]] = []
+            for label, rows in sorted(self._classes.items()):
+                key = Key(self.seed).fold_in("data", epoch, label)
+                start = float(key.fold_in("start").uniform())
+                for i, place in enumerate(key.permutation(len(rows)).tolist()):
+                    places.append(((i + start) / len(rows), label, rows[place]))
+            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = [row for *_, row in sorted(places)]
+        return self._orders[epoch]
+
+    def rows(self, step: int) -> list[int]:
+        """The examples of a step.
+
+        Raises:
+            UsageError: a negative step.
+        """
+        if step < 0:
+            raise UsageError(f"step {step} is not possible; steps count from 0")
+        count = len(self.encoded)
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return [self._order(place // count)[place % count] for place in places]
+
+    def __call__(self, step: int) -> list[dict[str, Tensor]]:
+        """The micro-batches of a step, together `batch_size` examples."""
+        rows, size = self.rows(step), self.micro_batch_size
+        if size < self.batch_size:
+            rows.sort(key=lambda row: len(self.encoded[row]["input_ids"]))
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return [
+            collate([self.encoded[row] for row in part], self.pad_id, self.pad_to_multiple) for part in parts
+        ]
 
 
 def evaluation_batches(
