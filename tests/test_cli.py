@@ -257,6 +257,9 @@ def failed(outcome: tuple[int, str, str], code: int, message: str) -> None:
         (["compare"], 2, "nothing to compare; give --methods"),
         (["compare", "--methods", "stiefel,mezzo"], 2, "method 'mezzo' is not known; did you mean 'mezo'"),
         (["compare", "--methods", "mezo:fo"], 2, "method 'mezo' runs under zo"),
+        (["compare", "--methods", "adamw@lr"], 2, "'lr' in 'adamw@lr' is no setting; write it as @lr=1e-3"),
+        (["compare", "--methods", "adamw@rl=1"], 2, "rl.*did you mean"),
+        (["compare", "--methods", "adamw@lr=-1"], 2, "lr -1.*greater than 0"),
         (["methods", "galor"], 2, "method 'galor' is not known"),
     ],
 )  # fmt: skip

@@ -648,7 +648,7 @@ class Engine:
                 self._moments[v.name] = Moments(**{k: _copied(s) for k, s in saved["moments"].items()})
             if "spectrum" in saved:
                 s = saved["spectrum"]
-                self._spectra[v.name] = Spectrum(s["vectors"], s["values"], float(s["rest"]), s.get("mean"))
+                self._spectra[v.name] = Spectrum(s["vectors"], s["values"], float(s["rest"]))
         self.step_count, self._refreshed_at = state["step"], state["refreshed_at"]
         if self._scheduler is not None and state["scheduler"] is not None:
             self._scheduler.load_state_dict(state["scheduler"])

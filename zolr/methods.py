@@ -132,14 +132,13 @@ _ROWS = (
         "stiefel",
         "the gradient in a Haar-random subspace, the optimal law when nothing is known of it (default)",
         {
-            "zo": Method(Spsa(), Stiefel(rank=16, centered=True), SGD, Reset(), 200),
+            "zo": Method(Spsa(), Stiefel(rank=16), SGD, Reset(), 200),
             "fo": Method(Backprop(), Stiefel(rank=16), ADAMW, Reset(), 100),
             "fwd": Method(Forward(), Stiefel(rank=16), ZO_ADAMW, Reset(), 200),
         },
-        "W + B Pᵀ, P = sqrt(n/r) Q, Q Haar on the Stiefel manifold; train B, fold every refresh_every steps; "
-        "zo: Q orthogonal to the mean input of the layer",
+        "W + B Pᵀ, P = sqrt(n/r) Q, Q Haar on the Stiefel manifold; train B, fold every refresh_every steps",
         "arXiv 2603.20632",
-        "paper (law and scale); rank, window, optimizer and centering are ours",
+        "paper (law and scale); rank, window and optimizer are our defaults",
         train={"zo": "attention", "fwd": "attention"},
         lr={"zo": None, "fo": 5e-4, "fwd": 1e-3},
     ),
@@ -277,7 +276,6 @@ def compose(
     probes: int | None = None,
     eps: float | None = None,
     law: str | None = None,
-    centered: bool | None = None,
 ) -> Method:
     """A row of METHODS with some of its parts or settings replaced.
 
@@ -315,7 +313,6 @@ def compose(
             f"projector '{key_of(PROJECTORS, result.projector)}'",
             rank=rank,
             side=side,
-            centered=centered,
         ),
         estimator=_with(result.estimator, f"paradigm '{result.paradigm}'", probes=probes, eps=eps, law=law),
     )

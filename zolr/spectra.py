@@ -76,13 +76,11 @@ class Spectrum:
         vectors: `(n, k)`, orthonormal columns.
         values: `(k,)` float64 on the host, not negative, descending.
         rest: mean eigenvalue of the `n - k` directions orthogonal to the named ones.
-        mean: `(n,)`, direction of the vectors' mean, of length 1, where vectors were seen.
     """
 
     vectors: Tensor
     values: Tensor
     rest: float
-    mean: Tensor | None = None
 
     def within(self, basis: Tensor) -> Tensor:
         """`UᵀSigma U` for orthonormal `U (n, r)`: `(r, r)` float64."""
@@ -127,8 +125,7 @@ class Spectrum:
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that define it."""
         rest = torch.tensor(self.rest, dtype=torch.float64)
-        mean = {} if self.mean is None else {"mean": self.mean}
-        return {"vectors": self.vectors, "values": self.values, "rest": rest, **mean}
+        return {"vectors": self.vectors, "values": self.values, "rest": rest}
 
 
 def isotropic(n: int, mean: float, like: Tensor) -> Spectrum:
@@ -137,7 +134,7 @@ def isotropic(n: int, mean: float, like: Tensor) -> Spectrum:
 
 
 class Sketch:
-    """Mean and spectrum of the second moment `sum_t x_t x_tᵀ` of vectors seen once; no `(n, n)` matrix is formed.
+    """Spectrum of the second moment `sum_t x_t x_tᵀ` of vectors seen once; no `(n, n)` matrix is formed.
 
     Keeps `Y = sum_t x_t (x_tᵀ Ω)` for a Gaussian `Ω (n, size)` and reads the spectrum off the Nystrom approximation
     `Y (Ωᵀ Y)⁻¹ Yᵀ`.
@@ -155,14 +152,12 @@ class Sketch:
         self.omega = torch.linalg.qr(key.normal((n, min(size, n))))[0].to(like.device)  # (n, size)
         self.seen = torch.zeros_like(self.omega)
         self.trace = torch.zeros((), device=like.device)
-        self.total = torch.zeros(n, device=like.device)
 
     def add(self, x: Tensor) -> None:
         """Add vectors `(..., n)`."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         self.seen += x.mT @ (x @ self.omega)
         self.trace += x.square().sum()
-        self.total += x.sum(0)
 
     def spectrum(self, named: int) -> "Spectrum | None":
         """The leading eigenpairs and the mean of all other eigenvalues; None if nothing but zeros was seen."""
@@ -179,10 +174,7 @@ class Sketch:
         values = singular.square()
         n, keep = seen.shape[0], min(named, len(values))
         rest = max(trace - float(values[:keep].sum()), 0.0)
-        mean = torch.nn.functional.normalize(self.total.double().cpu(), dim=0)
-        return Spectrum(
-            vectors[:, :keep].float(), values[:keep], rest / (n - keep) if n > keep else 0.0, mean.float()
-        )
+        return Spectrum(vectors[:, :keep].float(), values[:keep], rest / (n - keep) if n > keep else 0.0)
 
 
 @dataclass(frozen=True, eq=False)

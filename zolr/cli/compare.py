@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import typer
 
 from zolr.cli import runs
-from zolr.cli.config import Settings, add, flag, nearest, spelled
+from zolr.cli.config import Settings, add, flag, nearest, resolve, spelled
 from zolr.cli.finetune import Finetune, Schedule
 from zolr.cli.workload import DEMO_TASK, DataChoice, Machine, ModelChoice
 from zolr.errors import UsageError, ZolrError
@@ -36,7 +37,9 @@ class Contest(Settings):
     """What competes."""
 
     methods: tuple[str, ...] = flag(
-        (), "Methods to compare: stiefel,mezo,adamw, with a paradigm as in stiefel:fo.", "Method"
+        (),
+        "Methods to compare: stiefel,mezo,adamw; with a paradigm as in stiefel:fo, and settings as in adamw@lr=1e-3@steps=500.",
+        "Method",
     )
 
 
@@ -59,7 +62,8 @@ def run(settings: Compare) -> None:
     from zolr.cli.screen import console
 
     shown = console(settings.quiet)
-    competitors = [_parsed(word.strip()) for part in settings.methods for word in part.split(",")]
+    words = [word.strip() for part in settings.methods for word in part.split(",")]
+    competitors = dict(_parsed(word) for word in words)
     if not competitors:
         raise UsageError(
             "nothing to compare; give --methods stiefel:zo,stiefel:fo,adamw (zolr methods lists them)"
@@ -70,9 +74,7 @@ def run(settings: Compare) -> None:
         if f.name in {g.name for g in fields(Finetune)}
     }
     shared |= {"output": None, "json": True, "quiet": True}
-    plans = [
-        Finetune(**{**shared, "method": method, "paradigm": paradigm}) for method, paradigm in competitors
-    ]
+    plans = {name: Finetune(**{**shared, **own}) for name, own in competitors.items()}
     task = settings.task or (Path(settings.data).stem if settings.data else DEMO_TASK)
     root = Path(settings.output) if settings.output else runs.free_folder(f"compare-{task}")
     runs.check_free(root, overwrite=False, resume=False)
@@ -80,14 +82,14 @@ def run(settings: Compare) -> None:
         signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
     )  # so that the child is told, too
     rows = []
-    for plan in plans:
-        name = f"{plan.method}-{plan.paradigm}"
-        shown.print(f"{name} ...")
+    for name, plan in plans.items():
+        shown.print(f"{name} ...", markup=False)
+        place = root / name.replace(":", "-").replace("@", "-")
         try:
-            raced = _raced(replace(plan.filled(), output=str(root / name)))
+            raced = _raced(replace(plan.filled(), output=str(place)))
         except ZolrError as error:
             raced = {"error": f"error: {error}", "exit_code": error.exit_code}
-        rows.append({"method": plan.method, "paradigm": plan.paradigm, **raced})
+        rows.append({"name": name, "method": plan.method, "paradigm": plan.paradigm, **raced})
         if "error" in rows[-1]:
             shown.print(rows[-1]["error"], markup=False)
     if settings.json:
@@ -106,15 +108,28 @@ def register(app: typer.Typer) -> None:
     add(app, "compare", Compare, run)
 
 
-def _parsed(word: str) -> tuple[str, str | None]:
-    """Method and paradigm of `stiefel:fo`, checked."""
+def _parsed(word: str) -> tuple[str, dict[str, Any]]:
+    """The full name and the settings of `stiefel:fo@lr=1e-3`, checked."""
     from zolr.methods import METHODS
 
-    name, _, paradigm = word.partition(":")
+    head, *more = word.split("@")
+    name, _, paradigm = head.partition(":")
     if name not in METHODS:
         raise UsageError(f"--methods: method '{name}' is not known; {nearest(name, list(METHODS))}")
     METHODS[name].build(paradigm or None)
-    return name, paradigm or METHODS[name].paradigms[0]
+    own: dict[str, Any] = {}
+    for part in more:
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise UsageError(f"--methods: '{part}' in '{word}' is no setting; write it as @lr=1e-3")
+        try:
+            own[key.replace("-", "_")] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            own[key.replace("-", "_")] = value  # words need no quotes
+    checked = resolve(Finetune, own)
+    own = {key: getattr(checked, key) for key in own}
+    paradigm = paradigm or METHODS[name].paradigms[0]
+    return "@".join([f"{name}:{paradigm}", *more]), {**own, "method": name, "paradigm": paradigm}
 
 
 def _raced(plan: Finetune) -> dict[str, Any]:
@@ -161,7 +176,7 @@ def _print(rows: Sequence[dict[str, Any]], task: str) -> None:
     columns = ["method", *outcome_columns(metric)]
     lines = []
     for row in rows:
-        name = f"{row['method']}:{row['paradigm']}"
+        name = row["name"]
         if "error" in row:
             lines.append((name, None, row["error"], *[None] * 6))
             continue

@@ -75,9 +75,6 @@ class Composition(Settings):
     side: str | None = flag(
         None, "Which side of a matrix is projected: right, left, short.", "Method", shown="the method's"
     )
-    centered: bool | None = flag(
-        None, "Leave the mean input of a layer out (stiefel).", "Method", shown="the method's"
-    )
     train: str | None = flag(
         None,
         "Weights to train: all, or attention, linear, head, embedding, bias, norm joined by +.",
@@ -245,7 +242,6 @@ class Finetune(Writing, Machine, Schedule, Composition, DataChoice, ModelChoice)
                 "probes",
                 "eps",
                 "side",
-                "centered",
             )
         }
         return compose(self.method, self.paradigm, **parts)

@@ -178,7 +178,6 @@ class Pretrain(Writing, Machine, Course, Composition, Text, Architecture):
                 "probes",
                 "eps",
                 "side",
-                "centered",
             )
         }
         return compose(self.method or "adamw", self.paradigm, **parts)
