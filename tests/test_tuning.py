@@ -141,7 +141,7 @@ def test_a_rate_given_is_kept_where_eps_is_chosen():
     info = engine.step([batch])
     assert info.lr == 0.0123 and engine.base_lr == 0.0123 and engine.tuning is not None
     assert engine.method.estimator.eps == engine.tuning.eps  # type: ignore[attr-defined]
-    assert info.forwards == engine.tuning.forwards + 2
+    assert info.forwards == engine.tuning.forwards + 1 + 2  # rows are counted in a forward of their own
 
 
 def test_nothing_is_tuned_where_both_are_given():
@@ -297,7 +297,7 @@ def test_a_loss_that_breaks_off_the_starting_point_is_refused():
 
     def broken(model: nn.Module, batch: Any) -> Tensor:
         calls.append(1)
-        return model(batch[0]).sum() * (1.0 if len(calls) == 1 else float("nan"))
+        return model(batch[0]).sum() * (1.0 if len(calls) <= 2 else float("nan"))
 
     model, batch, _ = built(lambda: logistic(1.0))
     start = model.weight.detach().clone()
@@ -308,6 +308,61 @@ def test_a_loss_that_breaks_off_the_starting_point_is_refused():
     for eps, words in ways.items():
         calls.clear()
         engine = Engine(model, compose("stiefel", rank=3, eps=eps), lr=None, loss=broken)
-        with pytest.raises(UsageError, match=words):
+        with pytest.raises(NonFiniteError, match=words):
             engine.step([batch])
         assert torch.equal(engine.detach().weight, start)
+
+
+# ---- later steps -----------------------------------------------------------------------------------------------------
+
+
+def test_a_rate_that_was_measured_falls_as_the_squared_slopes_rise(monkeypatch):
+    monkeypatch.setattr("zolr.tuning.FIRST_STEPS", 4)
+    monkeypatch.setattr("zolr.tuning.RUNNING_STEPS", 3)
+    model, batch, loss = built(classes)
+    size = [1.0]
+    engine = Engine(model, compose("stiefel", rank=3), lr=None, loss=lambda m, b: size[0] * loss(m, b))
+    engine._schedule = lambda step: 0.9**step
+    seen, first, now = [], 0.0, 0.0
+    for step in range(12):
+        size[0] = 1.0 if step < 6 else 5.0  # slopes five times as large: the curvature is, too
+        info = engine.step([batch])
+        assert engine.base_lr is not None and info.slope is not None
+        factor = 1.0 if step < 4 or now <= first else first / now
+        assert info.lr == pytest.approx(engine.base_lr * 0.9**step * factor, rel=1e-9)
+        seen.append(info.slope**2)
+        first = sum(seen[:4]) / len(seen[:4])
+        now = first if step < 4 else now + (seen[-1] - now) / 3
+    assert now > 2 * first
+
+
+def test_a_rate_that_was_given_and_steps_without_a_size_are_left_alone():
+    for lr, optimizer in ((1e-3, "sgd"), (None, "adamw")):
+        model, batch, loss = built(classes)
+        engine = Engine(model, compose("stiefel", rank=3, optimizer=optimizer), lr=lr, loss=loss)
+        rates = {engine.step([batch]).lr for _ in range(150)}
+        assert rates == {engine.base_lr}
+
+
+@pytest.mark.parametrize(
+    ("count", "pair"), [(None, False), (32, False), (32, True)], ids=["mean", "per example", "pair"]
+)
+def test_the_share_goes_by_the_rows_that_a_loss_counts(count, pair):
+    model, batch, _ = built(classes)
+
+    def loss(m: nn.Module, b: Any) -> Any:
+        losses = F.cross_entropy(m(b[0]), b[1], reduction="none")
+        return losses.mean() if count is None else (losses.sum(), losses.numel()) if pair else losses
+
+    engine = Engine(model, compose("stiefel", rank=3, eps=1e-3), lr=None, loss=loss)
+    engine.step([batch, batch])
+    assert engine.tuning is not None
+    rows = None if count is None else 64
+    expected = share(rows) / engine.tuning.curvature
+    overall = math.sqrt(
+        sum(float(v.weight.square().sum()) for v in engine.variables)
+        / sum(v.weight.numel() for v in engine.variables)
+    )
+    assert engine.tuning.lr == pytest.approx(
+        min(expected, LARGEST_STEP * overall / engine.tuning.slope), rel=0.02
+    )

@@ -3,8 +3,9 @@
 import copy
 import re
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from zolr.projectors import Learner
 from zolr.projectors.identity import Identity
 from zolr.spectra import Moments, Sketch, Spectrum
 from zolr.subspaces import rebuild
-from zolr.tuning import Tuning, tune
+from zolr.tuning import Caution, Tuning, tune
 from zolr.variables import Realization, Variable, attach, detach
 
 CATEGORIES = ("attention", "linear", "head", "embedding", "bias", "norm")
@@ -180,6 +181,9 @@ class Engine:
         self._scheduler: Any = None
         self._refreshed_at = 0
         self._dropped = False  # a streamed gradient of this step was not finite
+        self._caution: Caution | None = (
+            None  # only for a rate that the engine chose, and that the slopes go into
+        )
         self._untried = getattr(method.estimator, "signs", "sequence") == "together"
         try:
             self._begin(check)
@@ -330,7 +334,43 @@ class Engine:
         if self._untried:
             forwards += self._try_signs(batches)
         key = self.key.fold_in("step", self.step_count)
-        lr = float(self.optimizer.param_groups[0]["lr"])
+        with self._cautious() as lr:
+            estimate, finite = self._advance(batches, key, lr)
+        forwards += self.method.estimator.forwards(len(batches))
+        slopes = estimate.slopes
+        slope = None if slopes is None or not self.guard else float(slopes.square().mean().sqrt())
+        if finite:
+            self.step_count += 1
+            if self._caution is not None and slope is not None:
+                self._caution.observe(slope)
+            if self._scheduler is not None:
+                self._scheduler.step()
+            self._follow_schedule()
+        return Info(
+            loss=float(estimate.loss) if self.guard else float("nan"),
+            slope=slope,
+            lr=lr,
+            skipped=not finite,
+            forwards=forwards,
+            refreshed=refreshed,
+        )
+
+    @contextmanager
+    def _cautious(self) -> Iterator[float]:
+        """The rate of this step, lowered by what the slopes have shown; schedules go on from the rate without that."""
+        groups = self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        factor = 1.0 if self._caution is None else self._caution.factor
+        try:
+            for group in groups:
+                group["lr"] = group["lr"] * factor
+            yield float(groups[0]["lr"])
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+
+    def _advance(self, batches: Sequence[Any], key: Key, lr: float) -> tuple[Estimate, bool]:
+        """Estimate and apply; what was seen, and whether it was applied."""
         received: list[tuple[Variable, Tensor]] = []
         loss: Callable[[Any], Any] = lambda batch: self._loss(self.model, batch)  # noqa: E731
         if self.streams:
@@ -344,24 +384,10 @@ class Engine:
             estimate = self._estimate(loss, batches, emit, key)
         except _NonFinite:
             estimate, received = Estimate(torch.tensor(float("nan"))), []
-        forwards += self.method.estimator.forwards(len(batches))
         finite = self._finite(estimate, [gradient for _, gradient in received])
         if finite and not self.streams:
             self._apply(received, lr)
-        if finite:
-            self.step_count += 1
-            if self._scheduler is not None:
-                self._scheduler.step()
-            self._follow_schedule()
-        slope = None if estimate.slopes is None else estimate.slopes
-        return Info(
-            loss=float(estimate.loss) if self.guard else float("nan"),
-            slope=None if slope is None or not self.guard else float(slope.square().mean().sqrt()),
-            lr=lr,
-            skipped=not finite,
-            forwards=forwards,
-            refreshed=refreshed,
-        )
+        return estimate, finite
 
     def _try_signs(self, batches: Sequence[Any]) -> int:
         """Evaluate both signs together and in sequence once, and go on in sequence where they differ."""
@@ -495,6 +521,8 @@ class Engine:
         )
         if self.base_lr is not None:  # the user's own rate stands; only eps was open
             self.tuning = replace(self.tuning, lr=self.base_lr)
+        elif not self.method.optimizer.normalizes:
+            self._caution = Caution()
         self._adopt(self.tuning)
         return (self.tuning.forwards + 1) * len(batches)
 
@@ -604,6 +632,7 @@ class Engine:
             "base_lr": self.base_lr,
             "tuning": None if self.tuning is None else self.tuning.as_dict(),
             "scheduler": None if self._scheduler is None else _plain(self._scheduler.state_dict()),
+            "caution": None if self._caution is None else asdict(self._caution),
             "variables": variables,
         }
 
@@ -650,6 +679,7 @@ class Engine:
                 s = saved["spectrum"]
                 self._spectra[v.name] = Spectrum(s["vectors"], s["values"], float(s["rest"]))
         self.step_count, self._refreshed_at = state["step"], state["refreshed_at"]
+        self._caution = None if state["caution"] is None else Caution(**state["caution"])
         if self._scheduler is not None and state["scheduler"] is not None:
             self._scheduler.load_state_dict(state["scheduler"])
         for group, lr in zip(self.optimizer.param_groups, state["lr"], strict=True):
