@@ -20,35 +20,27 @@ RESULTS = Path(__file__).parent / "results" / "quality.json"
 DATA = Path(os.environ.get("ZOLR_DATA", Path(__file__).parents[2] / "shared" / "data"))
 MINILM = str(DATA / "models" / "minilm-mlm")
 
-REAL = ["--model", MINILM, "--train-rows", "512", "--max-length", "64", "--threads", "1"]
-THREE_EPOCHS = ["--epochs", "3", "--batch-size", "16", "--eval-every", "32"]
-FORWARD_ONLY = ["--paradigm", "zo", "--threads", "1", "--max-length", "64", "--model", MINILM]
+REAL = ["--model", MINILM, "--max-length", "64", "--threads", "1"]
+THREE_EPOCHS = ["--train-rows", "512", "--epochs", "3", "--batch-size", "16", "--eval-every", "32"]
+SEEDS = range(3)
 
 
 def cases() -> dict[str, dict[str, list[str]]]:
     """Arguments of every case by group and name."""
     fo, zo, demo = {}, {}, {}
-    for task in ("sst2", "trec"):
-        for method in ("adamw", "stiefel"):
-            for seed in range(3):
-                seeds = ["--seed", str(seed), "--data-seed", str(seed)]
+    for seed in SEEDS:
+        seeds = ["--seed", str(seed), "--data-seed", str(seed)]
+        for task in ("sst2", "trec"):
+            for method in ("adamw", "stiefel"):
                 paradigm = ["--method", method, "--paradigm", "fo"]
                 fo[f"fo/{task}/{method}/{seed}"] = [*REAL, *THREE_EPOCHS, *paradigm, "--task", task, *seeds]
-        for seed in range(3):
-            seeds = ["--seed", str(seed), "--data-seed", str(seed)]
-            zo[f"zo/{task}/stiefel/{seed}"] = [
-                *FORWARD_ONLY,
-                "--projector",
-                "stiefel",
-                "--task",
-                task,
-                *seeds,
-            ]
-    for seed in range(3):
-        seeds = ["--seed", str(seed), "--data-seed", str(seed), "--threads", "2"]
-        demo[f"demo/stiefel-zo/{seed}"] = ["--paradigm", "zo", "--projector", "stiefel", *seeds]
-        demo[f"demo/stiefel-fo/{seed}"] = ["--paradigm", "fo", "--projector", "stiefel", *seeds]
-        demo[f"demo/adamw-fo/{seed}"] = ["--method", "adamw", *seeds]
+            stiefel = ["--paradigm", "zo", "--projector", "stiefel", "--steps", "200", "--eval-every", "50"]
+            zo[f"zo/{task}/stiefel/{seed}"] = [*REAL, *stiefel, "--task", task, *seeds]
+        one = ["--threads", "1", *seeds]
+        demo[f"demo/stiefel-zo/{seed}"] = ["--paradigm", "zo", "--projector", "stiefel", *one]
+        demo[f"demo/stiefel-fo/{seed}"] = ["--paradigm", "fo", "--projector", "stiefel", *one]
+        demo[f"demo/adamw/{seed}"] = ["--method", "adamw", *one]
+        demo[f"demo/adamw, lr 1e-3/{seed}"] = ["--method", "adamw", "--lr", "1e-3", *one]
     return {"fo": fo, "zo": zo, "demo": demo}
 
 

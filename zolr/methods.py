@@ -81,7 +81,8 @@ class Row:
         methods: a method per paradigm; the first is the default.
         train: which weights it trains per paradigm unless the user says otherwise (see `engine.selection`); all of
             them where nothing is said.
-        lr: learning rate per paradigm when the user gives none; None lets the engine choose from what it measures.
+        lr: learning rate of fine-tuning per paradigm when the user gives none, under fo for a model of width 768; None
+            lets the engine choose from what it measures.
         equation: the step.
         reference: where it was published.
         follows: paper or released code, and where they differ.
@@ -140,7 +141,7 @@ _ROWS = (
         "arXiv 2603.20632",
         "paper (law and scale); rank, window and optimizer are our defaults",
         train={"zo": "attention", "fwd": "attention"},
-        lr={"zo": None, "fo": 5e-4, "fwd": 1e-3},
+        lr={"zo": None, "fo": 2.5e-4, "fwd": 1e-3},
     ),
     Row(
         "dependent",
@@ -154,7 +155,7 @@ _ROWS = (
         "paper (law); the spectrum estimate from projected gradients or probes is ours",
         "Adam rescales coordinates, so only SGD sees an unbiased estimate",
         train={"zo": "attention"},
-        lr={"zo": None, "fo": 3e-4},
+        lr={"zo": None, "fo": 2.5e-4},
     ),
     Row(
         "mezo",
@@ -205,7 +206,7 @@ _ROWS = (
         "W + B Pᵀ, P entries N(0, 1/r); a few Adam steps on B, then fold and draw again",
         "arXiv 2502.07222",
         "paper's practice (Gaussian); its proximal term is the restart of B at zero",
-        lr={"fo": 3e-4},
+        lr={"fo": 2.5e-4},
     ),
     Row(
         "sgd",
@@ -223,7 +224,7 @@ _ROWS = (
         "torch.optim.AdamW on the weights",
         "arXiv 1711.05101",
         "torch",
-        lr={"fo": 1e-4},
+        lr={"fo": 5e-5},
     ),
     Row(
         "muon",
@@ -232,7 +233,7 @@ _ROWS = (
         "W <- W - lr s NewtonSchulz(momentum of G)",
         "Jordan et al. 2024",
         "torch.optim.Muon, learning rate scaled to match AdamW's step size",
-        lr={"fo": 1e-3},
+        lr={"fo": 2.5e-4},
     ),
 )
 METHODS: dict[str, Row] = {row.name: row for row in _ROWS}

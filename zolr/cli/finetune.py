@@ -41,8 +41,8 @@ DEFAULTS = {
 }
 
 # Learning rate where neither the user nor the method's row has one for this optimizer (zo: the engine measures one)
-LEARNING_RATES = {"sgd": 1e-2, "momentum": 1e-2, "adamw": 3e-4, "adafactor": 3e-4, "muon": 1e-3}
-OTHER_OPTIMIZER = 1e-3
+LEARNING_RATES = {"sgd": 1e-2, "momentum": 1e-2, "adamw": 2.5e-4, "adafactor": 2.5e-4, "muon": 2.5e-4}
+OTHER_OPTIMIZER = 2.5e-4
 
 OBJECTIVES = ("loss", "accuracy", "f1")
 MAY_CHANGE = ("steps", "device", "threads")  # on --resume; anything else would make it another run
@@ -101,7 +101,7 @@ class Schedule(Settings):
         None,
         "Learning rate.",
         "Training",
-        shown="the method's; zo: measured on the first batch",
+        shown="the method's, for the width of the model; zo: measured on the first batch",
         aliases=("learning_rate",),
     )
     schedule: Literal["constant", "linear", "cosine"] = flag(
@@ -233,29 +233,31 @@ class Finetune(Writing, Machine, Schedule, Composition, DataChoice, ModelChoice)
 
         parts = {
             f: getattr(self, f)
-            for f in (
-                "projector",
-                "rank",
-                "refresh_every",
-                "optimizer",
-                "transport",
-                "probes",
-                "eps",
-                "side",
-            )
+            for f in ("projector", "rank", "refresh_every", "optimizer", "transport", "probes", "eps", "side")
         }
         return compose(self.method, self.paradigm, **parts)
 
-    def learning_rate(self, method: Method) -> float | None:
-        """The rate: as given, else of the method's row, else of its optimizer; None is for the engine to measure."""
+    def learning_rate(self, method: Method, width: int) -> float | None:
+        """The rate: as given, else of the method's row, else of its optimizer; None is for the engine to measure.
+
+        Args:
+            width: hidden size of the model, which rates of backprop that nobody gave are fitted to (`workload.fitted`).
+        """
+        from zolr.cli.workload import fitted
         from zolr.methods import METHODS
 
         if self.lr is not None:
             return self.lr
         row = METHODS[self.method or "stiefel"]
         if row.methods[method.paradigm].optimizer.name == method.optimizer.name:
-            return row.lr.get(method.paradigm)
-        return None if method.paradigm == "zo" else LEARNING_RATES.get(method.optimizer.name, OTHER_OPTIMIZER)
+            rate = row.lr.get(method.paradigm)
+        else:
+            rate = (
+                None
+                if method.paradigm == "zo"
+                else LEARNING_RATES.get(method.optimizer.name, OTHER_OPTIMIZER)
+            )
+        return rate if rate is None else fitted(rate, method, width)
 
     @property
     def name(self) -> str:
@@ -351,7 +353,7 @@ class Job:
 
     def __init__(self, settings: Finetune) -> None:
         from zolr import models
-        from zolr.cli.workload import device_of, set_threads, splits_of, task_of, words_of
+        from zolr.cli.workload import device_of, set_threads, splits_of, task_of, width_of, words_of
         from zolr.engine import Engine
         from zolr.methods import METHODS
         from zolr.tasks import TrainingBatches, own_task, truncation_share
@@ -397,7 +399,7 @@ class Job:
         self.engine: Engine = Engine(
             self.work.model,
             method,
-            lr=settings.learning_rate(method),
+            lr=settings.learning_rate(method, width_of(self.work.model)),
             loss=self.work.objective(settings.objective),
             select=self.select,
             seed=settings.seed,

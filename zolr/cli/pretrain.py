@@ -169,16 +169,7 @@ class Pretrain(Writing, Machine, Course, Composition, Text, Architecture):
 
         parts = {
             f: getattr(self, f)
-            for f in (
-                "projector",
-                "rank",
-                "refresh_every",
-                "optimizer",
-                "transport",
-                "probes",
-                "eps",
-                "side",
-            )
+            for f in ("projector", "rank", "refresh_every", "optimizer", "transport", "probes", "eps", "side")
         }
         return compose(self.method or "adamw", self.paradigm, **parts)
 

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from zolr.methods import Method
     from zolr.tasks import ClassInput, Encoded, Example, Prompt, Splits, Task
 
 DEMO_TASK = "questions"  # the task that comes with the package, as the demo model does
+
+REFERENCE_WIDTH = 768  # of the model that default rates of backprop are stated for
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -328,6 +331,22 @@ def macro_f1(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
     guess, truth = F.one_hot(predicted, classes).float(), F.one_hot(labels, classes).float()  # (b, c)
     both, total = (guess * truth).sum(0), guess.sum(0) + truth.sum(0)
     return (2 * both / total.clamp_min(1)).sum() / (total > 0).sum()
+
+
+def width_of(model: nn.Module) -> int:
+    """Hidden size of a transformers model."""
+    config: Any = model.config
+    return int(getattr(config.get_text_config(), "hidden_size", REFERENCE_WIDTH))
+
+
+def fitted(rate: float, method: Method, width: int) -> float:
+    """A default rate of backprop, stated for a model of width 768, for another width.
+
+    Steps of a rule that divides by the size of the gradient (Adam) change the output of a linear map in proportion to its
+    inputs, so the rate goes with `1 / width` (Yang et al., Tensor Programs V, arXiv 2203.03466).
+    """
+    scales = method.paradigm == "fo" and method.optimizer.normalizes
+    return rate * REFERENCE_WIDTH / width if scales else rate
 
 
 def longest_text(config: Any, tokenizer: Any) -> int | None:
