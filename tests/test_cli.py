@@ -437,7 +437,7 @@ def test_a_run_from_end_to_end(
     assert {**result, "folder": str(run)} == json.loads(out)
     assert (
         result["steps"] == 6
-        and result["forwards"] == (18 if paradigm == "fo" else 12)
+        and result["forwards"] == (18 if paradigm == "fo" else 24)  # zo: two batches a step
         and result["metric"] == "accuracy"
     )
     assert 0 < result["tokens_seen"] < result["tokens"] and result["peak_bytes_measured"] > 260_032 * 4
@@ -674,3 +674,35 @@ def test_doctor(zolr: Run) -> None:
     )
     code, out, _ = zolr("doctor")
     assert code == 0 and "torch" in out and "demo" in out and "matplotlib" in out
+
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_a_run(path: Path) -> None:
+    from zolr.cli.finetune import Finetune
+    from zolr.cli.pretrain import Pretrain
+
+    kind = Pretrain if "pretrain" in path.stem else Finetune
+    settings = kind.gather({}, path)
+    assert settings.composed().paradigm in ("fo", "zo")
+
+
+def test_the_demo_recipe_is_the_default() -> None:
+    from zolr.cli.finetune import DEFAULTS, Finetune
+    from zolr.methods import METHODS
+
+    root = Path(__file__).parent.parent / "recipes"
+    for paradigm in ("zo", "fo"):
+        written = Finetune.gather({}, root / f"demo-{paradigm}.toml")
+        typed = Finetune.gather({"paradigm": paradigm, "projector": "stiefel"}, None)
+        assert written.filled().composed() == typed.filled().composed()
+        numbers = DEFAULTS[paradigm]
+        assert (written.steps, written.batch_size, written.accumulate or 1) == (
+            numbers.steps,
+            numbers.batch_size,
+            numbers.accumulate,
+        )
+        assert (written.eval_every, written.schedule) == (numbers.eval_every, typed.schedule)
+        assert written.train == METHODS["stiefel"].trained(paradigm)
