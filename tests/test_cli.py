@@ -1,5 +1,6 @@
 """The command line: instant help, one clear line for every mistake, and runs that plain transformers can use."""
 
+import dataclasses
 import json
 import os
 import random
@@ -240,6 +241,11 @@ def failed(outcome: tuple[int, str, str], code: int, message: str) -> None:
         (["finetune", "--steps", 0], 2, "--steps 0"),
         (["finetune", "--refresh-every", 0], 2, "refresh_every = 0"),
         (["finetune", "--probes", 0], 2, "0 probes.*at least 1"),
+        (["finetune", "--signs", "both"], 2, "signs 'both' is not known.*together"),
+        (["finetune", "--law", "cauchy"], 2, "law 'cauchy' is not known.*sphere"),
+        (["finetune", "--sides", 3], 2, "sides = 3"),
+        (["finetune", "--paradigm", "fo", "--signs", "together"], 2, "paradigm 'fo' has no setting 'signs'"),
+        (["finetune", "--realization", "hook"], 2, "--realization 'hook': .*rebuild"),
         (["finetune", "--k", 3, "--train-rows", 9], 2, "k = 3 and train_rows = 9"),
         (["finetune", "--steps", 3, "--epochs", 1], 2, "--epochs 1.0 and --steps 3"),
         (["finetune", "--steps", 3, "--warmup", 3], 2, "--warmup 3 leaves none of 3 steps"),
@@ -706,3 +712,17 @@ def test_the_demo_recipe_is_the_default() -> None:
         )
         assert (written.eval_every, written.schedule) == (numbers.eval_every, typed.schedule)
         assert written.train == METHODS["stiefel"].trained(paradigm)
+
+
+def test_every_part_of_a_method_has_a_flag() -> None:
+    import inspect
+
+    from zolr.cli.finetune import PARTS, Finetune
+    from zolr.methods import compose
+
+    flags = {field.name for field in dataclasses.fields(Finetune)}
+    arguments = set(inspect.signature(compose).parameters) - {"method", "paradigm", "estimator"}
+    assert set(PARTS) == arguments and set(PARTS) <= flags
+    given = {"law": "gaussian", "sides": 1, "directions": "orthonormal", "signs": "together", "probes": 2}
+    made = Finetune.gather({"paradigm": "zo", **given}, None).composed().estimator
+    assert {name: getattr(made, name) for name in given} == given

@@ -277,6 +277,9 @@ def compose(
     probes: int | None = None,
     eps: float | None = None,
     law: str | None = None,
+    sides: int | None = None,
+    directions: str | None = None,
+    signs: str | None = None,
 ) -> Method:
     """A row of METHODS with some of its parts or settings replaced.
 
@@ -315,7 +318,16 @@ def compose(
             rank=rank,
             side=side,
         ),
-        estimator=_with(result.estimator, f"paradigm '{result.paradigm}'", probes=probes, eps=eps, law=law),
+        estimator=_with(
+            result.estimator,
+            f"paradigm '{result.paradigm}'",
+            probes=probes,
+            eps=eps,
+            law=law,
+            sides=sides,
+            directions=directions,
+            signs=signs,
+        ),
     )
     if optimizer is not None and optimizer != result.optimizer.name:
         result = replace(result, optimizer=OptimizerRule(optimizer))

@@ -44,6 +44,12 @@ DEFAULTS = {
 LEARNING_RATES = {"sgd": 1e-2, "momentum": 1e-2, "adamw": 2.5e-4, "adafactor": 2.5e-4, "muon": 2.5e-4}
 OTHER_OPTIMIZER = 2.5e-4
 
+# settings that replace a part of the method's row, under the names that `methods.compose` has for them
+PARTS = (
+    "projector", "rank", "refresh_every", "optimizer", "transport", "side",
+    "probes", "eps", "law", "sides", "directions", "signs",
+)  # fmt: skip
+
 OBJECTIVES = ("loss", "accuracy", "f1")
 MAY_CHANGE = ("steps", "device", "threads")  # on --resume; anything else would make it another run
 
@@ -74,6 +80,24 @@ class Composition(Settings):
     eps: float | None = flag(None, "Probe radius (zo).", "Method", shown="measured, or the method's")
     side: str | None = flag(
         None, "Which side of a matrix is projected: right, left, short.", "Method", shown="the method's"
+    )
+    law: str | None = flag(
+        None, "How a probe is drawn: rademacher, gaussian, sphere (zo, fwd).", "Method", shown="the method's"
+    )
+    sides: int | None = flag(
+        None, "2 for central differences, 1 for one-sided (zo).", "Method", shown="the method's"
+    )
+    directions: str | None = flag(
+        None, "Several probes: fresh, or orthonormal (zo).", "Method", shown="the method's"
+    )
+    signs: str | None = flag(
+        None,
+        "Both signs of a probe in sequence, or together in one forward (zo).",
+        "Method",
+        shown="the method's",
+    )
+    realization: Literal["auto", "side", "rebuild", "inplace"] = flag(
+        "auto", "How a perturbation reaches a weight: auto, side, rebuild, inplace.", "Method"
     )
     train: str | None = flag(
         None,
@@ -231,10 +255,7 @@ class Finetune(Writing, Machine, Schedule, Composition, DataChoice, ModelChoice)
         """The method these settings describe."""
         from zolr.methods import compose
 
-        parts = {
-            f: getattr(self, f)
-            for f in ("projector", "rank", "refresh_every", "optimizer", "transport", "probes", "eps", "side")
-        }
+        parts = {f: getattr(self, f) for f in PARTS}
         return compose(self.method, self.paradigm, **parts)
 
     def learning_rate(self, method: Method, width: int) -> float | None:
@@ -406,6 +427,7 @@ class Job:
             weight_decay=settings.weight_decay,
             schedule=schedule_of(settings.schedule, settings.warmup, settings.steps or 1),
             clip=settings.clip,
+            realization=settings.realization,
             # families whose forward we know need no proof that the coordinates reach the loss; it costs a pass per weight
             check=None if models.splits(self.work.model) else self._moved(self.batches(0)[0]),
         )
@@ -478,6 +500,7 @@ class Job:
                 select=self.select,
                 weight_decay=s.weight_decay,
                 clip=s.clip,
+                realization=s.realization,
             ).peak_bytes
         except Exception as error:  # an operation that fake tensors cannot run must not stop a run that works
             self.notes.append(f"note: no memory prediction ({type(error).__name__}: {error})")

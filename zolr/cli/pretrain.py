@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Lt
 
 from zolr.cli import runs
 from zolr.cli.config import Settings, add, as_dict, flag, resolve, toml
-from zolr.cli.finetune import Composition, Writing
+from zolr.cli.finetune import PARTS, Composition, Writing
 from zolr.cli.workload import Machine
 from zolr.errors import NonFiniteError, UsageError
 
@@ -167,10 +167,7 @@ class Pretrain(Writing, Machine, Course, Composition, Text, Architecture):
         """The method these settings describe."""
         from zolr.methods import compose
 
-        parts = {
-            f: getattr(self, f)
-            for f in ("projector", "rank", "refresh_every", "optimizer", "transport", "probes", "eps", "side")
-        }
+        parts = {f: getattr(self, f) for f in PARTS}
         return compose(self.method or "adamw", self.paradigm, **parts)
 
 
@@ -254,6 +251,7 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
         weight_decay=settings.weight_decay,
         schedule=schedule(settings),
         clip=settings.clip,
+        realization=settings.realization,
     )
     shown.print(
         f"{stream.tokens:,} tokens to train on, {valid.tokens:,} held out, vocabulary {len(tokenizer):,}\n"
@@ -531,6 +529,7 @@ def _predicted(settings: Pretrain, model: Any, method: Method, select: str, show
             select=select,
             weight_decay=settings.weight_decay,
             clip=settings.clip,
+            realization=settings.realization,
         ).peak_bytes
     except Exception as error:  # an operation that fake tensors cannot run must not stop a run that works
         shown.print(f"note: no memory prediction ({type(error).__name__}: {error})", markup=False)
