@@ -54,7 +54,7 @@ def ran(arguments: list[str]) -> dict[str, object]:
         return {"command": shown, "error": done.stderr.strip().splitlines()[-1:], "code": done.returncode}
     result = json.loads(done.stdout)
     keep = ("metric", "before", "after", "steps", "forwards", "tokens", "seconds", "peak_bytes_measured")
-    chosen = {key: result.get(key) for key in (*keep, "peak_bytes_predicted", "tuning", "versions")}
+    chosen = {key: result.get(key) for key in (*keep, "peak_bytes_predicted", "lr", "eps", "versions")}
     return {"command": shown, **{key: value for key, value in chosen.items() if value is not None}}
 
 

@@ -134,7 +134,7 @@ _ROWS = (
         "the gradient in a Haar-random subspace, the optimal law when nothing is known of it (default)",
         {
             "zo": Method(Spsa(), Stiefel(rank=16), SGD, Reset(), 200),
-            "fo": Method(Backprop(), Stiefel(rank=16), ADAMW, Reset(), 100),
+            "fo": Method(Backprop(), Stiefel(rank=32), ADAMW, Reset(), 100),
             "fwd": Method(Forward(), Stiefel(rank=16), ZO_ADAMW, Reset(), 200),
         },
         "W + B Pᵀ, P = sqrt(n/r) Q, Q Haar on the Stiefel manifold; train B, fold every refresh_every steps",
