@@ -10,8 +10,9 @@ import os
 import resource
 import sys
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,12 +31,23 @@ from zolr.projectors.stiefel import Stiefel
 
 ROUNDING = 512  # bytes; the CUDA caching allocator hands out multiples of this
 
+# What comes on top of every figure here; how much depends on device, driver and libraries, so no number is given
+OVERHEAD = (
+    "CUDA context and loaded kernels, cache and fragmentation of the allocator, workspaces of cuBLAS, cuSOLVER "
+    "and attention kernels"
+)
+
 
 # --- counting -----------------------------------------------------------------------------------------------
 
 
-class Record(NamedTuple):
-    """One live storage at the peak: who made it, and how it looked when it was made."""
+@dataclass(slots=True, eq=False)
+class Record:
+    """One live storage at the peak: who made it, how it looked when it was made, and what it is.
+
+    Args:
+        part: what it was said to be (see `LiveBytes.label` and `LiveBytes.making`); empty where nobody said.
+    """
 
     bytes: int
     shape: tuple[int, ...]
@@ -43,6 +55,7 @@ class Record(NamedTuple):
     op: str
     phase: str
     module: str
+    part: str = ""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -66,6 +79,7 @@ class LiveBytes(TorchDispatchMode):
         self.live = 0
         self.peak = 0
         self.peak_phase = ""
+        self.peak_module = ""  # where the peak was reached, also in backward; filled when profiling
         self.records: list[
             Record
         ] = []  # the storages alive at the peak, largest first; filled when profiling
@@ -73,6 +87,9 @@ class LiveBytes(TorchDispatchMode):
         self._phases = [""]
         self._modules: list[str] = []
         self._names: dict[int, str] = {}
+        self._part = ""
+        # the number of the next autograd node whenever a module is entered or left, and the module from there on
+        self._entered: list[tuple[int, str]] = []
         self._known: dict[int, tuple[weakref.ref, int]] = {}  # storage address -> reference, bytes
         self._made: dict[int, Record] = {}
         self._fresh_peak = False  # the peak has moved since the records were taken
@@ -122,9 +139,27 @@ class LiveBytes(TorchDispatchMode):
         """Name what goes on outside any `phase` block from now on."""
         self._phases[0] = name
 
+    def label(self, part: str, *tensors: Tensor) -> None:
+        """Say what some tensors are, for the records of this and of earlier peaks; the first word on one stands."""
+        for tensor in tensors:
+            for storage in _storages(tensor):
+                record = self._made.get(storage._cdata)
+                if record is not None and not record.part:
+                    record.part = part
+
+    @contextlib.contextmanager
+    def making(self, part: str) -> Iterator[None]:
+        """Say what everything made inside is."""
+        before, self._part = self._part, part
+        try:
+            yield
+        finally:
+            self._part = before
+
     def reset_peak(self) -> None:
         """Start a new peak at what lives now."""
         self.peak, self.peak_phase, self.records = self.live, self._phases[-1], []
+        self.peak_module = self._module()
         self._fresh_peak = self._profile
 
     def __enter__(self) -> "LiveBytes":
@@ -167,18 +202,10 @@ class LiveBytes(TorchDispatchMode):
                 self._count_all(each, op)
 
     def _count(self, tensor: Tensor, op: Any) -> None:
-        device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
-        if device.type == "meta":
-            return
-        flatten: Any = getattr(tensor, "__tensor_flatten__", None)
-        if flatten is not None:  # wrapper subclasses hold their data in inner tensors
-            for name in flatten()[0]:
-                self._count(getattr(tensor, name), op)
-            return
-        try:
-            storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # sparse layouts have no single storage
-            return
+        for storage in _storages(tensor):
+            self._count_storage(storage, tensor, op)
+
+    def _count_storage(self, storage: torch.UntypedStorage, tensor: Tensor, op: Any) -> None:
         size = -(-storage.nbytes() // ROUNDING) * ROUNDING
         address = storage._cdata
         known = self._known.get(address)
@@ -186,19 +213,34 @@ class LiveBytes(TorchDispatchMode):
             if known[1] != size:  # resized in place, as operations with out= do
                 self._known[address] = (known[0], size)
                 self.live += size - known[1]
+                if address in self._made:
+                    self._made[address] = replace(self._made[address], bytes=size)
             return
         self._known[address] = (weakref.ref(storage, lambda _: self._gone(address)), size)
         self.live += size
         if self._profile:
             module = self._modules[-1] if self._modules else ""
             self._made[address] = Record(
-                size, tuple(tensor.shape), tensor.dtype, str(op), self._phases[-1], module
+                size, tuple(tensor.shape), tensor.dtype, str(op), self._phases[-1], module, self._part
             )
 
     def _settle(self) -> None:
         if self.live > self.peak:
             self.peak, self.peak_phase = self.live, self._phases[-1]
             self._fresh_peak = self._profile
+            if self._profile:
+                self.peak_module = self._module()
+
+    def _module(self) -> str:
+        """The module at work: the innermost one, or in backward the one whose forward made the current node."""
+        if self._modules:
+            return self._modules[-1]
+        node: Any = torch._C._current_autograd_node() if self._entered else None
+        number = getattr(node, "_sequence_nr", None)
+        if number is None or type(node).__name__ == "AccumulateGrad":  # belongs to a weight, not to a place
+            return ""
+        place = bisect_right(self._entered, number(), key=lambda entry: entry[0])
+        return self._entered[place - 1][1] if place else ""
 
     def _gone(self, address: int) -> None:
         known = self._known.get(address)
@@ -217,10 +259,34 @@ class LiveBytes(TorchDispatchMode):
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         self._modules.append(self._names.get(id(module), type(module).__name__))
+        self._note_module()
 
     def _leave_module(self, module: nn.Module, args: Any, out: Any) -> None:
         if self._modules:
             self._modules.pop()
+        self._note_module()
+
+    def _note_module(self) -> None:
+        # a private name: without it modules are named in forward only
+        number = getattr(torch.autograd, "_get_sequence_nr", None)
+        if number is not None and torch.is_grad_enabled():
+            self._entered.append((number(), self._modules[-1] if self._modules else ""))
+
+
+def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """What holds the numbers of a tensor: usually one storage; none on the meta device and for sparse layouts."""
+    device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+    if device.type == "meta":
+        return
+    flatten: Any = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None:  # wrapper subclasses hold their data in inner tensors
+        for name in flatten()[0]:
+            yield from _storages(getattr(tensor, name))
+        return
+    try:
+        yield tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):  # sparse layouts have no single storage
+        return
 
 
 def size_of(*things: nn.Module | Tensor | Mapping[str, Tensor]) -> int:
@@ -233,8 +299,13 @@ def size_of(*things: nn.Module | Tensor | Mapping[str, Tensor]) -> int:
 Objective = Literal["prompt", "classes", "lm"]
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Any]
 
-# Steps of a predicted run: the first makes the optimizer's state, the second begins a new window on top of it
-STEPS, WINDOW = 2, 1
+# A predicted run: its first step makes the optimizer's state, the second runs on top of it, and where subspaces
+# change, the third begins a new window on top of it
+WINDOW = 2
+
+# What a peak is made of. "rest": the batch, directions of probes, weights rebuilt for one use, gradients of
+# activations, scratch
+PARTS = ("weights", "coords", "gradients", "optimizer", "activations", "logits", "rest")
 
 
 @dataclass(frozen=True)
@@ -249,6 +320,8 @@ class Prediction:
         optimizer_bytes: state of the optimizer.
         phase: where the peak is: "open" (drawing, folding), "forward", "backward", "update" or "optimizer".
         assumptions: what the figures rest on, one sentence each.
+        module: the module at work at the peak; empty outside of all, and unless asked for.
+        parts: bytes at the peak of each of `PARTS`, which add up to it; empty unless asked for.
         records: live storages at the peak, largest first; empty unless asked for.
     """
 
@@ -259,6 +332,8 @@ class Prediction:
     optimizer_bytes: int
     phase: str
     assumptions: tuple[str, ...]
+    module: str = ""
+    parts: Mapping[str, int] = field(default_factory=dict)
     records: tuple[Record, ...] = field(default=(), repr=False)
 
     @property
@@ -268,9 +343,9 @@ class Prediction:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and strings by name, without the records."""
-        plain = {**asdict(self), "ratio": self.ratio, "assumptions": list(self.assumptions)}
-        del plain["records"]
-        return plain
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "records"}
+        plain |= {"assumptions": list(self.assumptions), "parts": dict(self.parts), "overhead": OVERHEAD}
+        return {**plain, "ratio": self.ratio}
 
 
 def predict(
@@ -295,9 +370,9 @@ def predict(
 ) -> Prediction:
     """Predict the peak memory of a training step by running that very step on tensors without data.
 
-    The engine's own `step` runs twice under fake tensors: the first makes the optimizer's state, the second
-    closes a window, begins the next and steps in it. No weights are read or made, and a model of any size
-    takes seconds.
+    The engine's own `step` runs under fake tensors: the first makes the optimizer's state, the second has it
+    from the beginning, a third closes a window, begins the next and steps in it. No weights are read or made,
+    and a model of any size takes seconds.
 
     Args:
         model: a preset, a folder or hub name (its config is read), or a transformers config.
@@ -311,7 +386,7 @@ def predict(
         checkpointing: keep the inputs of layers only and compute the rest again in backward.
         signs: of a forward-only probe, "sequence" or "together"; None as the method says.
         select, realization, weight_decay, clip: as for `Engine`.
-        profile: list the live storages at the peak.
+        profile: list the live storages at the peak, add them up by what they are, and name the module.
 
     Raises:
         UsageError: a size below 1, or settings that cannot work together.
@@ -341,6 +416,7 @@ def predict(
             checkpoint_activations(net)
         with _FakeLiveBytes(profile=profile) as live:
             live.track(net, *batches)
+            live.label("weights", *net.parameters(), *net.buffers())
             engine = Engine(
                 net,
                 method,
@@ -354,9 +430,12 @@ def predict(
             )
             engine.optimizer.register_step_pre_hook(lambda *_: live.enter_phase("optimizer"))
             engine.optimizer.register_step_post_hook(lambda *_: live.leave_phase())
-            for _ in range(STEPS):
+            if profile:
+                _label_as_made(engine, live)
+            for _ in range(WINDOW + 1 if method.refresh_every else WINDOW):
                 live.base_phase("open")
                 engine.step(batches)
+                _label_kept(engine, live)
         counted = LiveBytes()
         counted.track(net)
         coords = sum(counted.track(v.value, *_bases(v.subspace)) for v in engine.variables)
@@ -369,13 +448,14 @@ def predict(
         with LiveBytes(profile=profile and method is None) as forward:
             weights = forward.track(net)
             forward.track(*batches)
+            forward.label("weights", *net.parameters(), *net.buffers())
             with torch.no_grad(), forward.phase("forward"):
                 loss(net, batches[0])
         assumptions = [
             f"{batch_size} x {max_length} tokens a micro-batch, {str(dtype).removeprefix('torch.')} weights",
             f"{net.config._attn_implementation} attention, fused where the kernel exists; dropout 0",
             "rows are padded; the optimizer holds temporaries of one tensor at a time (not foreach)",
-            "bytes of live tensors; allocator cache, kernel workspaces and the CUDA context come on top",
+            f"bytes of live tensors, each rounded up to {ROUNDING}; what no tensor holds comes on top",
         ]
         live, coords, state = forward, 0, 0
         if method is not None:
@@ -402,6 +482,8 @@ def predict(
         optimizer_bytes=state,
         phase=live.peak_phase,
         assumptions=tuple(assumptions),
+        module=live.peak_module,
+        parts=_parts(live.records, net) if profile else {},
         records=tuple(live.records),
     )
 
@@ -412,6 +494,13 @@ class _FakeLiveBytes(LiveBytes):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point():
             return 1.0
+        if any(type(arg) is Tensor and arg._is_zerotensor() for arg in args):
+            # Derivatives of some operations (layer norm of a fixed weight) make zeros that escape the fake mode.
+            # Its own complaint tries to print them, fails at that, and leaves autograd switched off for good
+            raise UsageError(
+                "forward mode (paradigm 'fwd') through this model cannot be predicted while these weights are "
+                "fixed: fake tensors lack a rule for their zero tangents; train all weights, or measure a run"
+            )
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
@@ -482,7 +571,7 @@ def _batch(objective: str, rows: int, tokens: int) -> dict[str, Tensor]:
 
 
 def _runnable(method: Method, signs: str | None) -> Method:
-    """The method with windows so short that the second step sees a change, and nothing left to choose."""
+    """The method with windows so short that the last step sees a change, and nothing left to choose."""
     estimator: Any = method.estimator
     settings = {f.name for f in fields(estimator)}
     if signs is not None:
@@ -508,6 +597,68 @@ def _in_phases(loss: Any, live: LiveBytes, after: str) -> Any:
 
 def _bases(subspace: Any) -> list[Tensor]:
     return [t for t in vars(subspace).values() if isinstance(t, Tensor)]
+
+
+def _label_as_made(engine: Engine, live: LiveBytes) -> None:
+    """Have what a step makes labeled: bases, gradients, and weights that are rebuilt for one use."""
+
+    def label_gradient(value: Tensor) -> None:
+        if value.grad is not None:
+            live.label("gradients", value.grad)
+
+    def label_gradients(*_: Any) -> None:
+        for variable in engine.variables:
+            label_gradient(variable.value)
+
+    def rebuilding(dense: Callable[..., Any]) -> Callable[..., Any]:
+        def rebuilt(*args: Any) -> Any:
+            with live.making("rest"):  # would count as an activation of the module that asks for it
+                return dense(*args)
+
+        return rebuilt
+
+    _label_kept(engine, live)
+    # all gradients are in place when the optimizer steps, which labels those of every paradigm; the hooks of
+    # autograd see one before the engine masks it (an embedding's is copied without its padding row)
+    engine.optimizer.register_step_pre_hook(label_gradients)
+    for variable in engine.variables:
+        loose: Any = variable
+        loose.dense = rebuilding(variable.dense)
+        if engine.method.paradigm == "fo":
+            variable.value.requires_grad_(True)
+            variable.value.register_post_accumulate_grad_hook(label_gradient)
+
+
+def _label_kept(engine: Engine, live: LiveBytes) -> None:
+    """Label what outlives a step: coordinates, bases and optimizer state of the current window."""
+    for variable in engine.variables:
+        live.label("coords", variable.value, *_bases(variable.subspace))
+    for state in engine.optimizer.state.values():
+        live.label("optimizer", *(t for t in state.values() if isinstance(t, Tensor)))
+
+
+def _parts(records: list[Record], net: nn.Module) -> dict[str, int]:
+    """Bytes of live storages by what they are, in the order of `PARTS`."""
+    config: Any = net.config
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    tables = {tuple(p.shape) for p in net.parameters() if p.dim() == 2 and vocabulary in p.shape}
+    tables |= {shape[::-1] for shape in tables}  # the gradient of a linear map is made transposed
+    parts: dict[str, int] = dict.fromkeys(PARTS, 0)
+    for record in records:
+        parts[_part_of(record, vocabulary, tables)] += record.bytes
+    return parts
+
+
+def _part_of(record: Record, vocabulary: int | None, tables: set[tuple[int, ...]]) -> str:
+    """What a storage is: as labeled, else by the phase that made it and its shape."""
+    if record.part or record.phase not in ("forward", "backward"):
+        return record.part or "rest"
+    forward = record.phase == "forward" or bool(record.module)  # modules at work in backward: checkpoints
+    if not forward and record.shape in tables:
+        return "gradients"  # of a tied table, on its way to the sum
+    if record.dtype.is_floating_point and len(record.shape) > 1 and record.shape[-1] == vocabulary:
+        return "logits"
+    return "activations" if forward else "rest"
 
 
 # --- measuring ----------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ VERBS = {
     "evaluate": "Measure a run or a model on a task or on your own file.",
     "predict": "Label lines of text with a finished run.",
     "compare": "The same task under several methods, in one table.",
+    "estimate": "Peak memory of a step by method, predicted without weights and without a GPU.",
     "methods": "The methods of the literature that zolr knows, and what each is made of.",
     "doctor": "What zolr finds on this machine.",
 }

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any
 import typer
 
 from zolr.cli import runs
-from zolr.cli.config import Settings, add, flag, nearest, resolve, spelled
+from zolr.cli.config import Settings, add, flag, spelled
 from zolr.cli.finetune import Finetune, Schedule
+from zolr.cli.variants import variant
 from zolr.cli.workload import DEMO_TASK, DataChoice, Machine, ModelChoice
 from zolr.errors import UsageError, ZolrError
 
@@ -63,7 +63,7 @@ def run(settings: Compare) -> None:
 
     shown = console(settings.quiet)
     words = [word.strip() for part in settings.methods for word in part.split(",")]
-    competitors = dict(_parsed(word) for word in words)
+    competitors = dict(variant(word) for word in words)
     if not competitors:
         raise UsageError(
             "nothing to compare; give --methods stiefel:zo,stiefel:fo,adamw (zolr methods lists them)"
@@ -106,30 +106,6 @@ def run(settings: Compare) -> None:
 def register(app: typer.Typer) -> None:
     """Add the verb."""
     add(app, "compare", Compare, run)
-
-
-def _parsed(word: str) -> tuple[str, dict[str, Any]]:
-    """The full name and the settings of `stiefel:fo@lr=1e-3`, checked."""
-    from zolr.methods import METHODS
-
-    head, *more = word.split("@")
-    name, _, paradigm = head.partition(":")
-    if name not in METHODS:
-        raise UsageError(f"--methods: method '{name}' is not known; {nearest(name, list(METHODS))}")
-    METHODS[name].build(paradigm or None)
-    own: dict[str, Any] = {}
-    for part in more:
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise UsageError(f"--methods: '{part}' in '{word}' is no setting; write it as @lr=1e-3")
-        try:
-            own[key.replace("-", "_")] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            own[key.replace("-", "_")] = value  # words need no quotes
-    checked = resolve(Finetune, own)
-    own = {key: getattr(checked, key) for key in own}
-    paradigm = paradigm or METHODS[name].paradigms[0]
-    return "@".join([f"{name}:{paradigm}", *more]), {**own, "method": name, "paradigm": paradigm}
 
 
 def _raced(plan: Finetune) -> dict[str, Any]:

@@ -1,0 +1,351 @@
+"""`zolr estimate`: the peak memory of a step by method, and what it is made of, without weights and without a GPU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from annotated_types import Ge
+
+from zolr.cli.config import Settings, add, flag
+from zolr.cli.variants import variant
+from zolr.errors import BudgetError, DataError, UsageError, ZolrError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from zolr.cli.finetune import Finetune
+
+EVERY = "all"  # stands for every row of the table of methods under each of its paradigms
+MOST_ROWS = 4096  # the largest batch that is looked for
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+DECIMAL_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+# what the columns of the breakdown hold, where their heading does not say it
+IN_WORDS = (
+    "coords: coordinates that are not the weights themselves, and bases; rest: the batch, probes, weights rebuilt "
+    "for one use, gradients of activations, scratch"
+)
+
+
+@dataclass(frozen=True)
+class Estimate(Settings):
+    """Settings of `zolr estimate`."""
+
+    model: str = flag(
+        "demo",
+        "Preset, model folder, config.json, hub name, or the demo model of the package; weights are not read.",
+        "Model",
+        aliases=("model_name_or_path",),
+        path=True,
+    )
+    head: Literal["prompt", "classes", "lm"] = flag(
+        "prompt",
+        "What the loss reads: prompt (one position a row), classes (a classification head), lm (every token).",
+        "Model",
+    )
+    classes: Annotated[int, Ge(2)] = flag(2, "Classes of a classification head.", "Model")
+    method: tuple[str, ...] = flag(
+        ("stiefel:zo", "stiefel:fo", "adamw"),
+        "Methods: stiefel,mezo,adamw, or all; with a paradigm as in stiefel:fo, and settings as in adamw@checkpointing=true@batch-size=8.",
+        "Method",
+        shown="stiefel:zo,stiefel:fo,adamw",
+        aliases=("methods",),
+    )
+    batch_size: Annotated[int, Ge(1)] | None = flag(
+        None, "Rows of a forward pass.", "Training", shown="as zolr finetune has it for the paradigm"
+    )
+    accumulate: Annotated[int, Ge(1)] | None = flag(
+        None, "Batches of a step.", "Training", shown="as zolr finetune has it for the paradigm"
+    )
+    max_length: Annotated[int, Ge(1)] = flag(128, "Tokens of a row, padding included.", "Training")
+    dtype: Literal["float32", "bfloat16", "float16"] = flag(
+        "float32", "Precision of the weights: float32, bfloat16, float16.", "Memory"
+    )
+    checkpointing: bool = flag(
+        False, "Recompute activations in the backward pass, for the methods that have one (fo).", "Memory"
+    )
+    budget: str | None = flag(
+        None, "Find the largest batch of each method under it: 4GiB, 4GB, 4096MiB; 4G is 4GiB.", "Memory"
+    )
+    json: bool = flag(False, "Print JSON.", "Output", saved=False)
+    quiet: bool = flag(False, "Print nothing but the tables and errors.", "Output", saved=False)
+
+
+def run(settings: Estimate) -> None:
+    """Peak memory of a step by method, predicted by running the real step on tensors without data."""
+    budget = None if settings.budget is None else bytes_of(settings.budget)
+    asked = dict(variant(word, "--method") for word in expanded(settings.method))
+    if not asked:
+        raise UsageError("nothing to estimate; give --method stiefel,adamw, or --method all")
+    config_of(settings.model)  # a model that cannot be read is one error, not one in every row
+
+    from zolr.cli import runs
+    from zolr.cli.screen import console
+    from zolr.cli.workload import noted
+    from zolr.memory import OVERHEAD
+
+    shown = console(settings.quiet)
+    rows = []
+    with noted() as notes:
+        for name, own in asked.items():
+            shown.print(f"{name} ...", markup=False)
+            rows.append({"name": name, "method": own["method"], "paradigm": own["paradigm"]})
+            rows[-1] |= _estimated(settings, own, budget)
+    for note in dict.fromkeys(notes):
+        shown.print(note, markup=False)
+    if settings.json:
+        found = {"model": settings.model, "budget_bytes": budget, "overhead": OVERHEAD, "methods": rows}
+        print(runs.as_json(found))
+    else:
+        _print(rows, settings, budget)
+    failed = [row for row in rows if "error" in row]
+    if len(failed) == len(rows):
+        raise UsageError(f"no method can be predicted; the first one: {failed[0]['error']}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    add(app, "estimate", Estimate, run)
+
+
+def bytes_of(amount: str) -> int:
+    """Bytes of an amount of memory such as 4GiB, 4GB, 4096MiB or 3.5G (without the B, units are binary ones).
+
+    Raises:
+        UsageError: it is none.
+
+    >>> bytes_of("4GiB"), bytes_of("4 GB"), bytes_of("3.5G")
+    (4294967296, 4000000000, 3758096384)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?b?)|(b))\s*", amount, re.IGNORECASE)
+    size = 0
+    if found is not None:
+        number, unit, ending, _ = found.groups()
+        units = DECIMAL_UNITS if (ending or "").upper() == "B" else UNITS
+        size = int(float(number) * units[(unit or "").upper()])
+    if size < 1:
+        raise UsageError(
+            f"--budget '{amount}' is no amount of memory; give a number above zero and a unit, such as 4GiB, 4GB or 4096MiB"
+        )
+    return size
+
+
+def expanded(words: Sequence[str]) -> list[str]:
+    """The methods that are asked for, one a word, with `all` (and `all:fo`, `all@dtype=bfloat16`) spelled out."""
+    from zolr.methods import METHODS
+
+    result = []
+    for word in (word.strip() for part in words for word in part.split(",")):
+        head, at, own = word.partition("@")
+        name, colon, paradigm = head.partition(":")
+        if name != EVERY:
+            result.append(word)
+            continue
+        known = list(dict.fromkeys(p for row in METHODS.values() for p in row.paradigms))
+        if colon and paradigm not in known:
+            raise UsageError(f"--method: no method runs under '{paradigm}'; use one of {', '.join(known)}")
+        result += [
+            f"{row.name}:{each}{at}{own}"
+            for row in METHODS.values()
+            for each in row.paradigms
+            if each == (paradigm or each)
+        ]
+    return result
+
+
+def config_of(model: str) -> PreTrainedConfig:
+    """The transformers config of a preset, a model folder, a hub name, the demo, or of a config file.
+
+    Raises:
+        UsageError: the name is unknown.
+        DataError: the file or folder cannot be read.
+    """
+    from zolr.models import load_config
+
+    path = Path(model).expanduser()
+    if not path.is_file():
+        return load_config(model)
+    from transformers import AutoConfig
+
+    from zolr.cli.runs import read_json
+
+    numbers = read_json(path)
+    if not isinstance(numbers, dict) or not isinstance(numbers.get("model_type"), str):
+        raise DataError(
+            f"{path} is no config of a transformers model: it names no 'model_type'; give a config.json, a folder or a preset"
+        )
+    try:
+        return AutoConfig.for_model(**numbers)
+    except (
+        Exception
+    ) as error:  # an unknown family is a ValueError, numbers that contradict each other are many things
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(
+            f"{path} is no config that transformers can use: {reason}; correct it, or give a preset"
+        ) from error
+
+
+def plan_of(settings: Estimate, own: Mapping[str, Any]) -> Finetune:
+    """The fine-tuning run whose step is predicted: shared settings, then the method's own, then defaults.
+
+    Raises:
+        UsageError: settings that cannot work together.
+    """
+    from dataclasses import replace
+
+    from zolr.cli.finetune import DEFAULTS, Finetune
+
+    shared = {
+        "model": settings.model,
+        "head": "classes" if settings.head == "classes" else "prompt",
+        "batch_size": settings.batch_size,
+        "accumulate": settings.accumulate,
+        "max_length": settings.max_length,
+        "dtype": settings.dtype,
+        "checkpointing": settings.checkpointing and own["paradigm"] == "fo",
+    }
+    plan = Finetune(**{**shared, **own}).filled()
+    numbers = DEFAULTS[plan.paradigm or "zo"]
+    usual = 1 if plan.batch_size else numbers.accumulate  # as a run with that many rows has it
+    return replace(
+        plan, batch_size=plan.batch_size or numbers.batch_size, accumulate=plan.accumulate or usual
+    )
+
+
+def _estimated(settings: Estimate, own: Mapping[str, Any], budget: int | None) -> dict[str, Any]:
+    """What is known of one method, or why nothing is."""
+    try:
+        return _predicted(settings, own, budget)
+    except ZolrError as error:
+        return {"error": str(error)}
+    except Exception as error:  # an operation that fake tensors cannot run: the other methods still can
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+
+
+def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -> dict[str, Any]:
+    from types import SimpleNamespace
+
+    import torch
+
+    from zolr.cli.workload import longest_text
+    from zolr.memory import Prediction, predict
+    from zolr.methods import METHODS
+
+    plan = plan_of(settings, own)
+    config, length, rows = config_of(plan.model), plan.max_length or 0, plan.batch_size or 0
+    # a config file has no tokenizer, whose limit would be the other one
+    longest = longest_text(config, SimpleNamespace(model_max_length=10**9))
+    if longest is not None and length > longest:
+        raise UsageError(
+            f"--max-length {length} is more than model '{plan.model}' can read; use {longest} or less"
+        )
+    objective = settings.head if "head" not in own else plan.head
+    select = plan.train or METHODS[own["method"]].trained(own["paradigm"])
+
+    def at(batch_size: int, profile: bool = False) -> Prediction:
+        return predict(
+            config,
+            plan.composed(),
+            batch_size=batch_size,
+            max_length=length,
+            dtype=getattr(torch, plan.dtype),
+            objective=objective,
+            num_labels=settings.classes,
+            accumulation=plan.accumulate or 1,
+            checkpointing=plan.checkpointing,
+            select=select,
+            weight_decay=plan.weight_decay,
+            clip=plan.clip,
+            realization=plan.realization,
+            profile=profile,
+        )
+
+    predicted = at(rows, profile=True)
+    result = {
+        "head": objective,
+        "train": select,
+        "batch_size": rows,
+        "accumulate": plan.accumulate,
+        "max_length": length,
+        "dtype": plan.dtype,
+        "checkpointing": plan.checkpointing,
+        **predicted.as_dict(),
+    }
+    del result["overhead"]  # the same for all, said once
+    if budget is not None:
+        known = {rows: predicted.peak_bytes}
+        result |= _largest(lambda batch: known.get(batch) or at(batch).peak_bytes, budget)
+    return result
+
+
+def _largest(peak_at: Any, budget: int) -> dict[str, Any]:
+    """The largest batch under a budget: 0 where not even one row fits, which takes `one_row_bytes`."""
+    from zolr.memory import largest_batch
+
+    one = peak_at(1)
+    try:
+        found = largest_batch(lambda batch: one if batch == 1 else peak_at(batch), budget, MOST_ROWS)
+    except BudgetError:
+        found = 0
+    return {"largest_batch": found, "one_row_bytes": one}
+
+
+def _print(rows: Sequence[Mapping[str, Any]], settings: Estimate, budget: int | None) -> None:
+    from rich.console import Console
+
+    from zolr.cli.screen import size, table
+    from zolr.memory import OVERHEAD, PARTS
+
+    console = Console(highlight=False)
+    columns = ["method", "batch", "peak", "x forward"]
+    if budget is not None:
+        columns.append(f"largest batch in {settings.budget}")
+    lines = []
+    for row in rows:
+        if "error" in row:
+            lines.append((row["name"], None, "not predicted", *[None] * (len(columns) - 3)))
+            continue
+        line = [row["name"], f"{row['batch_size']} x {row['max_length']}", size(row["peak_bytes"])]
+        lines.append((*line, f"{row['ratio']:.2f}", *([] if budget is None else [_fitting(row)])))
+    console.print(table(f"{settings.model}: predicted peak memory of a step", columns, lines))
+    for row in rows:
+        if "error" in row:
+            console.print(f"{row['name']} is not predicted: {row['error']}", markup=False, soft_wrap=True)
+    found = [row for row in rows if "error" not in row]
+    if not found:
+        return
+    parts = [(row["name"], *(size(row["parts"][part]) for part in PARTS)) for row in found]
+    console.print(table("what the peak is made of", ["method", *PARTS], parts))
+    places = [(row["name"], row["phase"], row["module"] or None) for row in found]
+    console.print(table("where the peak is", ["method", "phase", "module"], places))
+    for line in (IN_WORDS, *(f"assumed: {text}" for text in assumed(found))):
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(f"overhead, in none of the figures: {OVERHEAD}", markup=False, soft_wrap=True)
+
+
+def _fitting(row: Mapping[str, Any]) -> str:
+    from zolr.cli.screen import size
+
+    largest = row["largest_batch"]
+    if not largest:
+        return f"none: one row takes {size(row['one_row_bytes'])}"
+    return f"{largest}{' or more' if largest == MOST_ROWS else ''}"
+
+
+def assumed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the predictions rest on: what all share once, the rest with the methods it is said of."""
+    said: dict[str, list[str]] = {}
+    for row in rows:
+        recomputed = ", activations recomputed" if row["checkpointing"] else ""
+        own = f"trains {row['train']}, {row['head']} loss, accumulates {row['accumulate']}{recomputed}"
+        for text in (*row["assumptions"], own):
+            said.setdefault(text, []).append(row["name"])
+    return [
+        text if len(names) == len(rows) else f"{text} ({', '.join(names)})" for text, names in said.items()
+    ]

@@ -1,0 +1,45 @@
+"""One word for a method with its paradigm and its own settings: `stiefel:fo@rank=8@lr=1e-3`, as several verbs take it."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any
+
+from zolr.cli.config import nearest, resolve
+from zolr.errors import UsageError
+
+
+def variant(word: str, flag: str = "--methods") -> tuple[str, dict[str, Any]]:
+    """The full name and the settings of `stiefel:fo@lr=1e-3`, checked.
+
+    Args:
+        word: `NAME[:PARADIGM][@SETTING=VALUE]...`, settings spelled as those of `zolr finetune`.
+        flag: where the word was given, for errors.
+
+    Returns:
+        The word with its paradigm, and the settings of `Finetune` that it gives.
+
+    Raises:
+        UsageError: an unknown method, paradigm or setting, or a value out of range.
+    """
+    from zolr.cli.finetune import Finetune
+    from zolr.methods import METHODS
+
+    head, *more = word.split("@")
+    name, _, paradigm = head.partition(":")
+    if name not in METHODS:
+        raise UsageError(f"{flag}: method '{name}' is not known; {nearest(name, list(METHODS))}")
+    METHODS[name].build(paradigm or None)
+    own: dict[str, Any] = {}
+    for part in more:
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise UsageError(f"{flag}: '{part}' in '{word}' is no setting; write it as @lr=1e-3")
+        try:
+            own[key.replace("-", "_")] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            own[key.replace("-", "_")] = value  # words need no quotes
+    checked = resolve(Finetune, own)
+    own = {key: getattr(checked, key) for key in own}
+    paradigm = paradigm or METHODS[name].paradigms[0]
+    return "@".join([f"{name}:{paradigm}", *more]), {**own, "method": name, "paradigm": paradigm}
