@@ -134,7 +134,6 @@ def test_help_is_grouped(zolr: Run) -> None:
 def test_every_verb_is_listed(zolr: Run) -> None:
     code, out, _ = zolr()
     assert code == 0 and all(f" {verb} " in out for verb in VERBS)
-    assert "estimate" not in out
 
 
 # ---- settings -----------------------------------------------------------------------------------------------------
