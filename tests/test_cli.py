@@ -8,33 +8,18 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Run
 
-from zolr.cli import VERBS, main
+from zolr.cli import VERBS
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("ZOLR_DATA", ROOT.parent / "shared" / "data"))
 MODEL = DATA / "models" / "stories260K"
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def zolr(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line in this process: exit code, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -3,20 +3,17 @@
 import json
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Run
 from transformers import AutoConfig
 
-from zolr.cli import main
 from zolr.cli.estimate import MOST_ROWS, assumed, bytes_of, expanded
 from zolr.errors import UsageError
 from zolr.memory import OVERHEAD, PARTS
 from zolr.methods import METHODS
-
-Run = Callable[..., tuple[int, str, str]]
 
 NUMBERS = dict(
     vocab_size=512, hidden_size=32, num_hidden_layers=2, max_position_embeddings=66, pad_token_id=1
@@ -25,19 +22,6 @@ FAMILY = {
     "roberta": dict(num_attention_heads=2, intermediate_size=128),
     "llama": dict(num_attention_heads=2, intermediate_size=128),
 }
-
-
-@pytest.fixture
-def zolr(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line in this process: exit code, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture

@@ -1,13 +1,13 @@
 """Laws of names and draws: Philox, purity (P2), fairness, and the laws that probes follow."""
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import product
 from math import sqrt
 
 import pytest
 import torch
+from conftest import threads
 from torch import Tensor
 
 import zolr.probes
@@ -26,16 +26,6 @@ def assert_mean(samples: Tensor, expected: Tensor | float, sigmas: float = 5.0) 
     allowed = sigmas * samples.std(0) / sqrt(len(samples)) + 1e-6  # draws are float32
     worst = float((error / allowed).max())
     assert worst <= 1, f"off by {worst * sigmas:.1f} standard errors"
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # ---- Philox and names -----------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ draws is compared with its closed form within five standard errors of that mean.
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import cache
 from math import sqrt
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import threads
 from torch import Tensor
 
 from zolr.errors import UsageError
@@ -300,16 +300,6 @@ def test_identity_keeps_the_gradient() -> None:
 
 
 # ---- P2: a draw is a function of its arguments ----------------------------------------------------------------------------
-
-
-@contextmanager
-def threads(count: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def tensors(subspace: Subspace) -> list[Tensor]:

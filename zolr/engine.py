@@ -181,9 +181,8 @@ class Engine:
         self._scheduler: Any = None
         self._refreshed_at = 0
         self._dropped = False  # a streamed gradient of this step was not finite
-        self._caution: Caution | None = (
-            None  # only for a rate that the engine chose, and that the slopes go into
-        )
+        # only for a rate that the engine chose, and that the slopes go into
+        self._caution: Caution | None = None
         self._untried = getattr(method.estimator, "signs", "sequence") == "together"
         try:
             self._begin(check)
@@ -286,7 +285,7 @@ class Engine:
                 variable.watch = sketches[variable.name].add
         try:
             with same_noise(self.variables[0].value.device):
-                mean_loss(lambda batch: self._loss(self.model, batch), batches)
+                mean_loss(self._loss_of, batches)
         finally:
             for variable in self.variables:
                 variable.watch = None
@@ -372,7 +371,7 @@ class Engine:
     def _advance(self, batches: Sequence[Any], key: Key, lr: float) -> tuple[Estimate, bool]:
         """Estimate and apply; what was seen, and whether it was applied."""
         received: list[tuple[Variable, Tensor]] = []
-        loss: Callable[[Any], Any] = lambda batch: self._loss(self.model, batch)  # noqa: E731
+        loss: Callable[[Any], Any] = self._loss_of
         if self.streams:
             emit: Callable[[Variable, Tensor], None] = self._stream(lr)
             if self.method.paradigm == "fo" and self.guard:
@@ -392,13 +391,15 @@ class Engine:
     def _try_signs(self, batches: Sequence[Any]) -> int:
         """Evaluate both signs together and in sequence once, and go on in sequence where they differ."""
         estimator = cast(Spsa, self.method.estimator)
-        loss = lambda batch: self._loss(self.model, batch)  # noqa: E731
-        settled, reason = estimator.tried(loss, batches, self.variables, self.key.fold_in("signs"))
+        settled, reason = estimator.tried(self._loss_of, batches, self.variables, self.key.fold_in("signs"))
         if settled is not estimator:
             warnings.warn(f"signs are evaluated in sequence, not together: {reason}", stacklevel=4)
             self.method = replace(self.method, estimator=settled)
         self._untried = False
         return 4 * len(batches)
+
+    def _loss_of(self, batch: Any) -> Any:
+        return self._loss(self.model, batch)
 
     def _estimate(self, loss: Any, batches: Sequence[Any], emit: Any, key: Key) -> Estimate:
         estimator = self.method.estimator
@@ -508,16 +509,15 @@ class Engine:
     def _choose(self, batches: Sequence[Any]) -> int:
         """Choose eps and lr from measurements on the first batches."""
         estimator = self.method.estimator
-        loss = lambda batch: self._loss(self.model, batch)  # noqa: E731
         self.tuning = tune(
-            lambda: mean_loss(loss, batches),
+            lambda: mean_loss(self._loss_of, batches),
             self.variables,
             self.key.fold_in("tuning"),
             eps=_eps(self.method),
             normalized=self.method.optimizer.normalizes,
             momentum=self.method.optimizer.has_momentum,
             probes=getattr(estimator, "probes", 1),
-            rows=rows_of(loss, batches),
+            rows=rows_of(self._loss_of, batches),
         )
         if self.base_lr is not None:  # the user's own rate stands; only eps was open
             self.tuning = replace(self.tuning, lr=self.base_lr)
@@ -569,7 +569,7 @@ class Engine:
 
     def _verify(self, batch: Any, tolerance: float | None) -> None:
         def evaluate() -> float:
-            return float(mean_loss(lambda b: self._loss(self.model, b), [batch]))
+            return float(mean_loss(self._loss_of, [batch]))
 
         for variable in self.variables:
             variable.touched = False

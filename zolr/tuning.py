@@ -40,9 +40,8 @@ DIRECTIONS = 4  # directions that judge the radius
 PROBES = 16  # directions that measure slope and curvature
 NOISE_ROWS = 110.0  # rows at which the noise of a batch equals the gradient, on the demo
 USUAL_ROWS = 30.0  # of a loss that does not say how many it averages
-LARGEST_SHARE = (
-    0.4  # half of the best step diverged on two models: curvature grows while a model learns a task
-)
+# half of the best step diverged on two models: curvature grows while a model learns a task
+LARGEST_SHARE = 0.4
 LARGEST_STEP, SMALLEST_STEP = 1e-1, 1e-6
 FIRST_STEPS, RUNNING_STEPS = 100, 50  # of the squared slopes that a rate is held against
 

@@ -211,10 +211,10 @@ def plan_of(settings: Estimate, own: Mapping[str, Any]) -> Finetune:
         "checkpointing": settings.checkpointing and own["paradigm"] == "fo",
     }
     plan = Finetune(**{**shared, **own}).filled()
-    numbers = DEFAULTS[plan.paradigm or "zo"]
-    usual = 1 if plan.batch_size else numbers.accumulate  # as a run with that many rows has it
     return replace(
-        plan, batch_size=plan.batch_size or numbers.batch_size, accumulate=plan.accumulate or usual
+        plan,
+        batch_size=plan.batch_size or DEFAULTS[plan.paradigm or "zo"].batch_size,
+        accumulate=plan.accumulate or plan.usual_accumulation,
     )
 
 
@@ -235,7 +235,6 @@ def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
 
     from zolr.cli.workload import longest_text
     from zolr.memory import Prediction, predict
-    from zolr.methods import METHODS
 
     plan = plan_of(settings, own)
     config, length, rows = config_of(plan.model), plan.max_length or 0, plan.batch_size or 0
@@ -246,7 +245,7 @@ def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
             f"--max-length {length} is more than model '{plan.model}' can read; use {longest} or less"
         )
     objective = settings.head if "head" not in own else plan.head
-    select = plan.train or METHODS[own["method"]].trained(own["paradigm"])
+    select = plan.selection
 
     def at(batch_size: int, profile: bool = False) -> Prediction:
         return predict(

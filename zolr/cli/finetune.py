@@ -258,6 +258,18 @@ class Finetune(Writing, Machine, Schedule, Composition, DataChoice, ModelChoice)
         parts = {f: getattr(self, f) for f in PARTS}
         return compose(self.method, self.paradigm, **parts)
 
+    @property
+    def usual_accumulation(self) -> int:
+        """Batches of a step where nobody said: one of a size that was given, else what goes with the default size."""
+        return 1 if self.batch_size else DEFAULTS[self.paradigm or "zo"].accumulate
+
+    @property
+    def selection(self) -> str:
+        """Which weights are trained: as given, else as the method has it."""
+        from zolr.methods import METHODS
+
+        return self.train or METHODS[self.method or "stiefel"].trained(self.paradigm or "zo")
+
     def learning_rate(self, method: Method, width: int) -> float | None:
         """The rate: as given, else of the method's row, else of its optimizer; None is for the engine to measure.
 
@@ -376,7 +388,6 @@ class Job:
         from zolr import models
         from zolr.cli.workload import device_of, set_threads, splits_of, task_of, width_of, words_of
         from zolr.engine import Engine
-        from zolr.methods import METHODS
         from zolr.tasks import TrainingBatches, own_task, truncation_share
 
         set_threads(settings.threads)
@@ -414,7 +425,7 @@ class Job:
         if settings.checkpointing:
             models.checkpoint_activations(self.work.model)
         method = settings.composed()
-        self.select = settings.train or METHODS[settings.method or "stiefel"].trained(method.paradigm)
+        self.select = settings.selection
         self.metric = "f1" if settings.objective == "f1" else task.metric
         self.notes = list(self.work.notes)
         self.engine: Engine = Engine(
@@ -437,8 +448,7 @@ class Job:
         rows = len(self.train_set)
         numbers = DEFAULTS[settings.paradigm or "zo"]
         size = settings.batch_size or min(numbers.batch_size, rows)
-        usual = 1 if settings.batch_size else max(1, min(numbers.accumulate, rows // size))
-        parts = settings.accumulate or usual
+        parts = settings.accumulate or max(1, min(settings.usual_accumulation, rows // size))
         if size * parts > rows:
             raise UsageError(
                 f"--batch-size {size} times --accumulate {parts} is more than the {rows} training rows; use less"
