@@ -379,8 +379,9 @@ def lengths_and_labels(labels):
     ]
 
 
-def order_of(labels, size, seed):
-    return TrainingBatches(lengths_and_labels(labels), batch_size=size, seed=seed, pad_id=1)  # type: ignore[arg-type]
+def order_of(labels, size, seed, by_length=False):
+    encoded = lengths_and_labels(labels)
+    return TrainingBatches(encoded, batch_size=size, seed=seed, pad_id=1, by_length=by_length)  # type: ignore[arg-type]
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
@@ -404,6 +405,25 @@ def test_every_batch_holds_the_classes_in_proportion(labels, size):
     # which of a class come together is random: the first rows of many seeds cover the class
     first = {order_of(labels, 1, seed).rows(0)[0] for seed in range(200)}
     assert len(first) > 60
+
+
+def test_batches_of_like_length_hold_the_same_classes_and_every_row_once_an_epoch(monkeypatch):
+    labels = [0, 1, 0, 1, 2, 0, 1] * 10  # 70 rows; batches of 8 span epochs
+    plain, grouped = order_of(labels, 8, 3), order_of(labels, 8, 3, by_length=True)
+    drawn = [[row for step in range(35) for row in batches.rows(step)] for batches in (plain, grouped)]
+    assert [labels[row] for row in drawn[0]] == [labels[row] for row in drawn[1]]
+    assert all(sorted(drawn[1][i : i + 70]) == list(range(70)) for i in range(0, 280, 70))
+    assert drawn[1][:70] != drawn[1][70:140]
+    assert order_of(labels, 8, 3, by_length=True).rows(20) == grouped.rows(20)
+    # nearly all padding is gone, whether an epoch is one pool of batches or many
+    for pool in (50, 4):
+        monkeypatch.setattr("zolr.tasks.batches.POOL", pool)
+        padding = []
+        for by_length in (False, True):
+            batches = order_of([0, 1] * 200, 16, 0, by_length=by_length)
+            masks = [batches(step)[0]["attention_mask"] for step in range(25)]
+            padding.append(sum(int((1 - mask).sum()) for mask in masks))
+        assert padding[1] < (0.15 if pool == 50 else 0.5) * padding[0]
 
 
 @pytest.mark.parametrize(

@@ -301,11 +301,8 @@ def test_a_loss_that_breaks_off_the_starting_point_is_refused():
 
     model, batch, _ = built(lambda: logistic(1.0))
     start = model.weight.detach().clone()
-    ways = {
-        None: "not finite around the starting point; give --eps",
-        1e-3: "give a smaller --eps and an --lr",
-    }
-    for eps, words in ways.items():
+    words = "not finite around the starting point; give --eps and --lr"
+    for eps in (None, 1e-3):
         calls.clear()
         engine = Engine(model, compose("stiefel", rank=3, eps=eps), lr=None, loss=broken)
         with pytest.raises(NonFiniteError, match=words):
@@ -394,10 +391,10 @@ def language_model(family: str) -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(**sizes, n_embd=32, n_layer=2, n_head=2))
 
 
-rounded = pytest.mark.xfail(
+flat = pytest.mark.xfail(
     strict=True,
-    reason="the curvature is read at the radius that is best for slopes: where slopes are tiny, rounding of the loss over "
-    "eps² makes it ten times too large, and the rate as much too small",
+    reason="next to no slope at the start: the largest first step, a tenth of the weights, is what limits the rate, and it falls "
+    "further as the slopes grow; 200 steps lower the loss by 0.003 of 1.10, those of sixteen times the rate by 0.016",
 )
 FAMILIES = [(family, train) for family in ("bert", "gpt2", "llama", "opt") for train in ("attention", "all")]
 
@@ -405,7 +402,7 @@ FAMILIES = [(family, train) for family in ("bert", "gpt2", "llama", "opt") for t
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "train"),
-    [pytest.param(*case, marks=rounded) if case == ("opt", "all") else case for case in FAMILIES],
+    [pytest.param(*case, marks=flat) if case == ("bert", "attention") else case for case in FAMILIES],
 )
 def test_a_rate_chosen_neither_diverges_nor_stalls_against_a_grid_on_a_language_model(family, train):
     from zolr.models import prompt_loss

@@ -4,7 +4,7 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -227,10 +227,11 @@ class Engine:
         for variable in self.variables:
             variable.open(self._drawn(variable))
 
-    def _drawn(self, variable: Variable) -> Any:
+    def _drawn(self, variable: Variable, key: Key | None = None) -> Any:
+        """The subspace of the next window, or the one that another key names."""
         return self._projector(variable).draw(
             variable.shape,
-            self.key.fold_in("subspace", variable.window + 1, variable.name),
+            key or self.key.fold_in("subspace", variable.window + 1, variable.name),
             like=variable.weight.data,
             previous=None if variable.window < 0 else variable.subspace,
             spectrum=self._spectra.get(variable.name),
@@ -518,6 +519,7 @@ class Engine:
             momentum=self.method.optimizer.has_momentum,
             probes=getattr(estimator, "probes", 1),
             rows=rows_of(self._loss_of, batches),
+            elsewhere=self._elsewhere,
         )
         if self.base_lr is not None:  # the user's own rate stands; only eps was open
             self.tuning = replace(self.tuning, lr=self.base_lr)
@@ -525,6 +527,16 @@ class Engine:
             self._caution = Caution()
         self._adopt(self.tuning)
         return (self.tuning.forwards + 1) * len(batches)
+
+    @contextmanager
+    def _elsewhere(self, number: int) -> Iterator[None]:
+        """Put every variable into a subspace that no window uses, for measurements around the weights."""
+        with ExitStack() as stack:
+            for variable in self.variables:
+                if not variable.is_full:
+                    key = self.key.fold_in("elsewhere", number, variable.name)
+                    stack.enter_context(variable.within(self._drawn(variable, key)))
+            yield
 
     def _adopt(self, tuning: Tuning) -> None:
         self.tuning = tuning

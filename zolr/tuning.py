@@ -6,10 +6,13 @@ every coordinate) the loss is `L + t c + t² h / 2 + ...` with slope `c` and cur
 
 - Radius. `c(eps)` is off by `O(eps²)` from the third derivative and by `noise / eps` from the arithmetic of the
   losses. Both show in `c(eps) - c(eps / 3)` along the same probe. The rule takes the radius of a ladder, from 3e-1 to
-  1e-4 of the weights' root mean square, whose two neighbors disagree least with it.
+  1e-4 of the weights' root mean square, whose two neighbors disagree least with it. The noise of a curvature is
+  `noise / eps²`, so that it wants a larger radius: the same rule on the curvatures of the same probes finds it.
 - Step. A step of SGD along a probe changes the loss by `- lr c² + lr² c² h / 2`, best at `lr = 1 / h`. The curvature
   is the mean over the probes of `(L₊ + L₋ - 2 L) / eps²`, taken at its upper confidence limit so that a curvature lost
-  in noise gives a small step and not a large one. A batch of `rows` examples shows the gradient and its own noise; the
+  in noise gives a small step and not a large one. Every probe has a subspace of its own: what one subspace holds of the
+  few directions with most of the curvature varies by a third, and the rate shall serve all of them. A batch of
+  `rows` examples shows the gradient and its own noise; the
   best rate shrinks by the part of `c²` that is signal, `rows / (rows + NOISE_ROWS)` (McCandlish et al. 2018, there for
   backprop). The noise scale is not measured on the first batch, where all examples agree that the prior of the answers
   is wrong, but taken from later in a run of the demo. No step may move the weights by more than `LARGEST_STEP` of
@@ -23,6 +26,7 @@ every coordinate) the loss is `L + t c + t² h / 2 + ...` with slope `c` and cur
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from math import sqrt
 from typing import Any
@@ -55,6 +59,7 @@ class Tuning:
         lr: learning rate.
         slope: root mean square of the slopes, an estimate of the gradient's norm in the coordinates.
         curvature: the curvature that the step was taken from.
+        reach: radius at which slope and curvature were measured.
         noise: relative disagreement of the slopes at `eps` and the next smaller radius.
         forwards: forward passes spent.
     """
@@ -63,6 +68,7 @@ class Tuning:
     lr: float
     slope: float
     curvature: float
+    reach: float
     noise: float
     forwards: int
 
@@ -133,10 +139,12 @@ class _Probing:
         self.forwards += 2
         return values[0], values[1]
 
-    def slopes(self, variables: Sequence[Variable], name: str, count: int, radius: float) -> Tensor:
-        """`(count,)` slopes."""
-        pairs = [self.sides(variables, name, i, radius) for i in range(count)]
-        return torch.tensor([(plus - minus) / (2 * radius) for plus, minus in pairs], dtype=torch.float64)
+    def along(
+        self, variables: Sequence[Variable], name: str, number: int, radius: float
+    ) -> tuple[float, float]:
+        """Slope and curvature along one direction."""
+        plus, minus = self.sides(variables, name, number, radius)
+        return (plus - minus) / (2 * radius), (plus + minus - 2 * self.base) / radius**2
 
 
 @torch.no_grad()
@@ -150,6 +158,7 @@ def tune(
     momentum: bool = False,
     probes: int = 1,
     rows: float | None = None,
+    elsewhere: Callable[[int], AbstractContextManager[None]] = lambda number: nullcontext(),
 ) -> Tuning:
     """Measure and choose.
 
@@ -160,32 +169,37 @@ def tune(
         momentum: its steps go on where earlier ones went: they may be a third as large at most.
         probes: directions averaged in a step.
         rows: examples in the batch; None where that is not known.
+        elsewhere: puts the variables into another subspace of theirs, one for each number, while its context lasts.
 
     Raises:
         UsageError: the loss is flat: no radius gives a slope.
         NonFiniteError: the loss is not finite to begin with, or nowhere around.
     """
     probing = _Probing(loss, key)
-    noise, overall = 0.0, max(_root_mean_square(variables), 1e-6)
+    overall = max(_root_mean_square(variables), 1e-6)
+    ladder = [f * overall for f in LADDER]
+    seen = torch.tensor(
+        [[probing.along(variables, "radius", i, radius) for i in range(DIRECTIONS)] for radius in ladder],
+        dtype=torch.float64,
+    )  # (radii, directions, 2)
+    noise = 0.0
     if eps is None:
-        ladder = [f * overall for f in LADDER]
-        found = [probing.slopes(variables, "radius", DIRECTIONS, radius) for radius in ladder]
-        eps, noise = _radius(ladder, found)
-    slopes, bends = [], []
+        eps, noise = _radius(ladder, seen[..., 0])
+    reach = max(eps, _radius(ladder, seen[..., 1])[0]) if bool(seen[..., 1].any()) else eps
+    measured = []
     for i in range(PROBES):
-        plus, minus = probing.sides(variables, "step", i, eps)
-        slopes.append((plus - minus) / (2 * eps))
-        bends.append((plus + minus - 2 * probing.base) / eps**2)
-    slope = float(torch.tensor(slopes, dtype=torch.float64).square().mean().sqrt())
-    bend = torch.tensor(bends, dtype=torch.float64)
-    curvature = float(bend.mean().abs() + 2 * bend.std() / sqrt(PROBES))
+        with elsewhere(i):
+            measured.append(probing.along(variables, "step", i, reach))
+    slopes, bends = torch.tensor(measured, dtype=torch.float64).unbind(1)
+    slope = float(slopes.square().mean().sqrt())
+    curvature = float(bends.mean().abs() + 2 * bends.std() / sqrt(PROBES))
     if slope == 0:
         raise UsageError(
-            f"the loss does not change at probes of radius {eps:.3g}; give a larger --eps, or check the loss"
+            f"the loss does not change at probes of radius {reach:.3g}; give a larger --eps, or check the loss"
         )
     if not slope < float("inf") or not curvature < float("inf"):
         raise NonFiniteError(
-            f"the loss is not finite at probes of radius {eps:.3g}; give a smaller --eps and an --lr"
+            f"the loss is not finite at probes of radius {reach:.3g}; give a smaller --eps and an --lr"
         )
     # an Adam step moves every coordinate by its rate, an SGD step by rate times slope: compare them as the former
     typical = slope / sqrt(probes)
@@ -197,6 +211,7 @@ def tune(
         lr=entry if normalized else entry / typical,
         slope=slope,
         curvature=curvature,
+        reach=reach,
         noise=noise,
         forwards=probing.forwards,
     )
@@ -217,8 +232,11 @@ def _root_mean_square(variables: Sequence[Variable]) -> float:
     return sqrt(total / sum(v.weight.numel() for v in variables))
 
 
-def _radius(ladder: Sequence[float], slopes: Sequence[Tensor]) -> tuple[float, float]:
-    """The radius whose slopes agree best with those of its neighbors, and that disagreement.
+def _radius(ladder: Sequence[float], slopes: Tensor) -> tuple[float, float]:
+    """The radius whose slopes (or curvatures) agree best with those of its neighbors, and that disagreement.
+
+    Args:
+        slopes: `(radii, directions)`.
 
     Slopes that are all zero say nothing: a loss of finitely many values (accuracy) has none at small radii.
     """

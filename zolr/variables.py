@@ -144,6 +144,19 @@ class Variable:
         self.decay = 1.0
         self.window += 1
 
+    @contextmanager
+    def within(self, subspace: Subspace) -> Iterator[None]:
+        """Another subspace around the stored weight inside the context, its coordinates at zero; nothing is folded."""
+        before = self.subspace, self.value
+        self.subspace = self._without_frozen_row(subspace)
+        self.value = nn.Parameter(
+            self.weight.new_zeros(subspace.coords_shape, dtype=self.dtype), requires_grad=False
+        )
+        try:
+            yield
+        finally:
+            self.subspace, self.value = before
+
     def _without_frozen_row(self, subspace: Subspace) -> Subspace:
         """A basis of rows must not reach the padding row."""
         if self.frozen_row is None or isinstance(subspace, Full | Right):

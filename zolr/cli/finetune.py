@@ -36,7 +36,7 @@ class Numbers:
 
 DEFAULTS = {
     "fo": Numbers(steps=300, batch_size=16, accumulate=1, eval_every=50, save_every=100),
-    "zo": Numbers(steps=2000, batch_size=32, accumulate=2, eval_every=500, save_every=500),
+    "zo": Numbers(steps=1600, batch_size=32, accumulate=2, eval_every=400, save_every=400),
     "fwd": Numbers(steps=1000, batch_size=16, accumulate=1, eval_every=125, save_every=250),
 }
 
@@ -170,6 +170,9 @@ class Schedule(Settings):
     )
     seed: int = flag(0, "Seed of directions, subspaces and a fresh head.", "Training")
     data_seed: int = flag(0, "Seed of splits and order of the data.", "Training")
+    group_by_length: bool = flag(
+        False, "Batches of examples of like length: faster where padding is much of a batch.", "Training"
+    )
     checkpointing: bool = flag(False, "Recompute activations in the backward pass (fo).", "Memory")
 
 
@@ -419,6 +422,7 @@ class Job:
             self.train_set,
             batch_size=self.step_size,
             micro_batch_size=self.batch_size,
+            by_length=settings.group_by_length,
             seed=settings.data_seed,
             pad_id=self.work.pad_id,
         )

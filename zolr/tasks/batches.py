@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+POOL = 50  # batches among which examples are dealt out by length
+
+
 class Encoded(TypedDict):
     """One tokenized example.
 
@@ -80,7 +83,9 @@ class TrainingBatches:
     each class very nearly in proportion. A batch in which one class is missing by chance pulls the prior of the
     answers to one side; that is the largest part of a small batch's noise, and the easiest to avoid.
 
-    Examples of like length share a micro-batch, so that several of them hold less padding than one batch would.
+    Examples of like length share a micro-batch, so that several of them hold less padding than one batch would. With
+    `by_length` they share a batch: of every class, a stretch of `POOL` batches deals its examples out by length, to
+    the batches in a random order. That leaves next to no padding and costs nothing but some independence of examples.
 
     Args:
         encoded: all training examples.
@@ -88,6 +93,7 @@ class TrainingBatches:
         seed: names the orders.
         pad_id: id to pad with.
         micro_batch_size: examples of a micro-batch; all in one when left out. The last one may be smaller.
+        by_length: examples of like length share a batch.
         pad_to_multiple: see `collate`.
 
     Raises:
@@ -107,6 +113,7 @@ class TrainingBatches:
         seed: int,
         pad_id: int,
         micro_batch_size: int | None = None,
+        by_length: bool = False,
         pad_to_multiple: int | None = None,
     ) -> None:
         for name, size in (("batch size", batch_size), ("micro-batch size", micro_batch_size)):
@@ -118,7 +125,7 @@ class TrainingBatches:
                 f"use {len(encoded)} or less"
             )
         self.encoded, self.batch_size, self.seed, self.pad_id = encoded, batch_size, seed, pad_id
-        self.micro_batch_size = micro_batch_size or batch_size
+        self.micro_batch_size, self.by_length = micro_batch_size or batch_size, by_length
         self.pad_to_multiple = pad_to_multiple
         self._classes: dict[int, list[int]] = {}
         for row, one in enumerate(encoded):
@@ -136,8 +143,35 @@ class TrainingBatches:
                 for i, place in enumerate(key.permutation(len(rows)).tolist()):
                     places.append(((i + start) / len(rows), label, rows[place]))
             self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = [row for *_, row in sorted(places)]
+            order = [row for *_, row in sorted(places)]
+            self._orders[epoch] = self._by_length(order, epoch) if self.by_length else order
         return self._orders[epoch]
+
+    def _by_length(self, order: list[int], epoch: int) -> list[int]:
+        """Deal the rows of each class out to the batches by length; which class stands where does not change."""
+        from zolr.keys import Key
+
+        size, start = self.batch_size, epoch * len(order)
+        by_batch: dict[
+            int, list[int]
+        ] = {}  # places of each batch; the first and the last may be shared with other epochs
+        for place in range(len(order)):
+            by_batch.setdefault((start + place) // size, []).append(place)
+        batches, result = list(by_batch.values()), list(order)
+        for first in range(0, len(batches), POOL):
+            pool = batches[first : first + POOL]
+            waiting: dict[int, list[int]] = {}
+            # sorted is stable: rows of one length stay in their random order
+            for row in sorted((order[p] for places in pool for p in places), key=self._length, reverse=True):
+                waiting.setdefault(self.encoded[row]["label"], []).append(row)
+            key = Key(self.seed).fold_in("data", epoch, "lengths", first)
+            for turn in key.permutation(len(pool)).tolist():
+                for place in pool[turn]:
+                    result[place] = waiting[self.encoded[order[place]]["label"]].pop()
+        return result
+
+    def _length(self, row: int) -> int:
+        return len(self.encoded[row]["input_ids"])
 
     def rows(self, step: int) -> list[int]:
         """The examples of a step.
@@ -155,7 +189,7 @@ class TrainingBatches:
         """The micro-batches of a step, together `batch_size` examples."""
         rows, size = self.rows(step), self.micro_batch_size
         if size < self.batch_size:
-            rows.sort(key=lambda row: len(self.encoded[row]["input_ids"]))
+            rows.sort(key=self._length)
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         return [
             collate([self.encoded[row] for row in part], self.pad_id, self.pad_to_multiple) for part in parts
