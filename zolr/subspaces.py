@@ -3,7 +3,7 @@
 Laws (tests/test_subspaces.py), for every kind, `G (m, n)`, coordinates `C` and inputs `x (..., n)`:
 
 - `<project(G), C> == <G, lift(C)>`;
-- `apply(x, C) == x @ lift(C).T`;
+- `apply(x, C) == x @ lift(C).T`, and the products of `outer` and `factors` are `lift` and `apply`;
 - rotating or rescaling the basis of the same span leaves what is lifted after `change_from` unchanged.
 """
 
@@ -54,9 +54,10 @@ class Subspace(ABC):
     def project(self, grad: Tensor) -> Tensor:
         """`(m, n) -> coords_shape`; the gradient in the coordinates when `grad` is the gradient in the weight."""
 
-    @abstractmethod
     def lift(self, coords: Tensor, rows: Rows = slice(None)) -> Tensor:
         """`coords_shape -> (m, n)`, the adjoint of `project`; `rows` (a slice or indices) picks rows of the result."""
+        left, right = self.outer(coords, rows)
+        return left @ right
 
     @abstractmethod
     def apply(self, x: Tensor, coords: Tensor) -> Tensor:
@@ -69,6 +70,10 @@ class Subspace(ABC):
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that define it, by field name; with the kind's name they rebuild it."""
+
+    @abstractmethod
+    def outer(self, coords: Tensor, rows: Rows = slice(None)) -> tuple[Tensor, Tensor]:
+        """`(a, b)` with `lift(coords, rows) == a @ b`, so that the product can be added to a weight."""
 
     def factors(self, x: Tensor, coords: Tensor) -> tuple[Tensor, Tensor] | None:
         """`(a, b)` with `apply(x, coords) == a @ b`, so that the product can be added in place; None if dense."""
@@ -99,6 +104,9 @@ class Full(Subspace):
 
     def lift(self, coords: Tensor, rows: Rows = slice(None)) -> Tensor:
         return coords[rows] if coords.dim() else coords
+
+    def outer(self, coords: Tensor, rows: Rows = slice(None)) -> tuple[Tensor, Tensor]:
+        raise TypeError("coordinates of the whole space are no product of two thin matrices; use lift")
 
     def apply(self, x: Tensor, coords: Tensor) -> Tensor:
         return x @ coords.mT
@@ -163,11 +171,11 @@ class Right(Subspace):
     def project(self, grad: Tensor) -> Tensor:
         return grad @ self.basis
 
-    def lift(self, coords: Tensor, rows: Rows = slice(None)) -> Tensor:
-        return coords[rows] @ self.basis.mT
-
     def apply(self, x: Tensor, coords: Tensor) -> Tensor:
         return (x @ self.basis) @ coords.mT
+
+    def outer(self, coords: Tensor, rows: Rows = slice(None)) -> tuple[Tensor, Tensor]:
+        return coords[rows], self.basis.mT
 
     def factors(self, x: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:
         return x @ self.basis, coords.mT
@@ -208,11 +216,11 @@ class Left(Subspace):
     def project(self, grad: Tensor) -> Tensor:
         return self.basis.mT @ grad
 
-    def lift(self, coords: Tensor, rows: Rows = slice(None)) -> Tensor:
-        return self.basis[rows] @ coords
-
     def apply(self, x: Tensor, coords: Tensor) -> Tensor:
         return (x @ coords.mT) @ self.basis.mT
+
+    def outer(self, coords: Tensor, rows: Rows = slice(None)) -> tuple[Tensor, Tensor]:
+        return self.basis[rows], coords
 
     def factors(self, x: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:
         return x @ coords.mT, self.basis.mT
@@ -255,11 +263,11 @@ class TwoSided(Subspace):
     def project(self, grad: Tensor) -> Tensor:
         return self.left.mT @ grad @ self.right
 
-    def lift(self, coords: Tensor, rows: Rows = slice(None)) -> Tensor:
-        return self.left[rows] @ (coords @ self.right.mT)
-
     def apply(self, x: Tensor, coords: Tensor) -> Tensor:
         return (x @ self.right) @ (coords.mT @ self.left.mT)
+
+    def outer(self, coords: Tensor, rows: Rows = slice(None)) -> tuple[Tensor, Tensor]:
+        return self.left[rows], coords @ self.right.mT
 
     def factors(self, x: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:
         return x @ self.right, coords.mT @ self.left.mT

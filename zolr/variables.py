@@ -315,14 +315,15 @@ class Variable:
         if self.is_full:
             oriented = point.to(weight.dtype)
         elif self._plain and not torch.is_grad_enabled():
-            oriented = (weight.t() if self.transposed else weight) * self.decay
-            coords = point.to(weight.dtype)
-            for rows in row_blocks(self.shape):
-                oriented[rows] += self.subspace.lift(coords, rows)
+            oriented = self._rebuilt(weight.t() if self.transposed else weight, point.to(weight.dtype))
         else:
             oriented = (weight.t() if self.transposed else weight) * self.decay
             oriented = oriented + self.subspace.lift(point.to(weight.dtype))
         return oriented.t() if self.transposed else oriented
+
+    def _rebuilt(self, weight: Tensor, coords: Tensor) -> Tensor:
+        """`decay * W + lift(coords)` in a fresh tensor, with no second one of that size beside it."""
+        return torch.addmm(weight, *self.subspace.outer(coords), beta=self.decay)
 
     def prefers_side(self, kind: Kind, tokens: int) -> bool:
         """Whether the side path is the cheaper way to this site.
