@@ -262,6 +262,7 @@ def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
             weight_decay=plan.weight_decay,
             clip=plan.clip,
             realization=plan.realization,
+            adapter=plan.adapter,
             profile=profile,
         )
 

@@ -19,7 +19,7 @@ from zolr.errors import NonFiniteError, UsageError
 
 if TYPE_CHECKING:
     from zolr.engine import Engine
-    from zolr.methods import Method
+    from zolr.methods import Adapter, Method
     from zolr.tasks import Splits
 
 
@@ -242,6 +242,10 @@ class Finetune(Writing, Machine, Schedule, Composition, DataChoice, ModelChoice)
             )
         if self.warmup and self.steps is not None and self.warmup >= self.steps:
             raise UsageError(f"--warmup {self.warmup} leaves none of {self.steps} steps; use less")
+        if self.adapter is not None and self.train not in (None, "adapter"):
+            raise UsageError(
+                f"--train {self.train}: method '{self.method}' trains an adapter and no weight of the model; leave it out"
+            )
         return replace(
             self,
             method=self.method or "stiefel",
@@ -269,6 +273,14 @@ class Finetune(Writing, Machine, Schedule, Composition, DataChoice, ModelChoice)
         from zolr.methods import METHODS
 
         return self.train or METHODS[self.method or "stiefel"].trained(self.paradigm or "zo")
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """What the method wraps the model in, if anything; --rank is that of the adapter then."""
+        from zolr.methods import METHODS
+
+        adapter = METHODS[self.method or "stiefel"].adapter
+        return adapter if adapter is None or self.rank is None else replace(adapter, rank=self.rank)
 
     def learning_rate(self, method: Method, width: int) -> float | None:
         """The rate: as given, else of the method's row, else of its optimizer; None is for the engine to measure.
@@ -385,13 +397,15 @@ class Job:
     """One fine-tuning run, loaded and ready to go."""
 
     def __init__(self, settings: Finetune) -> None:
-        from zolr import models
+        from zolr import adapters, models
         from zolr.cli.workload import device_of, set_threads, splits_of, task_of, width_of, words_of
         from zolr.engine import Engine
         from zolr.tasks import TrainingBatches, own_task, truncation_share
 
         set_threads(settings.threads)
         device = device_of(settings.device)
+        if settings.adapter is not None:
+            adapters.check_installed(settings.adapter)
         task = task_of(settings, settings.model == "demo")
         files = {"validation_data": settings.validation, "test_data": settings.test}
         self.splits: Splits = splits_of(
@@ -409,6 +423,7 @@ class Job:
             dtype=settings.dtype,
             device=device,
             seed=settings.seed,
+            adapter=settings.adapter,
         )
         self.train_set = self.work.encode(self.splits.train)
         self.validation = self.work.encode(self.splits.validation)
@@ -433,7 +448,7 @@ class Job:
             method,
             lr=settings.learning_rate(method, width_of(self.work.model)),
             loss=self.work.objective(settings.objective),
-            select=self.select,
+            select=self.select if settings.adapter is None else adapters.trained,
             seed=settings.seed,
             weight_decay=settings.weight_decay,
             schedule=schedule_of(settings.schedule, settings.warmup, settings.steps or 1),
@@ -511,6 +526,7 @@ class Job:
                 weight_decay=s.weight_decay,
                 clip=s.clip,
                 realization=s.realization,
+                adapter=s.adapter,
             ).peak_bytes
         except Exception as error:  # an operation that fake tensors cannot run must not stop a run that works
             self.notes.append(f"note: no memory prediction ({type(error).__name__}: {error})")

@@ -82,11 +82,12 @@ class Meter:
         self._peak = max(self._peak, live.peak)
 
 
-def versions() -> dict[str, str]:
-    """What the result may depend on."""
+def versions(*more: str) -> dict[str, str]:
+    """What the result may depend on; `more` are further packages that it used."""
     import zolr
 
-    installed = {name: version(name) for name in ("torch", "transformers", "datasets", "safetensors")}
+    names = ("torch", "transformers", "datasets", "safetensors", *more)
+    installed = {name: version(name) for name in names}
     return {"zolr": zolr.__version__, "python": platform.python_version(), **installed}
 
 
@@ -125,12 +126,13 @@ def result_of(
             "validation": {"before": outcome.before, "after": outcome.after},
         },
         "settings": as_dict(settings),
-        "versions": versions(),
+        "versions": versions(*(["peft"] if settings.adapter else [])),
     }
 
 
 def complete(job: Job, place: runs.RunFolder, result: dict[str, Any], meter: Meter) -> None:
     """Put everything into the run folder; `result.json` is the last to appear."""
+    from zolr import adapters
     from zolr.memory import resident
 
     settings, work = job.settings, job.work
@@ -148,9 +150,11 @@ def complete(job: Job, place: runs.RunFolder, result: dict[str, Any], meter: Met
     task = {"task": described(work.task), "head": settings.head, "metric": job.metric}
 
     def fill(folder: Path) -> None:
-        runs.write_model(
-            folder, job.engine.detach(), work.tokenizer
-        )  # the run is over, so no copy has to be made
+        model = job.engine.detach()  # the run is over, so no copy has to be made
+        if work.wrapped is not None:
+            adapters.save(work.wrapped, folder / runs.ADAPTER)
+            work.model = model = adapters.merged(work.wrapped)
+        runs.write_model(folder, model, work.tokenizer)
         runs.write_text(folder / runs.CONFIG, toml(settings))
         runs.write_json(folder / runs.TASK, task)
         runs.write_json(folder / runs.MEMORY, memory)
@@ -191,7 +195,9 @@ def card(job: Job, result: Mapping[str, Any], memory: Mapping[str, Any]) -> str:
         f"| task | {job.splits.name}: {', '.join(work.task.classes)} |",
         f"| data | {result['rows']['train']} training rows from {Path(job.splits.source).name}, data seed {s.data_seed} |",
         f"| reading | {reading} |",
-        f"| projector | `{method.projector}` |",
+        f"| adapter | `{s.adapter}`, also in `adapter/` in the format of peft |"
+        if s.adapter
+        else f"| projector | `{method.projector}` |",
         f"| optimizer | `{method.optimizer.name}`, lr {number(result['lr'])}, eps {number(result['eps'])} |",
         f"| seed | {s.seed} |",
         f"| steps | {result['steps']} of {job.step_size} examples, weights of step {result['kept_step']} |",
