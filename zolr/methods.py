@@ -272,7 +272,7 @@ _ROWS = (
         "released code: PEFT's own layers, initialization and defaults (alpha 8, no dropout)",
         "needs the package peft; rank is that of the adapter",
         train={"fo": "adapter", "zo": "adapter"},
-        lr={"fo": 5e-4, "zo": None},
+        lr={"fo": 1e-3, "zo": None},
         adapter=Adapter("lora", rank=8),
     ),
 )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from zolr.engine import Engine
     from zolr.methods import Adapter, Method
     from zolr.tasks import Splits
+    from zolr.training import Progress
 
 
 @dataclass(frozen=True)
@@ -357,10 +358,14 @@ def schedule_of(course: str, warmup: int, steps: int) -> Callable[[int], float] 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        done = min(1.0, (step - warmup) / max(1, steps - warmup))
-        return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + cos(pi * done))}[course]
+        return factor_at(course, min(1.0, (step - warmup) / max(1, steps - warmup)))
 
     return factor
+
+
+def factor_at(course: str, done: float) -> float:
+    """Factor on the learning rate where a share of the run, 0 to 1, is done."""
+    return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + cos(pi * done))}[course]
 
 
 def _rehearsed(job: Job, settings: Finetune) -> None:
@@ -394,9 +399,14 @@ def _present(result: dict[str, Any], settings: Finetune) -> None:
 
 
 class Job:
-    """One fine-tuning run, loaded and ready to go."""
+    """One fine-tuning run, loaded and ready to go.
 
-    def __init__(self, settings: Finetune) -> None:
+    Args:
+        settings: what to do.
+        schedule: factor on the learning rate by step, instead of the one that the settings describe.
+    """
+
+    def __init__(self, settings: Finetune, schedule: Callable[[int], float] | None = None) -> None:
         from zolr import adapters, models
         from zolr.cli.workload import device_of, set_threads, splits_of, task_of, width_of, words_of
         from zolr.engine import Engine
@@ -451,7 +461,7 @@ class Job:
             select=self.select if settings.adapter is None else adapters.trained,
             seed=settings.seed,
             weight_decay=settings.weight_decay,
-            schedule=schedule_of(settings.schedule, settings.warmup, settings.steps or 1),
+            schedule=schedule or schedule_of(settings.schedule, settings.warmup, settings.steps or 1),
             clip=settings.clip,
             realization=settings.realization,
             # families whose forward we know need no proof that the coordinates reach the loss; it costs a pass per weight
@@ -532,8 +542,14 @@ class Job:
             self.notes.append(f"note: no memory prediction ({type(error).__name__}: {error})")
             return None
 
-    def train(self, place: runs.RunFolder, shown: Any) -> dict[str, Any]:
-        """Train, complete the run folder, and return what is in its `result.json`."""
+    def train(
+        self, place: runs.RunFolder, shown: Any, until: Callable[[Progress], bool] | None = None
+    ) -> dict[str, Any]:
+        """Train, complete the run folder, and return what is in its `result.json`.
+
+        Args:
+            until: ends the run early, see `training.train`; its settings then say how many steps it was.
+        """
         from zolr.cli import record
         from zolr.cli.screen import watching
         from zolr.memory import resident
@@ -561,12 +577,15 @@ class Job:
                     device=work.device,
                     meter=meter,
                     reporter=screen,
+                    until=until,
                 )
         except NonFiniteError:
             raise
         except BaseException:
             place.discard()
             raise
+        if until is not None:
+            self.settings = replace(settings, steps=outcome.progress.step)
         after = work.evaluate(self.test, self.batch_size)
         result = record.result_of(self, outcome, before, after, meter)
         record.complete(self, place, result, meter)
