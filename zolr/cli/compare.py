@@ -242,8 +242,10 @@ def _plans(
             adapters.check_installed(plan.adapter)
         if terms.equal is not None and terms.equal[0] == "forwards":
             _check_pays(name, plans[name], terms.equal[1])
-        if terms.equal is not None and terms.equal[0] != "steps" and plan.eval_every is None:
-            plans[name] = replace(plans[name], eval_every=None)  # type: ignore[type-var]  # the race spreads them
+        if (
+            plan.eval_every is None
+        ):  # the race spreads them over what is spent, so that all curves are as fine
+            plans[name] = replace(plans[name], eval_every=None)  # type: ignore[type-var]
     return plans
 
 
@@ -415,7 +417,7 @@ class Column:
 COLUMNS = (
     Column("method", "label"),
     Column("METRIC", "after"),
-    Column("steps", "steps", 88),
+    Column("steps", "steps", 96),
     Column("batch", "batch", 120),
     Column("forwards", "forwards"),
     Column("tokens", "tokens", 132),
@@ -423,7 +425,7 @@ COLUMNS = (
     Column("peak", "peak_bytes_measured"),
     Column("predicted", "peak_bytes_predicted"),
     Column("x 2 fwd", "step_over_two_forwards"),
-    Column("x adamw", "step_over_adamw"),
+    Column("x adamw", "step_over_adamw", 88),
 )
 
 
@@ -479,7 +481,7 @@ def notes(rows: Sequence[Mapping[str, Any]], terms: Terms) -> list[str]:
         unit, amount = terms.equal
         spent = {
             "forwards": f"{amount:,.0f} forward passes (a backward counts as two, finding a rate counts)",
-            "seconds": f"{amount:g} seconds of steps (evaluation not counted)",
+            "seconds": f"{amount:g} seconds in steps (evaluation not counted, the last step ends a little later)",
             "steps": f"{amount:,.0f} steps",
         }
         texts.append(f"every method stops when it has spent {spent[unit]}")
@@ -494,13 +496,15 @@ def notes(rows: Sequence[Mapping[str, Any]], terms: Terms) -> list[str]:
     if timed:
         pairs = sorted({row["pairs"] for row in timed})
         count = f"{pairs[0]} to {pairs[-1]}" if len(pairs) > 1 else f"{pairs[0]}"
-        text = (
-            "x 2 fwd: a step over two plain forwards of the same model on the step's own batches, "
-            f"median of {count} pairs taken in turn in the process of the run, drawing new subspaces not included"
+        texts.append(
+            "x 2 fwd: time of a step over that of two plain forwards of the same model on the step's own batches, "
+            f"median of {count} pairs taken in turn in the process of the run; drawing new subspaces is not in it"
         )
         if any("step_over_adamw" in row for row in timed):
-            text += "; x adamw: that ratio over the one of adamw, which compares work on as many examples, not processes"
-        texts.append(text)
+            texts.append(
+                "x adamw: x 2 fwd of the row over x 2 fwd of adamw, so per example where batches differ; each was "
+                "measured in its own process"
+            )
     for row in rows:
         if row["status"] == NOT_RUN:
             texts.append(f"{row['label']} does not fit: predicted {size(row['peak_bytes_predicted'])}")

@@ -92,7 +92,7 @@ def _memory(axes: Any, rows: Sequence[Mapping[str, Any]], budget: int | None) ->
             (predicted, top, "not predicted"),
             (measured, low, row["status"] if row["status"] != "done" else "not measured"),
         ):
-            text = f"{value / size:.3g}" if value else missing
+            text = f"{value / size:.1f}" if value else missing
             axes.annotate(
                 text, ((value or 0) / size, at), (4, 0), textcoords="offset points", va="center", fontsize=8
             )
@@ -133,8 +133,9 @@ def _quality(figure: Any, rows: Sequence[Mapping[str, Any]], metric: str) -> Non
                 [p[column] for p in seen],
                 [p[2] for p in seen],
                 label=rows[i]["label"],
-                markersize=4.5,
-                linewidth=1.6,
+                # a later curve on top of an equal one leaves it to be seen
+                markersize=7.0 - 3.0 * i / len(rows),
+                linewidth=3.0 - 1.6 * i / len(rows),
                 **_style(i),
             )
         if wide:

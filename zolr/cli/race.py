@@ -23,7 +23,7 @@ from zolr.errors import UsageError
 if TYPE_CHECKING:
     from zolr.training import Progress
 
-EVALUATIONS = 8  # of a run under an allowance, where --eval-every does not say otherwise
+EVALUATIONS = 8  # of a run, spread over what it spends, where --eval-every does not say otherwise
 UNBOUNDED = 10**9  # steps of a run that ends by the clock
 
 # pairs of a step and two forwards: as many as fit the seconds, but so many at least and at most
@@ -48,23 +48,23 @@ class Allowance:
     forwards: int = 0
     step: int = 0
     spent: float = 0.0
+    each: float = 0.0  # what the cheapest step took: the first one may search a rate
 
     def __call__(self, progress: Progress) -> bool:
-        """Whether the next step would be more than is left."""
-        self.step = progress.step
-        self.spent = progress.forwards if self.unit == "forwards" else progress.seconds
-        return self.spent + max(self._price, 1e-9) > self.amount if self.step else False
-
-    @property
-    def _price(self) -> float:
-        """Cost of a step; of seconds half of one, so that runs end as often too early as too late."""
-        return self.forwards if self.unit == "forwards" else 0.5 * self.spent / max(1, self.step)
+        """Whether what is left pays for no further step; of seconds, whether none is left."""
+        counted = self.unit == "forwards"
+        spent = float(progress.forwards if counted else progress.seconds)
+        if progress.step > max(1, self.step):
+            now = (spent - self.spent) / (progress.step - self.step)
+            self.each = min(self.each or now, now)
+        self.step, self.spent = progress.step, spent
+        return spent + (self.forwards if counted else 0) > self.amount
 
     def factor(self, step: int) -> float:
-        """Factor on the learning rate."""
+        """Factor on the learning rate; what has been spent is known up to the step before."""
         if step < self.warmup:
             return (step + 1) / self.warmup
-        each = self.forwards if self.unit == "forwards" else self.spent / max(1, self.step)
+        each = self.forwards if self.unit == "forwards" else self.each
         return factor_at(self.course, min(1.0, (self.spent + (step - self.step) * each) / self.amount))
 
 
@@ -98,6 +98,8 @@ def race(
         return
     if allowance is not None:
         _allow(job, allowance, settings.eval_every)
+    elif settings.eval_every is None:
+        job.settings = replace(job.settings, eval_every=max(1, (job.settings.steps or 1) // EVALUATIONS))
     with runs.claimed(Path(settings.output or ""), overwrite=False, resume=False) as place:
         result = job.train(place, console(quiet=True), allowance)
     say(result)
