@@ -129,10 +129,10 @@ def run(settings: Compare) -> None:
         else:
             row |= {"status": FAILED, "error": f"error: {plan}", "exit_code": plan.exit_code}
         rows.append(row)
+        _against_adamw(rows)
+        if root.is_dir():  # after every row: what is done stays if the next one is interrupted
+            runs.write_json(root / RESULTS, {**asdict(terms), "methods": rows})
         shown.print(f"    {_said(row)}", markup=False)
-    _against_adamw(rows)
-    if root.is_dir():
-        runs.write_json(root / RESULTS, {**asdict(terms), "methods": rows})
     if settings.json:
         print(runs.as_json(rows))
     else:
@@ -472,7 +472,7 @@ def _title(rows: Sequence[Mapping[str, Any]], terms: Terms) -> str:
     return f"{terms.task}, {terms.model}{start}"
 
 
-def notes(rows: Sequence[Mapping[str, Any]], terms: Terms) -> list[str]:
+def notes(rows: Sequence[Mapping[str, Any]], terms: Terms, columns: Sequence[Column]) -> list[str]:
     """What the columns mean, and what became of the rows that have no result."""
     from zolr.cli.screen import size
 
@@ -500,7 +500,7 @@ def notes(rows: Sequence[Mapping[str, Any]], terms: Terms) -> list[str]:
             "x 2 fwd: time of a step over that of two plain forwards of the same model on the step's own batches, "
             f"median of {count} pairs taken in turn in the process of the run; drawing new subspaces is not in it"
         )
-        if any("step_over_adamw" in row for row in timed):
+        if any(column.key == "step_over_adamw" for column in columns):
             texts.append(
                 "x adamw: x 2 fwd of the row over x 2 fwd of adamw, so per example where batches differ; each was "
                 "measured in its own process"
@@ -524,7 +524,7 @@ def _print(rows: Sequence[Mapping[str, Any]], terms: Terms) -> None:
     for column in made.columns[1:]:
         column.justify, column.no_wrap = "right", True
     console.print(made)
-    for text in notes(rows, terms):
+    for text in notes(rows, terms, columns):
         console.print(text, markup=False)
 
 
@@ -540,7 +540,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], terms: Terms) -> str:
     for row in rows:
         cells = [cell.replace("|", "\\|") for cell in _cells(row, columns)]
         lines.append(f"| `{cells[0]}` | {' | '.join(cells[1:])} |")
-    return "\n".join([*lines, "", *(f"- {text}" for text in notes(rows, terms))]) + "\n"
+    return "\n".join([*lines, "", *(f"- {text}" for text in notes(rows, terms, columns))]) + "\n"
 
 
 def _write(path: Path, text: str) -> None:

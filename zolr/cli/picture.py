@@ -92,7 +92,7 @@ def _memory(axes: Any, rows: Sequence[Mapping[str, Any]], budget: int | None) ->
             (predicted, top, "not predicted"),
             (measured, low, row["status"] if row["status"] != "done" else "not measured"),
         ):
-            text = f"{value / size:.1f}" if value else missing
+            text = f"{value / size:#.3g}" if value else missing
             axes.annotate(
                 text, ((value or 0) / size, at), (4, 0), textcoords="offset points", va="center", fontsize=8
             )

@@ -27,7 +27,8 @@ class Meter:
     """Peak memory of a run's steps.
 
     On CUDA the allocator counts by itself. Elsewhere live tensors are counted, which slows a step down, so only steps
-    whose padded batch is larger than any before are counted: they are the ones that can set a new peak.
+    whose padded batch is larger than any before are counted: they are the ones that can set a new peak. The first step,
+    which has no state of the optimizer in it yet, does not stand in the way of a later one.
 
     Attributes:
         counter: what is counted.
@@ -40,6 +41,7 @@ class Meter:
 
         self._engine, self._device = engine, device
         self.counter, self.shape, self._peak = "live tensors of a step", (0, 0), 0
+        self._counted = 0  # tokens of the largest batch that was counted, padding included
         if device.type == "cuda":
             self.counter = "cuda allocated"
             torch.cuda.reset_peak_memory_stats(device)
@@ -57,7 +59,7 @@ class Meter:
     def around(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[None]:
         """Count one step."""
         shape = max((tuple(batch["input_ids"].shape) for batch in batches), key=lambda s: s[0] * s[1])
-        larger = shape[0] * shape[1] > self.shape[0] * self.shape[1]
+        larger = shape[0] * shape[1] > self._counted
         engine = self._engine
         # the first step then makes many forward passes that hold no more than the step itself does
         tuning = engine.tuning is None and (
@@ -70,7 +72,7 @@ class Meter:
             return
         from zolr.memory import LiveBytes
 
-        self.shape = shape
+        self._counted = shape[0] * shape[1] if engine.step_count else 0
         live = LiveBytes()
         live.track(self._engine.model, *batches)
         for variable in self._engine.variables:
@@ -79,7 +81,8 @@ class Meter:
             live.track(*(t for t in tensors if hasattr(t, "untyped_storage")))
         with live:
             yield
-        self._peak = max(self._peak, live.peak)
+        if live.peak > self._peak:
+            self._peak, self.shape = live.peak, shape
 
 
 def versions(*more: str) -> dict[str, str]:
