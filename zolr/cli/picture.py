@@ -13,7 +13,7 @@ from zolr.cli import runs
 # told apart by people of every color vision (Okabe and Ito 2008); with markers, for a print without colors
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-DASHES = ("-", "--", ":")  # one for each time the colors are through
+DASHES = ("-", "-.", ":")  # one for each time the colors are through
 
 SPREAD = 25  # ratio of the longest to the shortest run from which on costs are drawn on a logarithmic axis
 
@@ -62,12 +62,22 @@ def _both(parts: Any) -> tuple[Any, Any]:
     return parts[0], parts[1]
 
 
-def _style(index: int) -> dict[str, Any]:
-    return {
-        "color": COLORS[index % len(COLORS)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "linestyle": DASHES[index // len(COLORS) % len(DASHES)],
-    }
+def _styles(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """How each row is drawn: with checkpointing it goes the same way, so it looks like its method and lets it through."""
+    plain = [row["label"].replace(" + checkpointing", "") for row in rows]
+    places = {name: i for i, name in enumerate(dict.fromkeys(plain))}
+    styles = []
+    for row, name in zip(rows, plain, strict=True):
+        i = places[name]
+        style = {
+            "color": COLORS[i % len(COLORS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": DASHES[i // len(COLORS) % len(DASHES)],
+        }
+        if row["label"] != name:
+            style |= {"linestyle": (0, (3, 3)), "markerfacecolor": "white"}
+        styles.append(style)
+    return styles
 
 
 def _memory(axes: Any, rows: Sequence[Mapping[str, Any]], budget: int | None) -> None:
@@ -77,9 +87,9 @@ def _memory(axes: Any, rows: Sequence[Mapping[str, Any]], budget: int | None) ->
     unit, size = next(
         ((u, s) for u, s in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)) if most >= s), ("B", 1)
     )
-    thick = 0.38
+    thick, styles = 0.38, _styles(rows)
     for place, row in enumerate(rows):
-        color = COLORS[place % len(COLORS)]
+        color = styles[place]["color"]
         predicted, measured = row.get("peak_bytes_predicted"), row.get("peak_bytes_measured")
         top, low = place - thick / 2, place + thick / 2
         for value, at, how in (
@@ -119,6 +129,7 @@ def _memory(axes: Any, rows: Sequence[Mapping[str, Any]], budget: int | None) ->
 def _quality(figure: Any, rows: Sequence[Mapping[str, Any]], metric: str) -> None:
     """The validation score against forward passes, and against seconds, on one scale."""
     by_forwards, by_seconds = figure.subplots(1, 2, sharey=True)
+    styles = _styles(rows)
     curves = {i: curve(Path(row["folder"]), metric) for i, row in enumerate(rows) if row.get("folder")}
     curves = {i: points for i, points in curves.items() if points}
     for axes, column, name in (
@@ -134,9 +145,9 @@ def _quality(figure: Any, rows: Sequence[Mapping[str, Any]], metric: str) -> Non
                 [p[2] for p in seen],
                 label=rows[i]["label"],
                 # a later curve on top of an equal one leaves it to be seen
-                markersize=7.0 - 3.0 * i / len(rows),
-                linewidth=3.0 - 1.6 * i / len(rows),
-                **_style(i),
+                markersize=6.5 - 2.0 * i / len(rows),
+                linewidth=2.4 - 1.0 * i / len(rows),
+                **styles[i],
             )
         if wide:
             axes.set_xscale("log")
