@@ -270,7 +270,8 @@ _ROWS = (
         "W + (alpha/r) B A, A (r, n) random, B (m, r) zero at the start; train A and B",
         "arXiv 2106.09685",
         "released code: PEFT's own layers, initialization and defaults (alpha 8, no dropout)",
-        "needs the package peft; rank is that of the adapter",
+        "needs the package peft; rank is that of the adapter; in Python wrap the model yourself (zolr.adapters.wrap), and "
+        "select zolr.adapters.trained",
         train={"fo": "adapter", "zo": "adapter"},
         lr={"fo": 1e-3, "zo": None},
         adapter=Adapter("lora", rank=8),
