@@ -243,7 +243,7 @@ class Finetune(Writing, Machine, Schedule, Composition, DataChoice, ModelChoice)
             )
         if self.warmup and self.steps is not None and self.warmup >= self.steps:
             raise UsageError(f"--warmup {self.warmup} leaves none of {self.steps} steps; use less")
-        if self.adapter is not None and self.train not in (None, "adapter"):
+        if self.adapter is not None and self.train not in (None, "all", "adapter"):
             raise UsageError(
                 f"--train {self.train}: method '{self.method}' trains an adapter and no weight of the model; leave it out"
             )
@@ -273,7 +273,8 @@ class Finetune(Writing, Machine, Schedule, Composition, DataChoice, ModelChoice)
         """Which weights are trained: as given, else as the method has it."""
         from zolr.methods import METHODS
 
-        return self.train or METHODS[self.method or "stiefel"].trained(self.paradigm or "zo")
+        usual = METHODS[self.method or "stiefel"].trained(self.paradigm or "zo")
+        return usual if self.adapter is not None else self.train or usual
 
     @property
     def adapter(self) -> Adapter | None:
