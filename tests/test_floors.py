@@ -16,7 +16,7 @@ FLOORS: dict[str, int] = {
             ("subspaces", "probes", "spectra"),
             ("variables", "projectors", "estimators", "transports", "residuals", "optim"),
             ("methods", "tuning", "engine"),
-            ("tasks", "models", "memory", "checkpoints", "training"),
+            ("tasks", "models", "adapters", "memory", "checkpoints", "training"),
             ("cli",),
         )
     )

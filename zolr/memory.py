@@ -19,13 +19,18 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
 
+from zolr import adapters
 from zolr.engine import Engine
 from zolr.errors import BudgetError, UsageError
-from zolr.methods import Method
+from zolr.methods import Adapter, Method
 from zolr.models import build, checkpoint_activations, class_loss, lm_loss, load_config, prompt_loss
 from zolr.projectors.stiefel import Stiefel
 
@@ -315,7 +320,7 @@ class Prediction:
     Args:
         peak_bytes: most bytes alive at once in a step, weights and batch included.
         forward_peak_bytes: the same of one forward without autograd: the least that any method can take.
-        weights_bytes: parameters and buffers.
+        weights_bytes: parameters and buffers, those of an adapter included.
         coords_bytes: bases and coordinates that are not the weights themselves.
         optimizer_bytes: state of the optimizer.
         phase: where the peak is: "open" (drawing, folding), "forward", "backward", "update" or "optimizer".
@@ -366,6 +371,7 @@ def predict(
     weight_decay: float = 0.0,
     clip: float | None = None,
     attn_implementation: str | None = None,
+    adapter: Adapter | None = None,
     profile: bool = False,
 ) -> Prediction:
     """Predict the peak memory of a training step by running that very step on tensors without data.
@@ -386,6 +392,7 @@ def predict(
         checkpointing: keep the inputs of layers only and compute the rest again in backward.
         signs: of a forward-only probe, "sequence" or "together"; None as the method says.
         select, realization, weight_decay, clip: as for `Engine`.
+        adapter: what the model is wrapped in, which is then trained instead of `select`.
         profile: list the live storages at the peak, add them up by what they are, and name the module.
 
     Raises:
@@ -400,7 +407,7 @@ def predict(
     config = model if isinstance(model, PreTrainedConfig) else load_config(model)
     loss = loss or LOSSES[objective]
 
-    def fresh() -> Any:
+    def fresh(**options: Any) -> Any:
         return build(
             config,
             kind="classes" if objective == "classes" else "lm",
@@ -408,10 +415,17 @@ def predict(
             dtype=dtype,
             attn_implementation=attn_implementation,
             dropout=0.0,
+            **options,
         )
 
-    def step(method: Method) -> tuple[LiveBytes, int, int]:
-        net = fresh()
+    def wrapped(adapter: Adapter) -> Any:
+        with unset_fake_temporarily():  # PEFT moves what it makes, which modules of fake tensors cannot
+            net = fresh(device="meta")
+            adapters.wrap(net, adapter, classifier=objective == "classes")
+        return _on_host(net)
+
+    def step(method: Method) -> tuple[LiveBytes, int, int, int]:
+        net = fresh() if adapter is None else wrapped(adapter)
         if checkpointing:
             checkpoint_activations(net)
         with _FakeLiveBytes(profile=profile) as live:
@@ -422,7 +436,7 @@ def predict(
                 method,
                 lr=1e-3,
                 loss=_in_phases(loss, live, "backward" if method.paradigm == "fo" else "update"),
-                select=select,
+                select=select if adapter is None else adapters.trained,
                 realization=realization,
                 weight_decay=weight_decay,
                 clip=clip,
@@ -437,10 +451,11 @@ def predict(
                 engine.step(batches)
                 _label_kept(engine, live)
         counted = LiveBytes()
-        counted.track(net)
+        weights = counted.track(net)
         coords = sum(counted.track(v.value, *_bases(v.subspace)) for v in engine.variables)
         states = engine.optimizer.state.values()
-        return live, coords, counted.track(*(t for s in states for t in s.values() if isinstance(t, Tensor)))
+        state = counted.track(*(t for s in states for t in s.values() if isinstance(t, Tensor)))
+        return live, weights, coords, state
 
     with FakeTensorMode():
         net = fresh()
@@ -461,7 +476,7 @@ def predict(
         if method is not None:
             method = _runnable(method, signs)
             try:
-                live, coords, state = step(method)
+                live, weights, coords, state = step(method)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 name, stand_in = type(method.projector).__name__, _stand_in(method)
                 if stand_in is None:
@@ -469,7 +484,7 @@ def predict(
                         f"projector {name} decides by values ({error.func}): its memory cannot be predicted, "
                         "measure a run"
                     ) from error
-                live, coords, state = step(stand_in)
+                live, weights, coords, state = step(stand_in)
                 assumptions.append(
                     f"projector {name} decides by values: its bases are taken to be as large as those of "
                     "Stiefel at the same rank, and what it keeps besides them is not counted"
@@ -486,6 +501,23 @@ def predict(
         parts=_parts(live.records, net) if profile else {},
         records=tuple(live.records),
     )
+
+
+def _on_host(net: nn.Module) -> nn.Module:
+    """A model of the meta device with tensors of the current (fake) mode, in place; what was shared stays shared."""
+    made: dict[int, Any] = {}
+
+    def like(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+    for module in net.modules():
+        for name, old in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
+            if id(old) not in made:
+                made[id(old)] = nn.Parameter(like(old), requires_grad=old.requires_grad)
+            module._parameters[name] = made[id(old)]
+        for name, old in [*module.named_buffers(recurse=False, remove_duplicate=False)]:
+            module._buffers[name] = made.setdefault(id(old), like(old))
+    return net
 
 
 class _FakeLiveBytes(LiveBytes):

@@ -72,6 +72,28 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """Small matrices that a package of its own puts beside the weights, and that are trained in their place.
+
+    Args:
+        kind: what the package calls it (see `zolr.adapters`).
+        rank: of the small matrices, at least 1.
+
+    Raises:
+        UsageError: a rank out of range.
+    """
+
+    kind: str = "lora"
+    rank: int = 8
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise UsageError(
+                f"rank {self.rank!r} of an adapter is not possible; use a whole number of at least 1"
+            )
+
+
+@dataclass(frozen=True)
 class Row:
     """One method of the literature.
 
@@ -87,6 +109,8 @@ class Row:
         reference: where it was published.
         follows: paper or released code, and where they differ.
         limits: what it cannot be combined with, and other warnings.
+        adapter: what the model is wrapped in before training, and trained instead of its own weights; None for
+            nothing. An engine trains the model that it is given: who builds one wraps the model (see `zolr.adapters`).
     """
 
     name: str
@@ -98,6 +122,7 @@ class Row:
     limits: str = ""
     train: Mapping[str, str] = field(default_factory=dict)
     lr: Mapping[str, float | None] = field(default_factory=dict)
+    adapter: Adapter | None = None
 
     @property
     def paradigms(self) -> tuple[str, ...]:
@@ -235,6 +260,22 @@ _ROWS = (
         "torch.optim.Muon, learning rate scaled to match AdamW's step size",
         lr={"fo": 2.5e-4},
     ),
+    Row(
+        "lora",
+        "AdamW on low-rank matrices beside every linear map but the head, the weights themselves fixed (PEFT's)",
+        {
+            "fo": Method(Backprop(), Identity(), ADAMW),
+            "zo": Method(Spsa(), Identity(), ZO_ADAMW),
+        },
+        "W + (alpha/r) B A, A (r, n) random, B (m, r) zero at the start; train A and B",
+        "arXiv 2106.09685",
+        "released code: PEFT's own layers, initialization and defaults (alpha 8, no dropout)",
+        "needs the package peft; rank is that of the adapter; in Python wrap the model yourself (zolr.adapters.wrap), and "
+        "select zolr.adapters.trained",
+        train={"fo": "adapter", "zo": "adapter"},
+        lr={"fo": 1e-3, "zo": None},
+        adapter=Adapter("lora", rank=8),
+    ),
 )
 METHODS: dict[str, Row] = {row.name: row for row in _ROWS}
 
@@ -294,6 +335,15 @@ def compose(
     if paradigm is not None:
         _lookup("paradigm", PARADIGMS, paradigm)
     result = row.build(paradigm)
+    if row.adapter is not None:
+        if projector not in (None, "identity"):
+            raise UsageError(
+                f"method '{row.name}' trains its adapter in the whole space, not by projector '{projector}'; "
+                "leave the projector out, or use method 'stiefel'"
+            )
+        if rank is not None:
+            replace(row.adapter, rank=rank)  # checks it; the method is the same for every rank of the adapter
+        rank = None
     if projector is not None:
         cls = _lookup("projector", PROJECTORS, projector)
         if type(result.projector) is not cls:

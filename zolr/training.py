@@ -142,6 +142,7 @@ def train(
     device: torch.device | str | None = None,
     meter: Meter | None = None,
     reporter: Reporter | None = None,
+    until: Callable[[Progress], bool] | None = None,
 ) -> Outcome:
     """Train `engine` up to `steps` steps and leave it at its best weights.
 
@@ -165,6 +166,7 @@ def train(
         device: where batches are moved after their tokens have been counted.
         meter: who measures the memory of steps.
         reporter: who watches.
+        until: asked between two steps whether what has been spent is enough; the run then ends as at its last step.
 
     Raises:
         NonFiniteError: the loss was not finite in 20 steps in a row.
@@ -179,7 +181,8 @@ def train(
     with _signals() as stop, run.journal():
         while True:
             now = run.progress
-            due = now.evaluated < now.step and (now.step >= steps or _due(now.step, eval_every))
+            ends = now.step >= steps or (until is not None and until(now))
+            due = now.evaluated < now.step and (ends or _due(now.step, eval_every))
             if evaluate and due and not stop.number:
                 with (
                     stop.at_once()
@@ -190,7 +193,7 @@ def train(
             stopped = patience is not None and run.progress.stale >= patience
             if stop.number:
                 raise Interrupted(stop.number, run.saved_for_later(stop.name))
-            if now.step >= steps or stopped:
+            if ends or stopped:
                 break
             if now.step and save_every and now.step % save_every == 0:
                 run.save()

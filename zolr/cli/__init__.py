@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("ZOLR_DEBUG", "0") not in ("", "0"):
             raise
-        code, text = _explained(error)
+        code, text = explained(error)
         print(" ".join(text.split()), file=sys.stderr)
         return code
 
@@ -98,7 +98,7 @@ def _app(arguments: list[str]) -> typer.Typer:
     return app
 
 
-def _explained(error: Exception) -> tuple[int, str]:
+def explained(error: Exception) -> tuple[int, str]:
     """Exit code and message of an error."""
     usage = typer.BadParameter.__bases__[0]  # typer does not export the class of its own usage errors
     if isinstance(error, ZolrError):

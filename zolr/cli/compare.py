@@ -1,45 +1,59 @@
-"""`zolr compare`: the same task under several methods, each in a process of its own, in one table."""
+"""`zolr compare`: the same task under several methods, each in a process of its own: memory, time and quality side by side."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from zolr.cli import runs
-from zolr.cli.config import Settings, add, flag, spelled
+from zolr.cli.config import Settings, add, flag, nearest, spelled
 from zolr.cli.finetune import Finetune, Schedule
 from zolr.cli.variants import variant
 from zolr.cli.workload import DEMO_TASK, DataChoice, Machine, ModelChoice
-from zolr.errors import UsageError, ZolrError
+from zolr.errors import BudgetError, StorageError, UsageError, ZolrError
 
-SHOWN = (
-    "before",
-    "after",
-    "steps",
-    "forwards",
-    "tokens",
-    "seconds",
-    "peak_bytes_measured",
-    "peak_bytes_predicted",
-)
+UNITS = ("forwards", "seconds", "steps")
+RESULTS = "compare.json"  # of the folder of the runs
+
+# what a row has of the `result.json` of its run
+KEPT = (
+    "before", "after", "steps", "kept_step", "forwards", "tokens", "seconds", "lr", "trained_share",
+    "peak_bytes_measured", "peak_bytes_predicted",
+)  # fmt: skip
+
+DONE, NO_MEMORY, NOT_RUN, FAILED = "done", "out of memory", "does not fit", "failed"
 
 
 @dataclass(frozen=True)
 class Contest(Settings):
-    """What competes."""
+    """What competes, and for what."""
 
     methods: tuple[str, ...] = flag(
         (),
-        "Methods to compare: stiefel,mezo,adamw; with a paradigm as in stiefel:fo, and settings as in adamw@lr=1e-3@steps=500.",
+        "Methods to compare: stiefel,mezo,adamw; with a paradigm as in stiefel:fo, and settings as in adamw@lr=1e-3@checkpointing=true.",
         "Method",
+    )
+    equal: str | None = flag(
+        None,
+        "What every method may spend: forwards=2000 (a backward counts as two), seconds=60, or steps=300.",
+        "Training",
+        shown="the steps of each method",
+    )
+    memory_budget: str | None = flag(
+        None, "Do not run what is predicted to take more: 4GiB, 4GB, 4096MiB.", "Memory", shown="no limit"
+    )
+    timing: bool = flag(
+        True, "Measure a step against two plain forwards after each run.", "Output", shown="timing"
     )
 
 
@@ -48,6 +62,13 @@ class Report(Settings):
     """Where to."""
 
     output: str | None = flag(None, "Folder of the runs.", "Output", shown="runs/compare-TASK", saved=False)
+    plot: str | None = flag(
+        None,
+        "Picture of memory and quality: a png, pdf or svg file (needs matplotlib).",
+        "Output",
+        saved=False,
+    )
+    markdown: str | None = flag(None, "Table for a README: an md file.", "Output", saved=False)
     json: bool = flag(False, "Print JSON.", "Output", saved=False)
     quiet: bool = flag(False, "Print nothing but the table and errors.", "Output", saved=False)
 
@@ -57,8 +78,27 @@ class Compare(Report, Machine, Schedule, Contest, DataChoice, ModelChoice):
     """Settings of `zolr compare`."""
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What holds for all rows.
+
+    Args:
+        task: name of the task.
+        model: name of the model.
+        equal: unit and amount of what every method may spend; None for the steps of each.
+        budget: bytes that a predicted peak must not be above.
+        timing: whether steps are measured against forwards.
+    """
+
+    task: str
+    model: str
+    equal: tuple[str, float] | None
+    budget: int | None
+    timing: bool
+
+
 def run(settings: Compare) -> None:
-    """The same task under several methods, in one table."""
+    """The same task under several methods, each in a process of its own: memory, time and quality in one table."""
     from zolr.cli.screen import console
 
     shown = console(settings.quiet)
@@ -68,39 +108,44 @@ def run(settings: Compare) -> None:
         raise UsageError(
             "nothing to compare; give --methods stiefel:zo,stiefel:fo,adamw (zolr methods lists them)"
         )
-    shared = {
-        f.name: getattr(settings, f.name)
-        for f in fields(Compare)
-        if f.name in {g.name for g in fields(Finetune)}
-    }
-    shared |= {"output": None, "json": True, "quiet": True}
-    plans = {name: Finetune(**{**shared, **own}) for name, own in competitors.items()}
-    task = settings.task or (Path(settings.data).stem if settings.data else DEMO_TASK)
-    root = Path(settings.output) if settings.output else runs.free_folder(f"compare-{task}")
-    runs.check_free(root, overwrite=False, resume=False)
+    _check_same_workload(competitors)
+    terms = _terms(settings, competitors)
+    root = Path(settings.output) if settings.output else runs.free_folder(f"compare-{terms.task}")
+    _check_places(settings, root)
+    plans = _plans(settings, competitors, terms)
     signal.signal(
         signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
     )  # so that the child is told, too
+    names = labels(competitors)
     rows = []
-    for name, plan in plans.items():
-        shown.print(f"{name} ...", markup=False)
-        place = root / name.replace(":", "-").replace("@", "-")
-        try:
-            raced = _raced(replace(plan.filled(), output=str(place)))
-        except ZolrError as error:
-            raced = {"error": f"error: {error}", "exit_code": error.exit_code}
-        rows.append({"name": name, "method": plan.method, "paradigm": plan.paradigm, **raced})
-        if "error" in rows[-1]:
-            shown.print(rows[-1]["error"], markup=False)
+    for number, (name, plan) in enumerate(plans.items(), start=1):
+        shown.print(f"{number}/{len(plans)} {names[name]} ...", markup=False)
+        row: dict[str, Any] = {"name": name, "label": names[name]}
+        row |= {"method": competitors[name]["method"], "paradigm": competitors[name]["paradigm"]}
+        row["checkpointing"] = bool(isinstance(plan, Finetune) and plan.checkpointing)
+        if isinstance(plan, Finetune):
+            place = root / re.sub(r"[^\w.=+-]+", "-", name)
+            row |= _raced(replace(plan, output=str(place)), terms)
+        else:
+            row |= {"status": FAILED, "error": f"error: {plan}", "exit_code": plan.exit_code}
+        rows.append(row)
+        _against_adamw(rows)
+        if root.is_dir():  # after every row: what is done stays if the next one is interrupted
+            runs.write_json(root / RESULTS, {**asdict(terms), "methods": rows})
+        shown.print(f"    {_said(row)}", markup=False)
     if settings.json:
         print(runs.as_json(rows))
     else:
-        _print(rows, task)
-    failed = [row for row in rows if "error" in row]
-    if len(failed) == len(rows):
-        error = ZolrError(f"every method failed; the first one with: {failed[0]['error']}")
-        error.exit_code = failed[0]["exit_code"]
-        raise error
+        _print(rows, terms)
+    if settings.markdown is not None:
+        _write(Path(settings.markdown), markdown(rows, terms))
+    if settings.plot is not None:
+        from zolr.cli.picture import draw
+
+        Path(settings.plot).parent.mkdir(parents=True, exist_ok=True)
+        draw(rows, terms.budget, Path(settings.plot), title=f"{terms.task}, {terms.model}")
+    if not any(row["status"] == DONE for row in rows):
+        raise _none_left(rows)
 
 
 def register(app: typer.Typer) -> None:
@@ -108,53 +153,396 @@ def register(app: typer.Typer) -> None:
     add(app, "compare", Compare, run)
 
 
-def _raced(plan: Finetune) -> dict[str, Any]:
-    """One run in a process of its own: memory of one method must not count for the next."""
-    command = [sys.executable, "-m", "zolr", "finetune", *arguments(plan)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+# ---- before anything runs -----------------------------------------------------------------------------------------
+
+
+def _check_same_workload(competitors: Mapping[str, Mapping[str, Any]]) -> None:
+    """A method's own settings must leave the model and the examples alone."""
+    from zolr.cli.finetune import Writing
+
+    shared = {f.name for kind in (ModelChoice, DataChoice, Writing) for f in fields(kind)}
+    shared |= {"k", "train_rows", "validation", "test", "data_seed"}
+    for word, own in competitors.items():
+        for name in own:
+            if name in shared:
+                raise UsageError(
+                    f"--methods: '{spelled(name)}' in '{word}' would make it another task; "
+                    f"give --{spelled(name)} for all of them, or leave it out"
+                )
+
+
+def _terms(settings: Compare, competitors: Mapping[str, Mapping[str, Any]]) -> Terms:
+    from zolr.cli.estimate import bytes_of
+
+    budget = None
+    if settings.memory_budget is not None:
+        budget = bytes_of(settings.memory_budget, "--memory-budget")
+    equal = None if settings.equal is None else _equal(settings.equal)
+    if equal is not None:
+        rivals = [name for name in ("steps", "epochs", "patience") if getattr(settings, name) is not None]
+        rivals = [f"--{name} {getattr(settings, name)}" for name in rivals]
+        rivals += [
+            f"'{name}={own[name]}' in '{word}'"
+            for word, own in competitors.items()
+            for name in ("steps", "epochs", "patience")
+            if name in own
+        ]
+        if rivals:
+            raise UsageError(
+                f"--equal {settings.equal} and {rivals[0]} both say how long a method trains; give one of them"
+            )
+    task = settings.task or (Path(settings.data).stem if settings.data else DEMO_TASK)
+    return Terms(task, Path(settings.model).name, equal, budget, settings.timing)
+
+
+def _equal(text: str) -> tuple[str, float]:
+    """Unit and amount of `forwards=2000`.
+
+    >>> _equal("forwards=2_000"), _equal("seconds=1.5")
+    (('forwards', 2000.0), ('seconds', 1.5))
+    """
+    unit, equals, amount = (part.strip() for part in text.partition("="))
+    if unit not in UNITS:
+        raise UsageError(f"--equal '{text}': there is no '{unit}' to share; {nearest(unit, UNITS)}")
+    try:
+        number = float(amount)
+    except ValueError:
+        number = 0.0
+    whole = unit == "seconds" or number == int(number if number < 1e15 else 0)
+    if not equals or not 0 < number < float("inf") or not whole:
+        raise UsageError(
+            f"--equal '{text}' gives no amount of {unit}; write --equal {unit}={dict(zip(UNITS, (2000, 60, 300), strict=True))[unit]}"
+        )
+    return unit, number
+
+
+def _plans(
+    settings: Compare, competitors: Mapping[str, Mapping[str, Any]], terms: Terms
+) -> dict[str, Finetune | ZolrError]:
+    """A complete run for every method, or why there cannot be one.
+
+    Raises:
+        UsageError: an allowance that does not pay for one step of a method, or a package that a method needs.
+    """
+    from zolr import adapters
+
+    known = {f.name for kind in (Machine, Schedule, DataChoice, ModelChoice) for f in fields(kind)}
+    shared = {name: getattr(settings, name) for name in known}
+    if terms.equal is not None and terms.equal[0] == "steps":
+        shared["steps"] = int(terms.equal[1])
+    plans: dict[str, Finetune | ZolrError] = {}
+    for name, own in competitors.items():
         try:
-            out, said = child.communicate()
+            plan = Finetune(**{**shared, **own})
+            plans[name] = plan.filled()
+        except ZolrError as error:
+            plans[name] = error
+            continue
+        if plan.adapter is not None:
+            adapters.check_installed(plan.adapter)
+        if terms.equal is not None and terms.equal[0] == "forwards":
+            _check_pays(name, plans[name], terms.equal[1])
+        if (
+            plan.eval_every is None
+        ):  # the race spreads them over what is spent, so that all curves are as fine
+            plans[name] = replace(plans[name], eval_every=None)  # type: ignore[type-var]
+    return plans
+
+
+def _check_pays(name: str, plan: Any, amount: float) -> None:
+    """Whether so many forwards pay for a step."""
+    each = plan.composed().estimator.forwards(plan.accumulate or plan.usual_accumulation)
+    if each > amount:
+        raise UsageError(
+            f"--equal forwards={amount:g} pays for no step of '{name}', which takes {each}; give more"
+        )
+
+
+def _check_places(settings: Compare, root: Path) -> None:
+    """Refuse, before hours of runs, what could not be written after them; nothing is created or replaced."""
+    if root.is_dir() and any(root.iterdir()):
+        raise StorageError(f"output folder {root} is not empty; choose another --output")
+    runs.check_free(root, overwrite=False, resume=False)
+    for name, endings in (("plot", (".png", ".pdf", ".svg")), ("markdown", (".md",))):
+        if getattr(settings, name) is not None:
+            _check_file(Path(getattr(settings, name)), f"--{name}", endings)
+    if settings.plot is not None:
+        try:
+            import matplotlib  # noqa: F401  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise UsageError(
+                "--plot needs the package matplotlib, which is not installed; install it with: pip install 'zolr[plot]'"
+            ) from None
+
+
+def _check_file(path: Path, name: str, endings: Sequence[str]) -> None:
+    if path.suffix.lower() not in endings:
+        raise UsageError(
+            f"{name} {path}: the name has to end in {' or '.join(endings)}, which says what it holds"
+        )
+    if path.exists():
+        raise StorageError(f"{name} {path} exists; choose another name, or remove it")
+    above = next(p for p in path.absolute().parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        what = "no permission in" if above.is_dir() else "a file is in the way:"
+        raise StorageError(f"{name} {path} cannot be written: {what} {above}; choose another place")
+
+
+def labels(competitors: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Names for people: the paradigm where a method has several, and what was set, but for the steps, which have a column.
+
+    >>> labels({"adamw:fo@checkpointing=true@steps=4": {"method": "adamw", "paradigm": "fo", "checkpointing": True, "steps": 4}})
+    {'adamw:fo@checkpointing=true@steps=4': 'adamw + checkpointing'}
+    """
+    from zolr.methods import METHODS
+
+    def label(own: Mapping[str, Any], steps: bool) -> str:
+        name = own["method"]
+        if len(METHODS[name].paradigms) > 1:
+            name += f":{own['paradigm']}"
+        for key, value in own.items():
+            if key == "checkpointing" and value:
+                name += " + checkpointing"
+            elif key not in ("method", "paradigm", "checkpointing") and (steps or key != "steps"):
+                name += f" {spelled(key)}={value}"
+        return name
+
+    short = {word: label(own, steps=False) for word, own in competitors.items()}
+    taken = list(short.values())
+    return {
+        word: label(own, steps=True) if taken.count(short[word]) > 1 else short[word]
+        for word, own in competitors.items()
+    }
+
+
+# ---- the runs -----------------------------------------------------------------------------------------------------
+
+
+def _raced(plan: Finetune, terms: Terms) -> dict[str, Any]:
+    """One run in a process of its own: memory of one method must not count for the next."""
+    equal = terms.equal if terms.equal is not None and terms.equal[0] != "steps" else None
+    told = {"settings": asdict(plan), "equal": equal, "budget": terms.budget, "timing": terms.timing}
+    command = [sys.executable, "-m", "zolr.cli.race"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        try:
+            out, said = child.communicate(json.dumps(told))
         except BaseException:  # interrupted: the child saves and leaves too
             child.terminate()
             child.wait()
             raise
-    if child.returncode:
-        lines = said.strip().splitlines()
-        return {
-            "error": lines[-1] if lines else f"ended with exit code {child.returncode}",
-            "exit_code": child.returncode,
-        }
-    result = json.loads(out)
-    return {key: result[key] for key in ("metric", *SHOWN)}
+    return {**outcome(child.returncode, out, said), "folder": plan.output}
 
 
-def arguments(settings: Finetune) -> list[str]:
-    """The flags that give these settings."""
-    words = []
-    for field in fields(settings):
-        value, name = getattr(settings, field.name), f"--{spelled(field.name)}"
-        if value is None or value == field.default:
+def outcome(code: int, out: str, said: str) -> dict[str, Any]:
+    """What became of a run.
+
+    Args:
+        code: exit code of its process, negative for a signal.
+        out: what it reported, one JSON object a line.
+        said: what it wrote on stderr, the reason of a failure last.
+    """
+    found: dict[str, Any] = {}
+    for line in out.splitlines():
+        try:
+            found |= json.loads(line)
+        except ValueError:  # the last line of a process that was killed while it wrote
             continue
-        if isinstance(value, bool):
-            words.append(name if value else f"--no-{spelled(field.name)}")
+    kept = ("metric", "batch_size", "accumulate", *KEPT)
+    row = {key: found[key] for key in kept if key in found}
+    row |= {key: value for key, value in found.items() if key.startswith("step_") or key == "pairs"}
+    if "after" in found:
+        return {"status": DONE, **row}  # whatever happened later concerned the timing alone
+    if found.get("fits") is False:
+        return {"status": NOT_RUN, **row}
+    reason = (said.strip().splitlines() or [f"ended with exit code {code}"])[-1]
+    exhausted = code == BudgetError.exit_code or "OutOfMemoryError" in reason or "MemoryError" in reason
+    if code < 0:
+        number = signal.Signals(-code)
+        exhausted = number == signal.SIGKILL
+        reason = f"ended by {number.name}"
+        if exhausted:
+            reason = "killed by the system (SIGKILL), as it does when memory runs out"
+    return {"status": NO_MEMORY if exhausted else FAILED, "error": reason, "exit_code": code, **row}
+
+
+def _against_adamw(rows: Sequence[dict[str, Any]]) -> None:
+    """Add each step over a step of full AdamW, both measured in forwards of the same examples."""
+    ratio = "step_over_two_forwards"
+    found = [r for r in rows if r["method"] == "adamw" and not r["checkpointing"] and ratio in r]
+    for row in rows:
+        if found and ratio in row:
+            row["step_over_adamw"] = round(row[ratio] / found[0][ratio], 4)
+
+
+def _none_left(rows: Sequence[Mapping[str, Any]]) -> ZolrError:
+    first = rows[0]
+    if all(row["status"] == NOT_RUN for row in rows):
+        return BudgetError(
+            "no method fits the memory budget; use a larger --memory-budget, or a smaller --batch-size or --max-length"
+        )
+    first = next(row for row in rows if "error" in row)
+    error = ZolrError(f"every method failed; the first one with: {first['error']}")
+    error.exit_code = first["exit_code"] if first["exit_code"] > 0 else BudgetError.exit_code
+    return error
+
+
+# ---- what is shown ------------------------------------------------------------------------------------------------
+
+
+def _said(row: Mapping[str, Any]) -> str:
+    """One line about a run that has just ended."""
+    from zolr.cli.screen import size
+
+    if row["status"] == NOT_RUN:
+        return f"does not fit: predicted {size(row['peak_bytes_predicted'])}"
+    if row["status"] != DONE:
+        return row["error"]
+    return (
+        f"{row['metric']} {row['before']:.4f} -> {row['after']:.4f}, {row['forwards']:,} forwards, "
+        f"{row['seconds']:.1f} s, peak {size(row['peak_bytes_measured'])}"
+    )
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its heading, its cell of a finished row, and from how wide a terminal on it is shown."""
+
+    heading: str
+    key: str
+    least_width: int = 0
+
+
+COLUMNS = (
+    Column("method", "label"),
+    Column("METRIC", "after"),
+    Column("steps", "steps", 96),
+    Column("batch", "batch", 120),
+    Column("forwards", "forwards"),
+    Column("tokens", "tokens", 132),
+    Column("seconds", "seconds"),
+    Column("peak", "peak_bytes_measured"),
+    Column("predicted", "peak_bytes_predicted"),
+    Column("x 2 fwd", "step_over_two_forwards"),
+    Column("x adamw", "step_over_adamw", 88),
+)
+
+
+def _columns(rows: Sequence[Mapping[str, Any]], width: int) -> list[Column]:
+    """The columns that something is known for and that there is room for."""
+    metric = next((row["metric"] for row in rows if "metric" in row), "metric")
+    return [
+        replace(column, heading=metric if column.heading == "METRIC" else column.heading)
+        for column in COLUMNS
+        if width >= column.least_width
+        and (not column.key.startswith("step_") or any(column.key in row for row in rows))
+    ]
+
+
+def _cells(row: Mapping[str, Any], columns: Sequence[Column]) -> list[str]:
+    """A row of the table: what is known, and the status in the place of the result."""
+    from zolr.cli.screen import number, size
+
+    cells = []
+    for column in columns:
+        value = row.get(column.key)
+        if column.key == "after" and row["status"] != DONE:
+            cells.append(row["status"])
+        elif column.key == "batch":
+            sizes = [row[key] for key in ("batch_size", "accumulate") if key in row]
+            cells.append(" x ".join(str(each) for each in sizes if each > 1) or "-")
+        elif column.key.startswith("peak_"):
+            cells.append(size(value))
+        elif value is None:
+            cells.append("-")
+        elif column.key == "seconds":
+            cells.append(f"{value:.1f}")
+        elif column.key.startswith("step_"):
+            cells.append(f"{value:.2f}")
         else:
-            for each in value if isinstance(value, tuple) else (value,):
-                words += [name, str(each)]
-    return words
+            cells.append(number(value))
+    return cells
 
 
-def _print(rows: Sequence[dict[str, Any]], task: str) -> None:
+def _title(rows: Sequence[Mapping[str, Any]], terms: Terms) -> str:
+    before = {round(row["before"], 4) for row in rows if "before" in row}
+    metric = next((row["metric"] for row in rows if "metric" in row), None)
+    start = f", {metric} {before.pop():.4f} before training" if len(before) == 1 else ""
+    return f"{terms.task}, {terms.model}{start}"
+
+
+def notes(rows: Sequence[Mapping[str, Any]], terms: Terms, columns: Sequence[Column]) -> list[str]:
+    """What the columns mean, and what became of the rows that have no result."""
+    from zolr.cli.screen import size
+
+    texts = []
+    if terms.equal is not None:
+        unit, amount = terms.equal
+        spent = {
+            "forwards": f"{amount:,.0f} forward passes (a backward counts as two, finding a rate counts)",
+            "seconds": f"{amount:g} seconds in steps (evaluation not counted, the last step ends a little later)",
+            "steps": f"{amount:,.0f} steps",
+        }
+        texts.append(f"every method stops when it has spent {spent[unit]}")
+    if terms.budget is not None:
+        texts.append(f"memory budget {size(terms.budget)}: what is predicted to take more is not run")
+    if any(row["status"] == DONE for row in rows):
+        texts.append(
+            "each method in a process of its own; the weights with the best validation score, on the test rows; "
+            "peak: most bytes of tensors alive in a step, counted in the run and predicted without it"
+        )
+    timed = [row for row in rows if "pairs" in row]
+    if timed:
+        pairs = sorted({row["pairs"] for row in timed})
+        count = f"{pairs[0]} to {pairs[-1]}" if len(pairs) > 1 else f"{pairs[0]}"
+        texts.append(
+            "x 2 fwd: time of a step over that of two plain forwards of the same model on the step's own batches, "
+            f"median of {count} pairs taken in turn in the process of the run; drawing new subspaces is not in it"
+        )
+        if any(column.key == "step_over_adamw" for column in columns):
+            texts.append(
+                "x adamw: x 2 fwd of the row over x 2 fwd of adamw, so per example where batches differ; each was "
+                "measured in its own process"
+            )
+    for row in rows:
+        if row["status"] == NOT_RUN:
+            texts.append(f"{row['label']} does not fit: predicted {size(row['peak_bytes_predicted'])}")
+        elif row["status"] != DONE:
+            texts.append(f"{row['label']}: {row['error'].removeprefix('error: ')}")
+    return texts
+
+
+def _print(rows: Sequence[Mapping[str, Any]], terms: Terms) -> None:
     from rich.console import Console
 
-    from zolr.cli.screen import outcome_cells, outcome_columns, table
+    from zolr.cli.screen import table
 
-    metric = next((row["metric"] for row in rows if "metric" in row), "metric")
-    columns = ["method", *outcome_columns(metric)]
-    lines = []
+    console = Console(highlight=False)
+    columns = _columns(rows, console.width)
+    made = table(_title(rows, terms), [c.heading for c in columns], [_cells(row, columns) for row in rows])
+    for column in made.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    console.print(made)
+    for text in notes(rows, terms, columns):
+        console.print(text, markup=False)
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], terms: Terms) -> str:
+    """The table as GitHub shows it, with what its columns mean below."""
+    columns = _columns(rows, 10**6)
+    lines = [
+        f"**{_title(rows, terms)}**",
+        "",
+        f"| {' | '.join(c.heading for c in columns)} |",
+        f"|---|{'---:|' * (len(columns) - 1)}",
+    ]
     for row in rows:
-        name = row["name"]
-        if "error" in row:
-            lines.append((name, None, row["error"], *[None] * 6))
-            continue
-        lines.append((name, *outcome_cells(row)))
-    Console(highlight=False).print(table(f"{task}, each method in its own process", columns, lines))
+        cells = [cell.replace("|", "\\|") for cell in _cells(row, columns)]
+        lines.append(f"| `{cells[0]}` | {' | '.join(cells[1:])} |")
+    return "\n".join([*lines, "", *(f"- {text}" for text in notes(rows, terms, columns))]) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_text(path, text)

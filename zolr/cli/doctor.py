@@ -22,6 +22,7 @@ REQUIRED = (
 )
 EXTRAS = {
     "plot": ("matplotlib",),
+    "peers": ("peft",),
     "quant": ("bitsandbytes", "torchao"),
     "track": ("tensorboard", "trackio"),
 }

@@ -114,7 +114,7 @@ def register(app: typer.Typer) -> None:
     add(app, "estimate", Estimate, run)
 
 
-def bytes_of(amount: str) -> int:
+def bytes_of(amount: str, flag: str = "--budget") -> int:
     """Bytes of an amount of memory such as 4GiB, 4GB, 4096MiB or 3.5G (without the B, units are binary ones).
 
     Raises:
@@ -131,7 +131,7 @@ def bytes_of(amount: str) -> int:
         size = int(float(number) * units[(unit or "").upper()])
     if size < 1:
         raise UsageError(
-            f"--budget '{amount}' is no amount of memory; give a number above zero and a unit, such as 4GiB, 4GB or 4096MiB"
+            f"{flag} '{amount}' is no amount of memory; give a number above zero and a unit, such as 4GiB, 4GB or 4096MiB"
         )
     return size
 
@@ -262,6 +262,7 @@ def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
             weight_decay=plan.weight_decay,
             clip=plan.clip,
             realization=plan.realization,
+            adapter=plan.adapter,
             profile=profile,
         )
 

@@ -19,8 +19,9 @@ from zolr.errors import NonFiniteError, UsageError
 
 if TYPE_CHECKING:
     from zolr.engine import Engine
-    from zolr.methods import Method
+    from zolr.methods import Adapter, Method
     from zolr.tasks import Splits
+    from zolr.training import Progress
 
 
 @dataclass(frozen=True)
@@ -245,6 +246,10 @@ class Finetune(Writing, Machine, Schedule, Composition, DataChoice, ModelChoice)
             )
         if self.warmup and self.steps is not None and self.warmup >= self.steps:
             raise UsageError(f"--warmup {self.warmup} leaves none of {self.steps} steps; use less")
+        if self.adapter is not None and self.train not in (None, "all", "adapter"):
+            raise UsageError(
+                f"--train {self.train}: method '{self.method}' trains an adapter and no weight of the model; leave it out"
+            )
         return replace(
             self,
             method=self.method or "stiefel",
@@ -271,7 +276,16 @@ class Finetune(Writing, Machine, Schedule, Composition, DataChoice, ModelChoice)
         """Which weights are trained: as given, else as the method has it."""
         from zolr.methods import METHODS
 
-        return self.train or METHODS[self.method or "stiefel"].trained(self.paradigm or "zo")
+        usual = METHODS[self.method or "stiefel"].trained(self.paradigm or "zo")
+        return usual if self.adapter is not None else self.train or usual
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """What the method wraps the model in, if anything; --rank is that of the adapter then."""
+        from zolr.methods import METHODS
+
+        adapter = METHODS[self.method or "stiefel"].adapter
+        return adapter if adapter is None or self.rank is None else replace(adapter, rank=self.rank)
 
     def learning_rate(self, method: Method, width: int) -> float | None:
         """The rate: as given, else of the method's row, else of its optimizer; None is for the engine to measure.
@@ -348,10 +362,14 @@ def schedule_of(course: str, warmup: int, steps: int) -> Callable[[int], float] 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        done = min(1.0, (step - warmup) / max(1, steps - warmup))
-        return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + cos(pi * done))}[course]
+        return factor_at(course, min(1.0, (step - warmup) / max(1, steps - warmup)))
 
     return factor
+
+
+def factor_at(course: str, done: float) -> float:
+    """Factor on the learning rate where a share of the run, 0 to 1, is done."""
+    return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + cos(pi * done))}[course]
 
 
 def _rehearsed(job: Job, settings: Finetune) -> None:
@@ -385,16 +403,23 @@ def _present(result: dict[str, Any], settings: Finetune) -> None:
 
 
 class Job:
-    """One fine-tuning run, loaded and ready to go."""
+    """One fine-tuning run, loaded and ready to go.
 
-    def __init__(self, settings: Finetune) -> None:
-        from zolr import models
+    Args:
+        settings: what to do.
+        schedule: factor on the learning rate by step, instead of the one that the settings describe.
+    """
+
+    def __init__(self, settings: Finetune, schedule: Callable[[int], float] | None = None) -> None:
+        from zolr import adapters, models
         from zolr.cli.workload import device_of, set_threads, splits_of, task_of, width_of, words_of
         from zolr.engine import Engine
         from zolr.tasks import TrainingBatches, own_task, truncation_share
 
         set_threads(settings.threads)
         device = device_of(settings.device)
+        if settings.adapter is not None:
+            adapters.check_installed(settings.adapter)
         task = task_of(settings, settings.model == "demo")
         files = {"validation_data": settings.validation, "test_data": settings.test}
         self.splits: Splits = splits_of(
@@ -412,6 +437,7 @@ class Job:
             dtype=settings.dtype,
             device=device,
             seed=settings.seed,
+            adapter=settings.adapter,
         )
         self.train_set = self.work.encode(self.splits.train)
         self.validation = self.work.encode(self.splits.validation)
@@ -437,10 +463,10 @@ class Job:
             method,
             lr=settings.learning_rate(method, width_of(self.work.model)),
             loss=self.work.objective(settings.objective),
-            select=self.select,
+            select=self.select if settings.adapter is None else adapters.trained,
             seed=settings.seed,
             weight_decay=settings.weight_decay,
-            schedule=schedule_of(settings.schedule, settings.warmup, settings.steps or 1),
+            schedule=schedule or schedule_of(settings.schedule, settings.warmup, settings.steps or 1),
             clip=settings.clip,
             realization=settings.realization,
             # families whose forward we know need no proof that the coordinates reach the loss; it costs a pass per weight
@@ -515,13 +541,20 @@ class Job:
                 weight_decay=s.weight_decay,
                 clip=s.clip,
                 realization=s.realization,
+                adapter=s.adapter,
             ).peak_bytes
         except Exception as error:  # an operation that fake tensors cannot run must not stop a run that works
             self.notes.append(f"note: no memory prediction ({type(error).__name__}: {error})")
             return None
 
-    def train(self, place: runs.RunFolder, shown: Any) -> dict[str, Any]:
-        """Train, complete the run folder, and return what is in its `result.json`."""
+    def train(
+        self, place: runs.RunFolder, shown: Any, until: Callable[[Progress], bool] | None = None
+    ) -> dict[str, Any]:
+        """Train, complete the run folder, and return what is in its `result.json`.
+
+        Args:
+            until: ends the run early, see `training.train`; its settings then say how many steps it was.
+        """
         from zolr.cli import record
         from zolr.cli.screen import watching
         from zolr.memory import resident
@@ -549,12 +582,15 @@ class Job:
                     device=work.device,
                     meter=meter,
                     reporter=screen,
+                    until=until,
                 )
         except NonFiniteError:
             raise
         except BaseException:
             place.discard()
             raise
+        if until is not None:
+            self.settings = replace(settings, steps=outcome.progress.step)
         after = work.evaluate(self.test, self.batch_size)
         result = record.result_of(self, outcome, before, after, meter)
         record.complete(self, place, result, meter)

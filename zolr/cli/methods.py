@@ -67,6 +67,7 @@ def _described(row: Any) -> dict[str, Any]:
     return {
         **texts,
         "paradigms": list(row.paradigms),
+        **({"adapter": _parts(row.adapter)} if row.adapter else {}),
         "composition": {p: _parts(row.build(p)) for p in row.paradigms},
     }
 

@@ -165,8 +165,13 @@ class Pretrain(Writing, Machine, Course, Composition, Text, Architecture):
 
     def composed(self) -> Method:
         """The method these settings describe."""
-        from zolr.methods import compose
+        from zolr.methods import METHODS, compose
 
+        if self.method in METHODS and METHODS[self.method].adapter is not None:
+            raise UsageError(
+                f"method '{self.method}' trains an adapter beside weights that stay as they are, which is for "
+                "zolr finetune; use another --method here"
+            )
         parts = {f: getattr(self, f) for f in PARTS}
         return compose(self.method or "adamw", self.paradigm, **parts)
 

@@ -27,7 +27,8 @@ class Meter:
     """Peak memory of a run's steps.
 
     On CUDA the allocator counts by itself. Elsewhere live tensors are counted, which slows a step down, so only steps
-    whose padded batch is larger than any before are counted: they are the ones that can set a new peak.
+    whose padded batch is larger than any before are counted: they are the ones that can set a new peak. The first step,
+    which has no state of the optimizer in it yet, does not stand in the way of a later one.
 
     Attributes:
         counter: what is counted.
@@ -40,6 +41,7 @@ class Meter:
 
         self._engine, self._device = engine, device
         self.counter, self.shape, self._peak = "live tensors of a step", (0, 0), 0
+        self._counted = 0  # tokens of the largest batch that was counted, padding included
         if device.type == "cuda":
             self.counter = "cuda allocated"
             torch.cuda.reset_peak_memory_stats(device)
@@ -57,7 +59,7 @@ class Meter:
     def around(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[None]:
         """Count one step."""
         shape = max((tuple(batch["input_ids"].shape) for batch in batches), key=lambda s: s[0] * s[1])
-        larger = shape[0] * shape[1] > self.shape[0] * self.shape[1]
+        larger = shape[0] * shape[1] > self._counted
         engine = self._engine
         # the first step then makes many forward passes that hold no more than the step itself does
         tuning = engine.tuning is None and (
@@ -70,7 +72,7 @@ class Meter:
             return
         from zolr.memory import LiveBytes
 
-        self.shape = shape
+        self._counted = shape[0] * shape[1] if engine.step_count else 0
         live = LiveBytes()
         live.track(self._engine.model, *batches)
         for variable in self._engine.variables:
@@ -79,14 +81,16 @@ class Meter:
             live.track(*(t for t in tensors if hasattr(t, "untyped_storage")))
         with live:
             yield
-        self._peak = max(self._peak, live.peak)
+        if live.peak > self._peak:
+            self._peak, self.shape = live.peak, shape
 
 
-def versions() -> dict[str, str]:
-    """What the result may depend on."""
+def versions(*more: str) -> dict[str, str]:
+    """What the result may depend on; `more` are further packages that it used."""
     import zolr
 
-    installed = {name: version(name) for name in ("torch", "transformers", "datasets", "safetensors")}
+    names = ("torch", "transformers", "datasets", "safetensors", *more)
+    installed = {name: version(name) for name in names}
     return {"zolr": zolr.__version__, "python": platform.python_version(), **installed}
 
 
@@ -125,12 +129,13 @@ def result_of(
             "validation": {"before": outcome.before, "after": outcome.after},
         },
         "settings": as_dict(settings),
-        "versions": versions(),
+        "versions": versions(*(["peft"] if settings.adapter else [])),
     }
 
 
 def complete(job: Job, place: runs.RunFolder, result: dict[str, Any], meter: Meter) -> None:
     """Put everything into the run folder; `result.json` is the last to appear."""
+    from zolr import adapters
     from zolr.memory import resident
 
     settings, work = job.settings, job.work
@@ -148,9 +153,11 @@ def complete(job: Job, place: runs.RunFolder, result: dict[str, Any], meter: Met
     task = {"task": described(work.task), "head": settings.head, "metric": job.metric}
 
     def fill(folder: Path) -> None:
-        runs.write_model(
-            folder, job.engine.detach(), work.tokenizer
-        )  # the run is over, so no copy has to be made
+        model = job.engine.detach()  # the run is over, so no copy has to be made
+        if work.wrapped is not None:
+            adapters.save(work.wrapped, folder / runs.ADAPTER)
+            work.model = model = adapters.merged(work.wrapped)
+        runs.write_model(folder, model, work.tokenizer)
         runs.write_text(folder / runs.CONFIG, toml(settings))
         runs.write_json(folder / runs.TASK, task)
         runs.write_json(folder / runs.MEMORY, memory)
@@ -191,7 +198,9 @@ def card(job: Job, result: Mapping[str, Any], memory: Mapping[str, Any]) -> str:
         f"| task | {job.splits.name}: {', '.join(work.task.classes)} |",
         f"| data | {result['rows']['train']} training rows from {Path(job.splits.source).name}, data seed {s.data_seed} |",
         f"| reading | {reading} |",
-        f"| projector | `{method.projector}` |",
+        f"| adapter | `{s.adapter}`, also in `adapter/` in the format of peft |"
+        if s.adapter
+        else f"| projector | `{method.projector}` |",
         f"| optimizer | `{method.optimizer.name}`, lr {number(result['lr'])}, eps {number(result['eps'])} |",
         f"| seed | {s.seed} |",
         f"| steps | {result['steps']} of {job.step_size} examples, weights of step {result['kept_step']} |",

@@ -42,6 +42,7 @@ CONFIG, RESULT, TASK, METRICS, MEMORY, CARD = (
     "README.md",
 )
 CHECKPOINTS = "checkpoints"
+ADAPTER = "adapter"
 
 
 def free_folder(name: str, root: Path = Path("runs")) -> Path:
@@ -107,6 +108,7 @@ class RunFolder:
                     if not (aside / entry.name).exists():
                         entry.rename(aside / entry.name)
                 shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+            shutil.rmtree(self.path / ADAPTER, ignore_errors=True)  # of a run that was here before
             for old in (*self.path.glob("model*.safetensors"), self.path / "model.safetensors.index.json"):
                 if not (aside / old.name).exists():  # shards of a larger model that was here before
                     old.unlink(missing_ok=True)

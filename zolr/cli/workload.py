@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from zolr.methods import Method
+    from zolr.methods import Adapter, Method
     from zolr.tasks import ClassInput, Encoded, Example, Prompt, Splits, Task
 
 DEMO_TASK = "questions"  # the task that comes with the package, as the demo model does
@@ -222,10 +222,11 @@ class Workload:
         head: "prompt" or "classes".
         max_length: tokens of an example at most, where that was asked for; else the task's limit or the model's.
         dtype, device: of the weights.
-        seed: of a fresh classification head.
+        seed: of a fresh classification head, and of an adapter.
+        adapter: what the model is wrapped in, in place; None for nothing.
 
     Raises:
-        UsageError: a length that the model cannot read.
+        UsageError: a length that the model cannot read, or an adapter whose package is missing.
     """
 
     def __init__(
@@ -238,10 +239,11 @@ class Workload:
         dtype: str = "float32",
         device: torch.device,
         seed: int = 0,
+        adapter: Adapter | None = None,
     ) -> None:
         import torch
 
-        from zolr import models
+        from zolr import adapters, models
         from zolr.tasks import pad_id
 
         self.name, self.head, self.device = name, head, device
@@ -276,6 +278,9 @@ class Workload:
             self.logits = lambda model, batch: models.prompt_logits(model, batch, prompt.label_ids)
             self.loss = models.prompt_loss(prompt.label_ids)
         self.pad_id = pad_id(self.tokenizer)
+        self.wrapped: Any = adapter and adapters.wrap(
+            self.model, adapter, classifier=head == "classes", seed=seed
+        )
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         """Examples as token ids."""

@@ -1,0 +1,193 @@
+"""Laws of adapters.py and of the `lora` row: PEFT's own layers, trained by the engine, readable by PEFT and without it."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run
+from test_cli import failed
+
+from zolr.adapters import merged, trained, wrap
+from zolr.engine import Engine
+from zolr.memory import predict, size_of
+from zolr.methods import METHODS, Adapter, compose
+from zolr.models import DEMO, load_model, prompt_loss
+
+peft = pytest.importorskip("peft")
+
+SMALL = ("--k", 4, "--eval-rows", 8, "--batch-size", 4, "--steps", 4, "--eval-every", 2)
+LORA = ("finetune", "--method", "lora", *SMALL)
+IDS = torch.arange(3, 27).reshape(2, 12)
+
+
+@pytest.fixture
+def unpredicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without a memory prediction, which takes longer than they do."""
+    from zolr.cli.finetune import Job
+
+    monkeypatch.setattr(Job, "predicted", None)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    zeros = torch.zeros(2, dtype=torch.long)
+    return {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "positions": zeros + 5, "labels": zeros}
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(input_ids=IDS).logits
+
+
+@pytest.mark.usefixtures("unpredicted")
+@pytest.mark.parametrize("head", ["prompt", "classes"])
+@pytest.mark.parametrize("paradigm", ["fo", "zo"])
+def test_a_run_is_a_plain_model_and_an_adapter_with_equal_outputs(
+    zolr: Run, tmp_path: Path, paradigm: str, head: str
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    auto: Any = AutoModelForCausalLM if head == "prompt" else AutoModelForSequenceClassification
+    more: dict[str, Any] = {"dtype": torch.float32, **({} if head == "prompt" else {"num_labels": 6})}
+    rate = ("--lr", 1e-2, *(("--eps", 1e-3) if paradigm == "zo" else ()))
+    run = tmp_path / "run"
+    given = ("--paradigm", paradigm, "--rank", 3, "--head", head, *rate, "--output", run)
+    code, _, err = zolr(*LORA, *given)
+    assert code == 0, err
+    plain = logits(auto.from_pretrained(run))
+    base = auto.from_pretrained(DEMO, **more)
+    untrained = logits(base)
+    adapted = logits(peft.PeftModel.from_pretrained(base, run / "adapter"))
+    assert torch.allclose(plain, adapted, rtol=1e-4, atol=1e-4)
+    assert float((adapted - untrained).abs().max()) > 1e-2
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 3 and config["peft_type"] == "LORA"
+    result = json.loads((run / "result.json").read_text())
+    assert result["versions"]["peft"] == peft.__version__ and 0 < result["trained_share"] < 0.1
+    assert "`adapter/`" in (run / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("unpredicted")
+def test_a_resumed_run_leaves_the_same_adapter_bit_for_bit(zolr: Run, tmp_path: Path) -> None:
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert zolr(*LORA, "--save-every", 2, "--output", whole)[0] == 0
+    for name in ("config.toml", "metrics.jsonl"):
+        again.mkdir(exist_ok=True)
+        shutil.copy(whole / name, again)
+    shutil.copytree(whole / "checkpoints" / "step-2", again / "checkpoints" / "step-2")
+    shutil.copytree(whole / "checkpoints" / "best-2", again / "checkpoints" / "best-2", dirs_exist_ok=True)
+    code, _, err = zolr("finetune", "--resume", "--output", again)
+    assert code == 0, err
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (whole / name).read_bytes() == (again / name).read_bytes()
+
+
+@pytest.mark.usefixtures("unpredicted")
+def test_the_adapter_of_an_earlier_run_does_not_stay_beside_another_model(zolr: Run, tmp_path: Path) -> None:
+    assert zolr(*LORA, "--output", tmp_path / "run")[0] == 0
+    assert zolr(*LORA, "--rank", 2, "--output", tmp_path / "run", "--overwrite")[0] == 0
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 2
+    code, _, err = zolr("finetune", "--method", "sgd", *SMALL, "--output", tmp_path / "run", "--overwrite")
+    assert code == 0 and not (tmp_path / "run" / "adapter").exists(), err
+
+
+def test_the_adapter_alone_is_trained() -> None:
+    model: Any = load_model("demo")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    wrapped = wrap(model, Adapter("lora", 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    engine = Engine(model, compose("lora", "fo"), lr=1e-2, loss=prompt_loss((3, 4)), select=trained)
+    assert all(".lora_" in v.name and v.is_full for v in engine.variables)
+    linear = [m for m in load_model("demo").modules() if isinstance(m, torch.nn.Linear)]
+    assert len(engine.variables) == 2 * (len(linear) - 1)  # every linear map but the head
+    start = logits(model)
+    engine.step([batch()])
+    engine.detach()
+    changed = logits(model)
+    plain: Any = merged(wrapped)
+    assert torch.allclose(logits(plain), changed, rtol=1e-4, atol=1e-4) and not torch.equal(changed, start)
+    after = dict(plain.named_parameters())
+    assert set(after) == set(before)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all("proj" in name for name in moved)  # embeddings, norms and the head stay
+
+
+def test_the_seed_names_the_first_matrices() -> None:
+    def drawn(seed: int) -> torch.Tensor:
+        model = load_model("demo")
+        wrap(model, Adapter(), seed=seed)
+        return next(p for n, p in model.named_parameters() if "lora_A" in n)
+
+    assert torch.equal(drawn(1), drawn(1)) and not torch.equal(drawn(1), drawn(2))
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("--checkpointing",), ("--paradigm", "zo", "--lr", 1e-3, "--eps", 1e-3)]
+)
+def test_the_peak_is_the_predicted_one(zolr: Run, tmp_path: Path, more: tuple[object, ...]) -> None:
+    every = ("--train-rows", 24, "--batch-size", 24, "--accumulate", 1, "--eval-rows", 8, "--steps", 3)
+    code, out, err = zolr(
+        "finetune", "--method", "lora", *every, *more, "--output", tmp_path / "run", "--json"
+    )
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["peak_bytes_predicted"] == pytest.approx(result["peak_bytes_measured"], rel=0.02)
+
+
+@pytest.mark.parametrize("objective", ["prompt", "classes"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_predicted_weights_are_those_of_the_wrapped_model(objective: Any, dtype: torch.dtype) -> None:
+    kind: Any = "classes" if objective == "classes" else "lm"
+    model = load_model("demo", kind=kind, num_labels=2 if kind == "classes" else None, dtype=dtype)
+    wrap(model, Adapter(rank=5), classifier=kind == "classes")
+    size = dict(batch_size=2, max_length=8, dtype=dtype, objective=objective)
+    predicted = predict("demo", compose("lora", "fo"), adapter=Adapter(rank=5), **size)
+    assert predicted.weights_bytes == size_of(model)
+    plain = predict("demo", compose("adamw"), **size)
+    assert predicted.forward_peak_bytes == plain.forward_peak_bytes
+    assert predicted.optimizer_bytes < 0.3 * plain.optimizer_bytes
+
+
+def test_rank_is_that_of_the_adapter() -> None:
+    from zolr.cli.finetune import Finetune
+
+    assert Finetune(method="lora", rank=3).filled().adapter == Adapter("lora", 3)
+    assert Finetune(method="lora").filled().adapter == METHODS["lora"].adapter == Adapter("lora", 8)
+    assert Finetune(method="adamw").filled().adapter is None
+    assert compose("lora", "fo", rank=3) == METHODS["lora"].build("fo")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["finetune", "--method", "lora", "--rank", 0], "rank 0 of an adapter.*at least 1"),
+        (["finetune", "--method", "lora", "--train", "linear"], "--train linear: method 'lora' trains an adapter.*leave it out"),
+        (["finetune", "--method", "lora", "--projector", "stiefel"], "projector 'stiefel'; leave the projector out"),
+        (["finetune", "--method", "lora", "--paradigm", "fwd"], "method 'lora' runs under fo, zo"),
+        (["pretrain", "--method", "lora", "--data", "x.txt"], "method 'lora' trains an adapter.*use another --method"),
+    ],
+)  # fmt: skip
+def test_what_an_adapter_cannot_is_refused(
+    zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[object], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    failed(zolr(*arguments), 2, message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_named_with_the_extra_that_has_it(
+    zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    failed(zolr("finetune", "--method", "lora"), 2, r"needs the package peft.*pip install 'zolr\[peers\]'")
+    failed(zolr("compare", "--methods", "adamw,lora"), 2, r"pip install 'zolr\[peers\]'")
+    assert list(tmp_path.iterdir()) == []
+    code, out, _ = zolr("estimate", "--method", "lora,mezo", "--batch-size", 1, "--max-length", 4, "--json")
+    lora, mezo = json.loads(out)["methods"]
+    assert code == 0 and "zolr[peers]" in lora["error"] and mezo["peak_bytes"] > 0

@@ -1,0 +1,392 @@
+"""`zolr compare`: equal budgets that are kept, time against forwards, rows that failed for a reason, and what is shown of them."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Run
+from test_cli import failed
+
+from zolr.cli import compare
+from zolr.cli.compare import DONE, FAILED, NO_MEMORY, NOT_RUN, Terms, labels, markdown, outcome
+from zolr.cli.race import PAIRS, Allowance
+from zolr.cli.variants import variant
+from zolr.errors import UsageError
+from zolr.training import Progress
+
+SMALL = ("--k", 4, "--eval-rows", 8, "--batch-size", 4, "--accumulate", 1)
+
+
+def curves(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- real runs ----------------------------------------------------------------------------------------------------
+
+
+def test_every_method_spends_the_same_forwards(zolr: Run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out, plot, table = tmp_path / "all", tmp_path / "pictures" / "all.png", tmp_path / "all.md"
+    methods = "adamw,adamw@checkpointing=true,mezo@batch-size=3,stiefel:zo@rank=2"
+    places = ("--output", out, "--plot", plot, "--markdown", table)
+    equal = ("--equal", "forwards=240", "--memory-budget", "1TiB")
+    code, printed, err = zolr("compare", "--methods", methods, *SMALL, *equal, *places, "--json")
+    assert code == 0, err
+    rows = json.loads(printed)
+    adamw, recomputed, mezo, stiefel = rows
+    assert [row["status"] for row in rows] == [DONE] * 4
+    assert [row["label"] for row in rows] == [
+        "adamw",
+        "adamw + checkpointing",
+        "mezo batch-size=3",
+        "stiefel:zo rank=2",
+    ]
+    # a step of backprop is three forwards, of a probe two; stiefel finds its rate first, which counts
+    assert (adamw["steps"], mezo["steps"], mezo["batch_size"]) == (80, 120, 3)
+    assert all(238 <= row["forwards"] <= 240 for row in rows)
+    for row in rows:
+        folder = Path(row["folder"])
+        result = json.loads((folder / "result.json").read_text())
+        assert {key: row[key] for key in ("before", "after", "forwards")} == {
+            key: result[key] for key in ("before", "after", "forwards")
+        }
+        lines = curves(folder)
+        assert sum("eval" in line for line in lines) >= 5
+        assert lines[-1]["step"] == row["steps"] and lines[-2]["forwards"] == row["forwards"]
+        rates = [line["lr"] for line in lines if "lr" in line]
+        assert rates[-1] < 0.05 * rates[0]  # it falls to zero where the budget ends
+        assert row["pairs"] >= PAIRS[0]
+        low, high = row["step_over_two_forwards_quartiles"]
+        assert 0 < low <= row["step_over_two_forwards"] <= high
+        assert row["step_over_adamw"] == pytest.approx(
+            row["step_over_two_forwards"] / adamw["step_over_two_forwards"], abs=1e-3
+        )
+    assert recomputed["after"] == adamw["after"]  # the same mathematics
+    assert recomputed["peak_bytes_predicted"] <= adamw["peak_bytes_predicted"]
+    saved = json.loads((out / "compare.json").read_text())
+    assert saved["equal"] == ["forwards", 240] and saved["methods"] == rows
+    text = table.read_text()
+    assert text.count("\n| `") == 4 and "| `adamw + checkpointing` |" in text and "240 forward passes" in text
+    assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 20_000
+    # the resolved settings repeat the run without its budget
+    code, printed, err = zolr(
+        "finetune", "--config", out / "adamw-fo" / "config.toml", "--output", tmp_path / "again", "--json"
+    )
+    assert code == 0 and json.loads(printed)["forwards"] == 240, err
+
+
+def test_what_does_not_fit_is_kept_and_not_run(zolr: Run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    given = ("compare", *SMALL, "--steps", 2, "--no-timing", "--memory-budget", "12MiB")
+    places = ("--output", tmp_path / "all", "--plot", tmp_path / "all.svg")
+    code, out, err = zolr(*given, "--methods", "adamw,mezo", *places, "--json")
+    assert code == 0, err
+    adamw, mezo = json.loads(out)
+    assert adamw["status"] == NOT_RUN and adamw["peak_bytes_predicted"] > 12 * 2**20 and "after" not in adamw
+    assert not (tmp_path / "all" / "adamw-fo").exists()
+    assert mezo["status"] == DONE and mezo["peak_bytes_measured"] < 12 * 2**20 and "pairs" not in mezo
+    assert (
+        "does not fit" in (tmp_path / "all.svg").read_text() or (tmp_path / "all.svg").stat().st_size > 9000
+    )
+    code, out, err = zolr(*given, "--methods", "adamw", "--output", tmp_path / "none")
+    assert code == 7 and "no method fits the memory budget" in err and "adamw does not fit: predicted" in out
+    assert not (tmp_path / "none").exists()
+
+
+DEATHS = {
+    "killed": ("import os; os.kill(os.getpid(), 9)", "SIGKILL"),
+    "refused": ("import torch; torch.empty(1 << 50)", "out of memory"),
+}
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_a_run_without_memory_is_a_row_with_what_was_predicted(
+    zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, death: str
+) -> None:
+    """The process of the run is the real one, but that training takes all there is."""
+    does, message = DEATHS[death]
+    dying = (
+        "import sys, zolr.cli.race as race\n"
+        f"def train(*given):\n    {does}\n"
+        "race.Job.train = train\nsys.exit(race.main())"
+    )
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{dying}'\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(compare.sys, "executable", str(python))
+    given = ("compare", "--methods", "sgd", *SMALL, "--steps", 2, "--output", tmp_path / "all")
+    code, out, err = zolr(*given, "--json")
+    (row,) = json.loads(out)
+    assert row["status"] == NO_MEMORY and message in row["error"] and row["peak_bytes_predicted"] > 2**20
+    assert code == 7 and "every method failed" in err
+
+
+def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
+    import os
+    import signal
+    import time
+
+    command = [sys.executable, "-m", "zolr", "compare", "--methods", "sgd@steps=100000"]
+    command += [*map(str, SMALL), "--output", str(tmp_path / "all"), "--no-timing"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
+        folder = tmp_path / "all" / "sgd-fo-steps=100000"
+        for _ in range(600):
+            if (folder / "metrics.jsonl").is_file():
+                break
+            time.sleep(0.1)
+        else:
+            parent.kill()
+            pytest.fail(f"nothing began: {parent.communicate()}")
+        os.kill(parent.pid, signal.SIGTERM)
+        _, said = parent.communicate(timeout=60)
+    assert parent.returncode == 128 + signal.SIGTERM, said
+    size = (folder / "metrics.jsonl").stat().st_size
+    time.sleep(1.0)
+    assert (folder / "metrics.jsonl").stat().st_size == size and list((folder / "checkpoints").glob("step-*"))
+
+
+# ---- mistakes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["adamw", "--equal", "forwards"], 2, "'forwards' gives no amount of forwards; write --equal forwards=2000"),
+        (["adamw", "--equal", "forward=20"], 2, "no 'forward' to share; did you mean 'forwards'"),
+        (["adamw", "--equal", "seconds=-1"], 2, "write --equal seconds=60"),
+        (["adamw", "--equal", "steps=2.5"], 2, "write --equal steps=300"),
+        (["adamw", "--equal", "seconds=inf"], 2, "gives no amount"),
+        (["adamw", "--equal", "forwards=1e999"], 2, "gives no amount"),
+        (["mezo,adamw", "--equal", "forwards=3"], 2, "pays for no step of 'mezo:zo', which takes 4"),
+        (["adamw", "--equal", "seconds=9", "--steps", 9], 2, "--equal seconds=9 and --steps 9 both"),
+        (["adamw", "--equal", "steps=9", "--epochs", 9], 2, "--epochs 9.0 both"),
+        (["adamw", "--equal", "forwards=90", "--patience", 2], 2, "--patience 2 both"),
+        (["adamw@steps=9", "--equal", "forwards=90"], 2, "'steps=9' in 'adamw:fo@steps=9' both"),
+        (["adamw", "--memory-budget", "plenty"], 2, "--memory-budget 'plenty' is no amount"),
+        (["adamw", "--memory-budget", "0GiB"], 2, "--memory-budget '0GiB' is no amount"),
+        (["adamw@task=sst2"], 2, "'task' in 'adamw:fo@task=sst2' would make it another task; give --task for all"),
+        (["adamw@output=x"], 2, "'output' in .*leave it out"),
+        (["adamw,galor@lr=1"], 2, "method 'galor' is not known"),
+        (["adamw", "--plot", "out.jpeg"], 2, r"--plot out.jpeg: .*\.png or .*\.svg"),
+        (["adamw", "--markdown", "out.txt"], 2, r"--markdown out.txt: .*\.md"),
+        (["adamw", "--plot", "/dev/null/out.png"], 4, "--plot /dev/null/out.png cannot be written: a file is in the way: /dev/null"),
+        (["adamw", "--markdown", "taken.md"], 4, "--markdown taken.md exists"),
+        (["adamw", "--output", "taken"], 4, "output folder taken is not empty; choose another --output$"),
+        (["adamw", "--output", "taken.md"], 4, "taken.md is a file"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_found_before_anything_runs(
+    zolr: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[object],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    for name in ("taken/notes.txt", "taken.md"):
+        (tmp_path / name).write_text("mine")
+    failed(zolr("compare", "--methods", *arguments), code, message)
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")} == {
+        "taken",
+        "taken.md",
+        "taken/notes.txt",
+    }
+    assert (tmp_path / "taken.md").read_text() == "mine"
+
+
+def test_a_missing_matplotlib_is_found_before_anything_runs(
+    zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    given = ("compare", "--methods", "adamw", "--plot", "out.png")
+    failed(zolr(*given), 2, r"--plot needs the package matplotlib.*pip install 'zolr\[plot\]'")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- budgets ------------------------------------------------------------------------------------------------------
+
+
+def test_forwards_are_never_overspent_and_the_rate_ends_at_zero() -> None:
+    allowance = Allowance("forwards", 100, "linear", 0, forwards=4)
+    step, spent, factors = 0, 0, [allowance.factor(0)]
+    while not allowance(Progress(step=step, forwards=spent)):
+        spent += 4 if step else 24  # the first step searches a rate
+        step += 1
+        factors.append(allowance.factor(step))  # asked before the loop hears of the step, as the engine does
+    assert spent == 100 and step == 20
+    assert (
+        factors[0] == 1.0 and factors[-2] == pytest.approx(0.04) and factors == sorted(factors, reverse=True)
+    )
+
+
+def test_seconds_are_all_used_whatever_the_first_step_takes() -> None:
+    allowance = Allowance("seconds", 10.0, "linear", 2)
+    step, spent, factors = 0, 0.0, [allowance.factor(0)]
+    while not allowance(Progress(step=step, seconds=spent)):
+        spent += 0.5 if step else 4.0
+        step += 1
+        factors.append(allowance.factor(step))
+    assert spent == 10.5 and step == 14
+    assert factors[:2] == [0.5, 1.0] and factors[2] > 0.5 and factors[-2] == pytest.approx(0.0, abs=0.06)
+
+
+@pytest.mark.parametrize("course", ["constant", "linear", "cosine"])
+def test_a_budget_of_forwards_has_the_course_of_as_many_steps(course: Any) -> None:
+    from zolr.cli.finetune import schedule_of
+
+    usual = schedule_of(course, 0, 50) or (lambda step: 1.0)
+    allowance = Allowance("forwards", 150, course, 0, forwards=3)
+    for step in range(50):
+        assert allowance.factor(step) == pytest.approx(usual(step))
+        assert not allowance(Progress(step=step, forwards=3 * step))
+    assert allowance(Progress(step=50, forwards=150))
+
+
+# ---- what is shown ------------------------------------------------------------------------------------------------
+
+
+def test_outcomes_are_told_apart() -> None:
+    told = '{"batch_size": 4}\n{"peak_bytes_predicted": 9}\n'
+    assert outcome(0, told + '{"fits": false}', "")["status"] == NOT_RUN
+    assert outcome(7, told, "error: out of memory; try")["status"] == NO_MEMORY
+    assert outcome(1, told, "torch.OutOfMemoryError: CUDA out of memory")["status"] == NO_MEMORY
+    killed = outcome(-9, told + '{"before": 0.', "")
+    assert killed["status"] == NO_MEMORY and killed["peak_bytes_predicted"] == 9
+    crashed = outcome(-11, told, "some chatter")
+    assert crashed["status"] == FAILED and "SIGSEGV" in crashed["error"]
+    diverged = outcome(5, told, "note\nerror: the loss was not finite in 20 steps")
+    assert diverged["status"] == FAILED and diverged["error"].startswith("error: the loss was not finite")
+    assert outcome(2, "", "")["error"] == "ended with exit code 2"
+    # a result that was reported stands, whatever happened to the timing after it
+    assert outcome(-9, told + '{"after": 0.5}', "")["status"] == DONE
+
+
+def test_labels_tell_the_rows_apart_in_few_words() -> None:
+    words = (
+        "adamw@steps=4,adamw@checkpointing=true@steps=4,lora:zo,mezo@steps=3,mezo@steps=5,stiefel:fo@lr=1e-3"
+    )
+    named = list(labels(dict(variant(word) for word in words.split(","))).values())
+    assert named == [
+        "adamw",
+        "adamw + checkpointing",
+        "lora:zo",
+        "mezo steps=3",
+        "mezo steps=5",
+        "stiefel:fo lr=0.001",
+    ]
+
+
+MIB = 2**20
+
+
+def made_up(folder: Path) -> list[dict[str, Any]]:
+    """Rows as they come from runs of every kind."""
+    rows = []
+    names = ("stiefel:zo", "adamw", "adamw + checkpointing", "lora:fo + checkpointing", "mezo")
+    for i, label in enumerate(names):
+        row: dict[str, Any] = {"name": label, "label": label, "method": label.split(" ")[0].split(":")[0]}
+        row |= {"paradigm": "fo", "checkpointing": "check" in label, "metric": "accuracy", "status": DONE}
+        row |= {"batch_size": 32, "accumulate": 2, "before": 0.25, "after": 0.5 + 0.1 * i, "steps": 1000}
+        row |= {"forwards": 4000, "tokens": 12_345_678, "seconds": 1234.5}
+        row |= {"peak_bytes_predicted": 700 * MIB * (i + 1), "peak_bytes_measured": 690 * MIB * (i + 1)}
+        row |= {"step_over_two_forwards": 1.0 + i, "step_over_adamw": 0.5 + i, "pairs": 21}
+        place = folder / f"run{i}"
+        place.mkdir(parents=True)
+        lines: list[dict[str, Any]] = [{"step": 0, "eval": {"accuracy": 0.25, "loss": 2.0}}]
+        for step in (500, 1000):
+            lines.append({"step": step, "loss": 1.0, "forwards": 4 * step, "seconds": 1.2 * step * 10**i})
+            lines.append({"step": step, "eval": {"accuracy": 0.3 + step * 1e-4 * i, "loss": "nan"}})
+        (place / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+        rows.append({**row, "folder": str(place)})
+    gone = {"after", "before", "steps", "forwards", "tokens", "seconds", "peak_bytes_measured"}
+    gone |= {"step_over_two_forwards", "step_over_adamw", "pairs"}
+    for i, status in ((2, NO_MEMORY), (4, NOT_RUN)):
+        rows[i] = {k: v for k, v in rows[i].items() if k not in gone} | {"status": status}
+    rows[2]["error"] = "killed by the system (SIGKILL), as it does when memory runs out"
+    rows[4]["folder"] = str(folder / "absent")
+    return rows
+
+
+TERMS = Terms("questions", "demo", ("forwards", 4000.0), 3 * 2**30, True)
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_the_table_fits_the_terminal(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    rows = made_up(tmp_path)
+    compare._print(rows, TERMS)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= width
+    whole = " ".join(out.split())
+    for word in {word for row in rows for word in row["label"].split()}:
+        assert re.search(rf"(^|\s){re.escape(word)}(\s|$)", whole), word  # folded at spaces alone
+    for cell in ("0.5000", "4,000", "700 MiB", "690 MiB", "out of memory", "does not fit", "1.00"):
+        assert cell in out, cell
+    assert ("x adamw" in out) == (width > 80) and ("12,345,678" in out) == (width > 100)
+    assert "memory budget 3.00 GiB" in whole and "adamw + checkpointing: killed by the system" in whole
+
+
+def test_the_markdown_is_a_table(tmp_path: Path) -> None:
+    rows = made_up(tmp_path)
+    rows[0]["label"] = "a|b"
+    lines = markdown(rows, TERMS).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + len(rows)
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
+    assert "| `a\\|b` | 0.5000 |" in table[2] and "32 x 2" in table[2] and lines[-1].startswith("- ")
+
+
+def test_curves_are_read_with_their_costs(tmp_path: Path) -> None:
+    from zolr.cli.picture import curve
+
+    row = made_up(tmp_path)[1]
+    assert curve(Path(row["folder"]), "accuracy") == [
+        (0.0, 0.0, 0.25),
+        (2000.0, 6000.0, 0.35),
+        (4000.0, 12000.0, pytest.approx(0.4)),
+    ]
+    assert curve(Path(row["folder"]), "loss") == [(0.0, 0.0, 2.0)]  # a loss that is not finite is no point
+    assert curve(tmp_path / "absent", "accuracy") == []
+
+
+def test_the_picture_shows_every_row(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from zolr.cli.picture import draw
+
+    rows = made_up(tmp_path / "runs")
+    draw(rows, 3 * 2**30, tmp_path / "out.svg", title="questions")
+    text = (tmp_path / "out.svg").read_text()
+    for words in (
+        "stiefel:zo",
+        "out of memory",
+        "does not fit",
+        "budget",
+        "predicted",
+        "measured",
+        "seconds",
+    ):
+        assert f"<!-- {words}" in text, words
+    draw(rows[4:], None, tmp_path / "alone.png", title="questions")  # nothing was run at all
+    assert (tmp_path / "alone.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_variant_that_cannot_be_is_a_row(zolr: Run, tmp_path: Path) -> None:
+    given = ("compare", "--methods", "mezo@objective=accuracy@checkpointing=true", "--output", tmp_path / "x")
+    code, out, err = zolr(*given)
+    assert code == 2 and "every method failed" in err and "--checkpointing is for backprop" in out
+    assert not (tmp_path / "x").exists()
+
+
+def test_amounts() -> None:
+    assert compare._equal(" seconds = 1.5 ") == ("seconds", 1.5)
+    with pytest.raises(UsageError, match="gives no amount of steps"):
+        compare._equal("steps=0")

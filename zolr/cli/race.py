@@ -1,0 +1,230 @@
+"""One competitor of `zolr compare`, in a process of its own: `python -m zolr.cli.race`, told what to do on stdin.
+
+It says what it knows as soon as it knows it, one JSON object a line on stdout, so that a process that is killed for its
+memory has at least said how much was predicted.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, Any
+
+from zolr.cli import explained, runs
+from zolr.cli.finetune import Finetune, Job, factor_at
+from zolr.errors import UsageError
+
+if TYPE_CHECKING:
+    from zolr.training import Progress
+
+EVALUATIONS = 8  # of a run, spread over what it spends, where --eval-every does not say otherwise
+UNBOUNDED = 10**9  # steps of a run that ends by the clock
+
+# pairs of a step and two forwards: as many as fit the seconds, but so many at least and at most
+PAIRS, PAIR_SECONDS = (5, 21), 10.0
+
+
+@dataclass
+class Allowance:
+    """What a run may spend, and how far it has got; the rate follows the share that is spent.
+
+    Args:
+        unit: "forwards" (a backward counts as two) or "seconds" (of steps, not of evaluations).
+        amount: of them.
+        course, warmup: of the learning rate, as in the settings of a run.
+        forwards: of one step.
+    """
+
+    unit: str
+    amount: float
+    course: str
+    warmup: int
+    forwards: int = 0
+    step: int = 0
+    spent: float = 0.0
+    each: float = 0.0  # what the cheapest step took: the first one may search a rate
+
+    def __call__(self, progress: Progress) -> bool:
+        """Whether what is left pays for no further step; of seconds, whether none is left."""
+        counted = self.unit == "forwards"
+        spent = float(progress.forwards if counted else progress.seconds)
+        if progress.step > max(1, self.step):
+            now = (spent - self.spent) / (progress.step - self.step)
+            self.each = min(self.each or now, now)
+        self.step, self.spent = progress.step, spent
+        return spent + (self.forwards if counted else 0) > self.amount
+
+    def factor(self, step: int) -> float:
+        """Factor on the learning rate; what has been spent is known up to the step before."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        each = self.forwards if self.unit == "forwards" else self.each
+        return factor_at(self.course, min(1.0, (self.spent + (step - self.step) * each) / self.amount))
+
+
+def race(
+    settings: Finetune,
+    *,
+    equal: tuple[str, float] | None,
+    budget: int | None,
+    timing: bool,
+    say: Callable[[dict[str, Any]], None],
+) -> None:
+    """Run one competitor.
+
+    Args:
+        settings: of the run, complete.
+        equal: unit and amount of what it may spend, instead of its steps.
+        budget: bytes that its predicted peak must not be above; it is not run then.
+        timing: measure steps against forwards after the run.
+        say: told every part of the outcome as it comes.
+    """
+    from zolr.cli.screen import console
+
+    allowance = None
+    if equal is not None:
+        allowance = Allowance(*equal, course=settings.schedule, warmup=settings.warmup)
+    job = Job(settings, allowance and allowance.factor)
+    say({"batch_size": job.batch_size, "accumulate": job.settings.accumulate, "metric": job.metric})
+    say({"peak_bytes_predicted": job.predicted})
+    if budget is not None and job.predicted is not None and job.predicted > budget:
+        say({"fits": False})
+        return
+    if allowance is not None:
+        _allow(job, allowance, settings.eval_every)
+    elif settings.eval_every is None:
+        job.settings = replace(job.settings, eval_every=max(1, (job.settings.steps or 1) // EVALUATIONS))
+    with runs.claimed(Path(settings.output or ""), overwrite=False, resume=False) as place:
+        result = job.train(place, console(quiet=True), allowance)
+    say(result)
+    if timing:
+        say(timed(job))
+
+
+def _allow(job: Job, allowance: Allowance, eval_every: int | None) -> None:
+    """Give a job its allowance: a bound on its steps, and evaluations spread over what it can spend."""
+    import torch
+
+    allowance.forwards = job.engine.method.estimator.forwards(job.settings.accumulate or 1)
+    if allowance.unit == "forwards":
+        bound = expected = int(allowance.amount // allowance.forwards)
+        if bound < 1:
+            raise UsageError(
+                f"--equal forwards={allowance.amount:g} pays for no step of method '{job.settings.method}', "
+                f"which takes {allowance.forwards}; give more"
+            )
+    else:
+        batch = job._moved(job.batches(0)[0])
+        with torch.no_grad():  # how far apart evaluations are is all that hangs on this guess
+            each = min(_seconds(lambda: job.work.loss(job.work.model, batch)) for _ in range(2))
+        bound = UNBOUNDED
+        expected = int(allowance.amount / (each * allowance.forwards))
+    every = eval_every or max(1, expected // EVALUATIONS)
+    job.settings = replace(job.settings, steps=bound, eval_every=every)
+
+
+def timed(job: Job) -> dict[str, Any]:
+    """Time of a step over that of two plain forwards without autograd, by pairs taken in turn on the same batches.
+
+    The job has ended and its model is a plain one. Steps run on it by an engine of their own; the forwards are those of
+    a second set of modules around the same weights, which knows nothing of the engine.
+    """
+    import torch
+
+    from zolr import adapters, models
+    from zolr.engine import Engine
+
+    settings, work = job.settings, job.work
+    method, lr = job.engine.method, job.engine.base_lr
+    del job.engine  # and the state of its optimizer
+    model = work.model.to(work.device)
+    twin = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())}).eval()
+    if settings.adapter is not None:
+        adapters.wrap(model, settings.adapter, classifier=settings.head == "classes", seed=settings.seed)
+    if settings.checkpointing:
+        models.checkpoint_activations(model)
+    loss = work.objective(settings.objective)
+    engine = Engine(
+        model,
+        method,
+        lr=lr,
+        loss=loss,
+        select=job.select if settings.adapter is None else adapters.trained,
+        seed=settings.seed,
+        weight_decay=settings.weight_decay,
+        clip=settings.clip,
+        realization=settings.realization,
+    )
+
+    def synchronized(work_to_do: Callable[[], Any]) -> Callable[[], None]:
+        def done() -> None:
+            work_to_do()
+            if work.device.type == "cuda":
+                torch.cuda.synchronize(work.device)
+
+        return done
+
+    def forwards(batches: list[Any]) -> None:
+        with torch.no_grad():
+            for batch in (*batches, *batches):
+                loss(twin, batch)
+
+    ratios, seconds, began, number = [], [], 0.0, 0
+    while True:
+        if number == 2:  # first steps make state and warm caches up
+            ratios, seconds, began = [], [], time.perf_counter()
+        batches = [job._moved(batch) for batch in job.batches(number)]
+        tasks = [synchronized(lambda b=batches: engine.step(b)), synchronized(lambda b=batches: forwards(b))]
+        order = (0, 1) if number % 2 else (1, 0)
+        spent = {which: _seconds(tasks[which]) for which in order}
+        ratios.append(spent[0] / spent[1])
+        seconds.append(spent[0])
+        number += 1
+        count = len(ratios) if number > 2 else 0
+        if count >= PAIRS[1] or (count >= PAIRS[0] and time.perf_counter() - began > PAIR_SECONDS):
+            break
+    low, _, high = quantiles(ratios, n=4)
+    return {
+        "step_over_two_forwards": round(median(ratios), 4),
+        "step_over_two_forwards_quartiles": [round(low, 4), round(high, 4)],
+        "step_seconds": round(median(seconds), 6),
+        "pairs": len(ratios),
+    }
+
+
+def _seconds(task: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    task()
+    return time.perf_counter() - began
+
+
+def main() -> int:
+    """Read a plan from stdin, run it, and return the exit code of `zolr`."""
+    plan = json.load(sys.stdin)
+    values: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in plan.pop("settings").items()
+    }
+    plan["equal"] = plan["equal"] and tuple(plan["equal"])
+    out = sys.stdout
+    sys.stdout = sys.stderr  # what libraries print is no result
+
+    def say(part: dict[str, Any]) -> None:
+        print(json.dumps(json.loads(runs.as_json(part))), file=out, flush=True)
+
+    try:
+        race(Finetune(**values), say=say, **plan)
+    except Exception as error:
+        code, text = explained(error)
+        print(" ".join(text.split()), file=sys.stderr)
+        return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
