@@ -15,7 +15,7 @@ FLOORS: dict[str, int] = {
             ("errors", "keys"),
             ("subspaces", "probes", "spectra"),
             ("variables", "projectors", "estimators", "transports", "residuals", "optim"),
-            ("methods", "tuning", "engine"),
+            ("methods", "tuning", "dense", "engine"),
             ("tasks", "models", "adapters", "memory", "checkpoints", "training"),
             ("cli",),
         )

@@ -401,7 +401,8 @@ def test_every_method_can_be_predicted(name, paradigm):
 @pytest.mark.parametrize("projector", sorted(PROJECTORS))
 def test_every_projector_can_be_predicted(projector):
     needs_gradient = PROJECTORS[projector].needs == "gradient"
-    method = compose("stiefel", "fo" if needs_gradient else "zo", projector=projector)
+    row, paradigm = ("galore", "fo") if needs_gradient else ("stiefel", "zo")
+    method = compose(row, paradigm, projector=projector)
     predicted = predict(small(num_hidden_layers=1), method, batch_size=4, max_length=16)
     assert predicted.peak_bytes > predicted.weights_bytes
 

@@ -182,7 +182,10 @@ def check_isotropy_and_kappa(name: str, n: int, r: int, count: int) -> None:
         assert float((trace - n / r).abs().max()) < 1e-10
 
 
-@pytest.mark.parametrize("name", ONE_SIDED)
+ISOTROPIC = [name for name in ONE_SIDED if name in UNBIASED]
+
+
+@pytest.mark.parametrize("name", ISOTROPIC)
 def test_isotropy_and_kappa(name: str) -> None:
     """T2, T3: `E[P Pᵀ] = c I` and `E[(P Pᵀ)²] = c² kappa I`, entry by entry.
 
@@ -193,7 +196,7 @@ def test_isotropy_and_kappa(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [16, 9])
-@pytest.mark.parametrize("name", ONE_SIDED)
+@pytest.mark.parametrize("name", ISOTROPIC)
 def test_isotropy_and_kappa_at_length(name: str, n: int) -> None:
     check_isotropy_and_kappa(name, n, 4, 2000 if name == "srht" else 12000)
 
@@ -256,7 +259,13 @@ def test_the_rank_is_capped_at_the_projected_length(name: str) -> None:
         if isinstance(subspace, TwoSided):
             assert subspace.coords_shape == (min(rank, shape[0]), min(rank, shape[1]))
         else:
-            assert subspace.coords_shape == (shape[0], min(rank, shape[1]))
+            most = (
+                min(shape) if PROJECTORS[name].needs == "gradient" else shape[1]
+            )  # no gradient has more directions
+            right = isinstance(subspace, Right)
+            assert subspace.coords_shape == (
+                (shape[0], min(rank, most)) if right else (min(rank, most), shape[1])
+            )
 
 
 @pytest.mark.parametrize("name", PROJECTORS)
@@ -395,6 +404,28 @@ def test_overlap_of_two_windows_at_the_published_size() -> None:
     assert_mean((q[1::2].mT @ q[::2]).square().sum((1, 2)), 1.0)
 
 
+# ---- svd: the best approximation of one gradient --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["right", "left", "short"])
+@pytest.mark.parametrize("shape", [(7, 12), (12, 7), (6, 6)], ids=str)
+def test_svd_keeps_the_leading_part_of_its_gradient(shape: tuple[int, int], side: str) -> None:
+    grad = random(*shape, seed=3)
+    values = torch.linalg.svdvals(grad)
+    for rank in (1, 3, 50):
+        subspace = make("svd", rank=rank, side=side).draw(shape, KEY, like=LIKE, gradient=grad)
+        kept = subspace.lift(subspace.project(grad))
+        rest = float((grad - kept).square().sum())
+        assert rest == pytest.approx(float(values[rank:].square().sum()), abs=1e-10)
+        basis = tensors(subspace)[0]
+        torch.testing.assert_close(
+            basis.T @ basis, torch.eye(basis.shape[1], dtype=F64), rtol=1e-12, atol=1e-12
+        )
+        assert basis.untyped_storage().nbytes() == basis.numel() * 8  # no view of the whole factor
+    with pytest.raises(UsageError, match="'svd' needs a dense gradient"):
+        make("svd").draw(shape, KEY, like=LIKE)
+
+
 # ---- P3: transposes --------------------------------------------------------------------------------------------------------
 
 
@@ -418,7 +449,8 @@ def test_tall_and_wide_weights_are_transposes_of_each_other(name: str, shape: tu
 @pytest.mark.parametrize("name", ONE_SIDED)
 def test_the_short_side_is_the_shorter_one(name: str) -> None:
     projector = make(name, rank=3, side="short")
-    tall, wide = (projector.draw(s, KEY, like=LIKE, gradient=random(*s)) for s in ((12, 5), (5, 12)))
+    grad = random(12, 5)
+    tall, wide = (projector.draw(tuple(g.shape), KEY, like=LIKE, gradient=g) for g in (grad, grad.T))
     assert isinstance(tall, Right) and isinstance(wide, Left)
     assert torch.equal(tall.basis, wide.basis) and tall.basis.shape == (5, 3)
     assert is_right("short", (6, 6))

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from zolr.dense import Core
 from zolr.errors import UsageError
 from zolr.estimators import Estimate, mean_loss, rows_of, same_noise
 from zolr.estimators.likelihood_ratio import LikelihoodRatio
@@ -20,7 +21,7 @@ from zolr.methods import Method
 from zolr.projectors import Learner
 from zolr.projectors.identity import Identity
 from zolr.spectra import Moments, Sketch, Spectrum
-from zolr.subspaces import rebuild
+from zolr.subspaces import Full, Subspace, rebuild
 from zolr.tuning import Caution, Tuning, tune
 from zolr.variables import Realization, Variable, attach, detach
 
@@ -169,11 +170,13 @@ class Engine:
         self._loss = loss
         self._tune = _eps(method) is not _NO_EPS and (lr is None or _eps(method) is None)
         self._trainable = [n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+        self._cores: dict[str, Core] = {}  # of the weights that a dense method projects
         self._moments: dict[str, Moments] = {}
         self._spectra: dict[str, Spectrum] = {}
         predicate = selection(model, select)
         total = sum(p.numel() for p in model.parameters())
-        self._check_rank(model, predicate)
+        self._projected = selection(model, method.projects)
+        self._check_rank(model, lambda name, p: predicate(name, p) and self._projected(name, p))
         self.variables = attach(model, predicate, realization)
         self.trained_share = sum(v.weight.numel() for v in self.variables) / total
         self.base_lr = lr
@@ -194,9 +197,9 @@ class Engine:
         method, clip = self.method, self.clip
         self._open_windows()
         kinds = categories(self.model)
-        tables = [v.value for v in self.variables if kinds.get(v.name) in ("embedding", "head")]
+        tables = [self.trained(v) for v in self.variables if kinds.get(v.name) in ("embedding", "head")]
         self.optimizer = method.optimizer.build(
-            [v.value for v in self.variables], self.base_lr or 1.0, tables
+            [self.trained(v) for v in self.variables], self.base_lr or 1.0, tables
         )
         self._set_schedule()
         # a direction as large as a weight is applied one weight at a time, so that one of them is alive
@@ -220,12 +223,23 @@ class Engine:
     # ---- windows -------------------------------------------------------------------------------------------------
 
     def _projector(self, variable: Variable) -> Any:
-        return self.method.projector if len(variable.shape) == 2 else Identity()
+        projected = len(variable.shape) == 2 and self._projected(variable.name, variable.weight)
+        return self.method.projector if projected else Identity()
 
     def _open_windows(self) -> None:
-        """Draw the first subspace of every variable."""
+        """Draw the first subspace of every variable; those of a dense method wait for the first gradient."""
         for variable in self.variables:
-            variable.open(self._drawn(variable))
+            projected = not isinstance(self._projector(variable), Identity)
+            if self.method.dense and projected:
+                variable.open(Full(variable.shape))
+                self._cores[variable.name] = Core(variable)
+            else:
+                variable.open(self._drawn(variable))
+
+    def trained(self, variable: Variable) -> nn.Parameter:
+        """What the optimizer knows of a variable."""
+        core = self._cores.get(variable.name)
+        return variable.value if core is None else core.value
 
     def _drawn(self, variable: Variable, key: Key | None = None) -> Any:
         """The subspace of the next window, or the one that another key names."""
@@ -239,30 +253,55 @@ class Engine:
 
     def refresh(self) -> None:
         """Fold every window and open the next one; optimizer state goes through the transport."""
+        for core in self._cores.values():
+            core.due = True
         for variable in self.variables:
             if variable.is_full:
                 continue
-            name = variable.name
-            projector = self._projector(variable)
-            if name in self._moments:
-                learned = projector.learn(
-                    self._spectra.get(name),
-                    variable.subspace,
-                    self._moments.pop(name),
-                    exact=self.method.estimator.exact,
-                )
-                if learned is not None:
-                    self._spectra[name] = learned
+            self._learn(variable, variable.subspace)
             variable.fold(exact=self.method.paradigm != "fo", key=self.key.fold_in("fold", variable.window))
             old, new = variable.subspace, self._drawn(variable)
-            change = new.change_from(old) if self.method.transport.needs_change else None
-            state = self.optimizer.state.pop(variable.value, {})
+            with self._transported(variable, old, new):
+                variable.open(new)
+
+    def _learn(self, variable: Variable, subspace: Subspace) -> None:
+        """Put what a window has shown into the spectrum of the next one."""
+        moments = self._moments.pop(variable.name, None)
+        if moments is not None:
+            seen, exact = self._spectra.get(variable.name), self.method.estimator.exact
+            learned = self._projector(variable).learn(seen, subspace, moments, exact=exact)
+            if learned is not None:
+                self._spectra[variable.name] = learned
+
+    def _renew(self, variable: Variable, core: Core, gradient: Tensor) -> None:
+        """Open the next window of a weight whose dense gradient is at hand."""
+        if core.subspace is not None:
+            self._learn(variable, core.subspace)
+        new = self._projector(variable).draw(
+            variable.shape,
+            self.key.fold_in("subspace", core.window + 1, variable.name),
+            like=variable.value.data,
+            gradient=gradient,
+            previous=core.subspace,
+            spectrum=self._spectra.get(variable.name),
+        )
+        with self._transported(variable, core.subspace, new):
+            core.open(new)
+
+    @contextmanager
+    def _transported(self, variable: Variable, old: Subspace | None, new: Subspace) -> Iterator[None]:
+        """Carry the optimizer state of a variable over to the window that is opened inside the context."""
+        needed = self.method.transport.needs_change and old is not None
+        change = new.change_from(cast(Subspace, old)) if needed else None
+        before = self.trained(variable)
+        state = self.optimizer.state.pop(before, {})
+        if state:
             state = self.method.transport(state, self.method.optimizer.degrees, change)
-            before = variable.value
-            variable.open(new)
-            self._replace(before, variable.value)
-            if state:
-                self.optimizer.state[variable.value] = state
+        yield
+        after = self.trained(variable)
+        self._replace(before, after)
+        if state:
+            self.optimizer.state[after] = state
 
     def _replace(self, before: nn.Parameter, after: nn.Parameter) -> None:
         if before is after:
@@ -444,10 +483,13 @@ class Engine:
                 variable.decay *= factor
 
     def _observe(self, variable: Variable, gradient: Tensor) -> None:
-        if self.method.projector.learns_from == "gradients" and not variable.is_full:
+        """Let the projector see a gradient in the coordinates."""
+        core = self._cores.get(variable.name)
+        subspace = variable.subspace if core is None else cast(Subspace, core.subspace)
+        if self.method.projector.learns_from == "gradients" and not isinstance(subspace, Full):
             learner = cast(Learner, self.method.projector)
             seen = self._moments.get(variable.name)
-            self._moments[variable.name] = learner.observe(variable.subspace, seen, gradient)
+            self._moments[variable.name] = learner.observe(subspace, seen, gradient)
 
     @torch.no_grad()
     def _apply(self, received: Sequence[tuple[Variable, Tensor]], lr: float) -> None:
@@ -486,9 +528,14 @@ class Engine:
             if self._dropped:
                 return
             gradient = variable.mask(gradient)
+            core = self._cores.get(variable.name)
+            if core is not None:
+                if core.due:
+                    self._renew(variable, core, gradient)
+                gradient = core.project(gradient)
             self._observe(variable, gradient)
             self._decay(variable, lr)
-            value = variable.value
+            value = self.trained(variable)
             value.grad = gradient
             groups = self.optimizer.param_groups
             own = next(g for g in groups if any(p is value for p in g["params"]))
@@ -499,6 +546,8 @@ class Engine:
             finally:
                 self.optimizer.param_groups = groups
                 value.grad = None
+            if core is not None:
+                core.fold(self.method.scale)
             variable.moved = True
             variable.commit()
 
@@ -628,8 +677,12 @@ class Engine:
                 "window": v.window,
                 "decay": v.decay,
                 "moved": v.moved,
-                "optimizer": {k: _copied(s) for k, s in self.optimizer.state.get(v.value, {}).items()},
+                "optimizer": {
+                    k: _copied(s) for k, s in self.optimizer.state.get(self.trained(v), {}).items()
+                },
             }
+            if v.name in self._cores:
+                variables[v.name]["core"] = self._cores[v.name].state()
             if v.name in self._moments:
                 m = self._moments[v.name]
                 variables[v.name]["moments"] = {"total": m.total, "squares": m.squares, "count": m.count}
@@ -671,7 +724,7 @@ class Engine:
         for v in self.variables:
             saved = state["variables"][v.name]
             v.weight.data.copy_(saved["weight"])
-            before = v.value
+            before = self.trained(v)
             subspace = rebuild(
                 saved["subspace"], {k: t.to(v.weight.device) for k, t in saved["tensors"].items()}
             )
@@ -679,10 +732,12 @@ class Engine:
             if saved["value"] is not None:
                 v.value.data.copy_(saved["value"])
             v.window, v.decay, v.moved = saved["window"], saved["decay"], saved["moved"]
+            if v.name in self._cores:
+                self._cores[v.name].load(saved["core"])
             self.optimizer.state.pop(before, None)
-            self._replace(before, v.value)
+            self._replace(before, self.trained(v))
             if saved["optimizer"]:
-                self.optimizer.state[v.value] = {k: _copied(s) for k, s in saved["optimizer"].items()}
+                self.optimizer.state[self.trained(v)] = {k: _copied(s) for k, s in saved["optimizer"].items()}
             self._moments.pop(v.name, None)
             self._spectra.pop(v.name, None)
             if "moments" in saved:

@@ -16,6 +16,7 @@ from zolr.projectors.dependent import Dependent
 from zolr.projectors.gaussian import Gaussian
 from zolr.projectors.identity import Identity
 from zolr.projectors.stiefel import Stiefel
+from zolr.projectors.svd import Svd
 from zolr.projectors.two_sided import TwoSidedHaar
 from zolr.transports import TRANSPORTS, Transport
 from zolr.transports.align import Align
@@ -33,7 +34,11 @@ class Method:
         optimizer: the rule that turns gradients of coordinates into steps.
         transport: what becomes of optimizer state when a subspace changes.
         refresh_every: life of a subspace in optimizer steps; None keeps the first one.
-        dense: dense gradients are streamed at every step, one alive at a time.
+        dense: dense gradients are streamed at every step, one alive at a time; each is projected, and the step of its
+            coordinates is lifted onto the weight at once.
+        scale: factor on what a dense method lifts (GaLore's alpha).
+        projects: matrices that have a subspace: "all", or categories joined by "+" (see `engine.selection`); others
+            have their whole space, as vectors do.
 
     Raises:
         UsageError: parts that cannot work together.
@@ -45,6 +50,8 @@ class Method:
     transport: Transport = field(default_factory=Reset)
     refresh_every: int | None = None
     dense: bool = False
+    scale: float = 1.0
+    projects: str = "all"
 
     def __post_init__(self) -> None:
         every = self.refresh_every
@@ -56,6 +63,15 @@ class Method:
             raise UsageError(
                 f"projector '{key_of(PROJECTORS, self.projector)}' needs a gradient, but paradigm '{self.paradigm}' "
                 "gives none; use 'stiefel', or --paradigm fo"
+            )
+        if self.projector.needs == "gradient" and not self.dense:
+            raise UsageError(
+                f"projector '{key_of(PROJECTORS, self.projector)}' needs dense gradients, which this method never forms; "
+                "use method 'galore', or projector 'stiefel'"
+            )
+        if not self.scale > 0 or (self.scale != 1.0 and not self.dense):
+            raise UsageError(
+                f"scale = {self.scale} must be positive, and is for dense methods; give the learning rate instead"
             )
         if self.dense and self.paradigm != "fo":
             raise UsageError(f"paradigm '{self.paradigm}' gives no dense gradient; use --paradigm fo")
@@ -231,6 +247,22 @@ _ROWS = (
         "W + B Pᵀ, P entries N(0, 1/r); a few Adam steps on B, then fold and draw again",
         "arXiv 2502.07222",
         "paper's practice (Gaussian); its proximal term is the restart of B at zero",
+        lr={"fo": 2.5e-4},
+    ),
+    Row(
+        "galore",
+        "Adam on dense gradients seen through their leading singular directions",
+        {
+            "fo": Method(
+                Backprop(), Svd(rank=32), ADAMW, Keep(), 200, dense=True, scale=0.25, projects="linear"
+            )
+        },
+        "W <- W - lr a P N(Pᵀ G), P the r leading singular vectors of G on its shorter side, taken every refresh_every steps, "
+        "N Adam; moments kept as they are when P changes",
+        "arXiv 2403.03507",
+        "released code (side, scale a = 0.25, kept moments; embeddings, head and vectors by plain AdamW at the unscaled rate); "
+        "moments are float32 whatever the weights are",
+        "dense gradients: one alive at a time, but all of them while micro-batches accumulate; no clipping",
         lr={"fo": 2.5e-4},
     ),
     Row(

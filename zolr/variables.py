@@ -131,7 +131,7 @@ class Variable:
         The caller folds the old window first.
         """
         shared = self.is_full
-        self.subspace = self._without_frozen_row(subspace)
+        self.subspace = self.without_frozen_row(subspace)
         weight = self.weight
         if self.is_full:
             data = weight.data.t() if self.transposed else weight.data
@@ -148,7 +148,7 @@ class Variable:
     def within(self, subspace: Subspace) -> Iterator[None]:
         """Another subspace around the stored weight inside the context, its coordinates at zero; nothing is folded."""
         before = self.subspace, self.value
-        self.subspace = self._without_frozen_row(subspace)
+        self.subspace = self.without_frozen_row(subspace)
         self.value = nn.Parameter(
             self.weight.new_zeros(subspace.coords_shape, dtype=self.dtype), requires_grad=False
         )
@@ -157,7 +157,7 @@ class Variable:
         finally:
             self.subspace, self.value = before
 
-    def _without_frozen_row(self, subspace: Subspace) -> Subspace:
+    def without_frozen_row(self, subspace: Subspace) -> Subspace:
         """A basis of rows must not reach the padding row."""
         if self.frozen_row is None or isinstance(subspace, Full | Right):
             return subspace

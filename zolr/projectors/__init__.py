@@ -142,6 +142,7 @@ from zolr.projectors.gaussian import Gaussian  # noqa: E402
 from zolr.projectors.identity import Identity  # noqa: E402
 from zolr.projectors.srht import Srht  # noqa: E402
 from zolr.projectors.stiefel import Stiefel  # noqa: E402
+from zolr.projectors.svd import Svd  # noqa: E402
 from zolr.projectors.two_sided import TwoSidedHaar  # noqa: E402
 
 PROJECTORS: dict[str, type] = {
@@ -151,5 +152,6 @@ PROJECTORS: dict[str, type] = {
     "coordinate": Coordinate,
     "srht": Srht,
     "two_sided": TwoSidedHaar,
+    "svd": Svd,
     "identity": Identity,
 }
