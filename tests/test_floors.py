@@ -13,10 +13,10 @@ FLOORS: dict[str, int] = {
     for floor, names in enumerate(
         (
             ("errors", "keys"),
-            ("subspaces", "probes", "spectra"),
+            ("subspaces", "probes", "spectra", "held"),
             ("variables", "projectors", "estimators", "transports", "residuals", "optim"),
             ("methods", "tuning", "engine"),
-            ("tasks", "models", "memory", "checkpoints", "training"),
+            ("tasks", "models", "memory", "checkpoints", "training", "adapters"),
             ("cli",),
         )
     )

@@ -74,6 +74,10 @@ class Subspace(ABC):
         """`(a, b)` with `apply(x, coords) == a @ b`, so that the product can be added in place; None if dense."""
         return None
 
+    def thin(self, coords: Tensor) -> tuple[Tensor, Tensor] | None:
+        """`(left, right)`, `(m, r)` and `(n, r)`, with `lift(coords) == left @ right.T`; None if dense."""
+        return None
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -172,6 +176,9 @@ class Right(Subspace):
     def factors(self, x: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:
         return x @ self.basis, coords.mT
 
+    def thin(self, coords: Tensor) -> tuple[Tensor, Tensor]:
+        return coords, self.basis
+
     def change_from(self, old: Subspace) -> Change | None:
         if not isinstance(old, Right) or old.shape != self.shape:
             return None
@@ -216,6 +223,9 @@ class Left(Subspace):
 
     def factors(self, x: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:
         return x @ coords.mT, self.basis.mT
+
+    def thin(self, coords: Tensor) -> tuple[Tensor, Tensor]:
+        return self.basis, coords.mT
 
     def change_from(self, old: Subspace) -> Change | None:
         if not isinstance(old, Left) or old.shape != self.shape:
@@ -263,6 +273,9 @@ class TwoSided(Subspace):
 
     def factors(self, x: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:
         return x @ self.right, coords.mT @ self.left.mT
+
+    def thin(self, coords: Tensor) -> tuple[Tensor, Tensor]:
+        return self.left @ coords, self.right
 
     def change_from(self, old: Subspace) -> Change | None:
         if not isinstance(old, TwoSided) or old.shape != self.shape:
