@@ -1,0 +1,243 @@
+"""Adapters: what held weights were moved by, as a LoRA folder that plain `peft.PeftModel.from_pretrained` loads.
+
+A matrix becomes a pair of factors at scale 1, a bias is stored beside them, and any other module with a trained vector
+(a norm) is stored whole. `load` reads such a folder without peft.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zolr.checkpoints import write_text
+from zolr.errors import DataError, UsageError
+from zolr.held import opened
+from zolr.variables import Variable, Variables, attach
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no model of its own."""
+    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def base_of(folder: Path) -> str:
+    """Name of the model that an adapter belongs to.
+
+    Raises:
+        DataError: the adapter cannot be read, or names none.
+    """
+    name = _config(folder).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise DataError(f"{folder / CONFIG} names no base_model_name_or_path; write the model's name into it")
+    return name
+
+
+@torch.no_grad()
+def write(folder: Path, model: nn.Module, variables: Sequence[Variable], base: str) -> None:
+    """Write what held variables were moved by, up to this moment, as a LoRA adapter in PEFT's format.
+
+    Args:
+        folder: an existing folder.
+        model: the model the variables are of, attached or not.
+        variables: `Engine.variables`.
+        base: folder or hub name of the model's own weights.
+
+    Raises:
+        UsageError: a variable is not held, so its part of the result is in the model.
+    """
+    from safetensors.torch import save_file
+
+    for variable in variables:
+        if not variable.held:
+            raise UsageError(
+                f"weight '{variable.name}' is not held, so no adapter can tell what it was moved by; train with hold=True"
+            )
+    modules = dict(model.named_modules())
+    ranks: dict[str, int] = {}
+    tensors: dict[str, Tensor] = {}
+    whole: dict[str, dict[str, Tensor]] = {}
+    transposed = False
+    for variable in variables:
+        if variable.stack is None:
+            for site in variable.sites:
+                value = variable.value.detach()
+                whole.setdefault(site.module_name, {})[site.parameter] = value
+            continue
+        left, right = variable.moved_by()
+        for site in variable.sites:
+            if site.kind == "other":  # no LoRA layer for it: the module is stored with its weight
+                with opened(site.module):
+                    weight = site.weight.detach()
+                    moved = weight + (left @ right.mT).to(weight)
+                whole.setdefault(site.module_name, {})[site.parameter] = moved
+                continue
+            transposed |= site.kind == "conv1d"
+            ranks[site.module_name] = max(1, left.shape[1])
+            tensors |= _factors(site.module_name, left, right, site.kind == "embedding")
+    for name, trained in list(whole.items()):
+        module = modules[name]
+        if set(trained) == {"bias"} and "weight" in module._parameters and _is_linear(module):
+            if name not in ranks:  # peft finds the bias in a LoRA layer alone
+                ranks[name] = 1
+                loose: Any = module
+                out, into = _features(loose)
+                tensors |= _factors(name, torch.zeros(out, 1), torch.zeros(into, 1), False)
+            tensors[f"{_PREFIX}{name}.base_layer.bias"] = trained["bias"]
+            del whole[name]
+            continue
+        if next(module.children(), None) is not None:  # peft would store all that is below it, LoRA layers too
+            tensors |= {f"{_PREFIX}{name}.{key}": tensor for key, tensor in trained.items()}
+            del whole[name]
+            continue
+        with opened(module):
+            state = {**module.state_dict(), **trained}
+            tensors |= {f"{_PREFIX}{name}.{key}": tensor for key, tensor in state.items()}
+    if not ranks:
+        raise UsageError(
+            "an adapter needs a linear map or an embedding; train such weights too (select='linear')"
+        )
+    rank = max(ranks.values())
+    other = {f"^{name}": own for name, own in ranks.items() if own != rank}
+    config = {
+        "peft_type": "LORA",
+        "auto_mapping": None,
+        "base_model_name_or_path": base,
+        "revision": None,
+        "task_type": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": other,
+        "alpha_pattern": other,
+        "target_modules": sorted(ranks),
+        "modules_to_save": sorted(whole) or None,
+        "fan_in_fan_out": transposed,
+        "bias": "all" if any(key.endswith(".base_layer.bias") for key in tensors) else "none",
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+    }
+    stored = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+    save_file(stored, folder / TENSORS, metadata={"format": "pt"})
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def load(folder: Path, model: nn.Module) -> Variables:
+    """Let a model compute with an adapter; `variables.detach` takes it away again.
+
+    Args:
+        folder: written by `write`.
+        model: the base model, quantized as it was in training.
+
+    Raises:
+        DataError: the folder cannot be read, or belongs to another model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = _config(folder)
+    try:
+        stored = load_file(folder / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"cannot read {folder / TENSORS}: {error}") from error
+    pairs, whole = _sorted(stored, config)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    unknown = sorted((pairs.keys() | whole.keys()) - parameters.keys() - dict(model.named_buffers()).keys())
+    if unknown:
+        raise DataError(f"the adapter in {folder} is of another model: there is no '{unknown[0]}' in this one")
+    wanted = {id(parameters[name]) for name in (pairs.keys() | whole.keys()) & parameters.keys()}
+    names = {id(p): name for name, p in reversed(list(parameters.items()))}
+    cap = max((left.shape[1] for left, _ in pairs.values()), default=1)
+    variables = attach(model, lambda _, p: id(p) in wanted, hold=True, cap=cap)
+    for variable in variables:
+        own = [n for n in (site.name for site in variable.sites) if n in pairs or n in whole]
+        name = own[0] if own else names[id(variable.sites[0].weight)]
+        try:
+            _fill(variable, pairs.get(name), whole.get(name))
+        except RuntimeError as error:
+            raise DataError(
+                f"the adapter in {folder} is of another model: '{name}' has another shape"
+            ) from error
+    return variables
+
+
+def _fill(variable: Variable, pair: tuple[Tensor, Tensor] | None, tensor: Tensor | None) -> None:
+    if variable.stack is None:
+        assert tensor is not None
+        variable.value.data.copy_(tensor.t() if variable.transposed else tensor)
+    elif pair is not None:
+        variable.stack.cap = max(variable.stack.cap, pair[0].shape[1])
+        variable.stack.push(*pair)
+    else:
+        assert tensor is not None
+        with opened(variable.sites[0].module):
+            moved = (tensor.to(variable.weight) - variable.sites[0].weight).detach()
+        variable.stack.cap = min(variable.shape)
+        variable.stack.push(moved, torch.eye(variable.shape[1]))
+
+
+def _sorted(
+    stored: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Factors of matrices, scale included, and whole tensors, both by name of the parameter."""
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    for key, tensor in stored.items():
+        name = key.removeprefix(_PREFIX)
+        if name.endswith((".lora_A.weight", ".lora_embedding_A")):
+            embedding = name.endswith("embedding_A")
+            module = name.removesuffix(".lora_embedding_A").removesuffix(".lora_A.weight")
+            a, b = tensor, stored[key.replace("lora_embedding_A", "lora_embedding_B").replace("lora_A", "lora_B")]
+            scale = _value(config, "alpha_pattern", "lora_alpha", module) / a.shape[0]
+            left, right = (a.mT, b) if embedding else (b, a.mT)
+            pairs[f"{module}.weight"] = (left * scale, right)
+        elif "lora_" not in name:
+            whole[name.replace(".base_layer.bias", ".bias")] = tensor
+    return pairs, whole
+
+
+def _value(config: Mapping[str, Any], pattern: str, default: str, module: str) -> float:
+    """A number of one module, as peft finds it: the first pattern that matches the end of its name."""
+    for key, value in (config.get(pattern) or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return float(value)
+    return float(config[default])
+
+
+def _factors(name: str, left: Tensor, right: Tensor, embedding: bool) -> dict[str, Tensor]:
+    """The two tensors of a LoRA layer for `left @ right.T`; peft wants a rank of at least 1."""
+    if not left.shape[1]:
+        left, right = left.new_zeros(left.shape[0], 1), right.new_zeros(right.shape[0], 1)
+    if embedding:
+        return {
+            f"{_PREFIX}{name}.lora_embedding_A": left.mT,  # (r, entries)
+            f"{_PREFIX}{name}.lora_embedding_B": right,  # (width, r)
+        }
+    return {f"{_PREFIX}{name}.lora_A.weight": right.mT, f"{_PREFIX}{name}.lora_B.weight": left}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _features(module: Any) -> tuple[int, int]:
+    """`(out_features, in_features)` of a linear map; a Conv1D stores its weight the other way round."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return module.nf, module.weight.shape[0]
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {folder / CONFIG}: {error}") from error
