@@ -93,7 +93,9 @@ def write(folder: Path, model: nn.Module, variables: Sequence[Variable], base: s
             tensors[f"{_PREFIX}{name}.base_layer.bias"] = trained["bias"]
             del whole[name]
             continue
-        if next(module.children(), None) is not None:  # peft would store all that is below it, LoRA layers too
+        if (
+            next(module.children(), None) is not None
+        ):  # peft would store all that is below it, LoRA layers too
             tensors |= {f"{_PREFIX}{name}.{key}": tensor for key, tensor in trained.items()}
             del whole[name]
             continue
@@ -153,7 +155,9 @@ def load(folder: Path, model: nn.Module) -> Variables:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     unknown = sorted((pairs.keys() | whole.keys()) - parameters.keys() - dict(model.named_buffers()).keys())
     if unknown:
-        raise DataError(f"the adapter in {folder} is of another model: there is no '{unknown[0]}' in this one")
+        raise DataError(
+            f"the adapter in {folder} is of another model: there is no '{unknown[0]}' in this one"
+        )
     wanted = {id(parameters[name]) for name in (pairs.keys() | whole.keys()) & parameters.keys()}
     names = {id(p): name for name, p in reversed(list(parameters.items()))}
     cap = max((left.shape[1] for left, _ in pairs.values()), default=1)
@@ -196,7 +200,10 @@ def _sorted(
         if name.endswith((".lora_A.weight", ".lora_embedding_A")):
             embedding = name.endswith("embedding_A")
             module = name.removesuffix(".lora_embedding_A").removesuffix(".lora_A.weight")
-            a, b = tensor, stored[key.replace("lora_embedding_A", "lora_embedding_B").replace("lora_A", "lora_B")]
+            a, b = (
+                tensor,
+                stored[key.replace("lora_embedding_A", "lora_embedding_B").replace("lora_A", "lora_B")],
+            )
             scale = _value(config, "alpha_pattern", "lora_alpha", module) / a.shape[0]
             left, right = (a.mT, b) if embedding else (b, a.mT)
             pairs[f"{module}.weight"] = (left * scale, right)

@@ -227,9 +227,7 @@ class Engine:
         if rank is None:
             return
         sizes = shapes(model)
-        sides = [
-            max(sizes[n]) for n, p in model.named_parameters() if len(sizes[n]) == 2 and predicate(n, p)
-        ]
+        sides = [max(sizes[n]) for n, p in model.named_parameters() if len(sizes[n]) == 2 and predicate(n, p)]
         if sides and rank > max(sides):
             raise UsageError(
                 f"rank {rank} is larger than every trained matrix (longest side {max(sides)}); "

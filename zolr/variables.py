@@ -388,7 +388,13 @@ class Variable:
         """
         if self.is_full or kind == "other" or self.realization == "rebuild":
             return False
-        if self._stand_in is not None or self.realization == "side" or kind == "embedding" or torch.is_grad_enabled() or not self._plain:
+        if (
+            self._stand_in is not None
+            or self.realization == "side"
+            or kind == "embedding"
+            or torch.is_grad_enabled()
+            or not self._plain
+        ):
             return True
         m, n = self.shape
         # a rebuilt copy must also stay below the activations that the module makes anyway, or it would set the peak
