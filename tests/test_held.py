@@ -1,6 +1,7 @@
 """Laws of held weights: a run beside weights equals one in them, to rounding, and never writes them."""
 
 import copy
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zolr import checkpoints
+from zolr import adapters, checkpoints, models
 from zolr.engine import Engine
-from zolr.errors import UsageError
-from zolr.held import Stack
+from zolr.errors import DataError, UsageError
+from zolr.held import Stack, shapes, stand_in
 from zolr.keys import Key
 from zolr.memory import LiveBytes
 from zolr.methods import Method, compose
@@ -23,6 +24,7 @@ from zolr.projectors.stiefel import Stiefel
 from zolr.projectors.two_sided import TwoSidedHaar
 from zolr.subspaces import Full
 from zolr.transports.reset import Reset
+from zolr.variables import detach
 
 Batch = tuple[Tensor, Tensor]
 
@@ -340,3 +342,351 @@ def test_a_held_run_gives_no_plain_copy_and_takes_no_other_state() -> None:
     other = Engine(net(), method("fo"), lr=1e-2, loss=loss)
     with pytest.raises(UsageError, match="is held here, but not in the saved state"):
         run.load_state_dict(other.state_dict())
+
+
+# ---- offloaded weights -----------------------------------------------------------------------------------------------
+
+WAYS = ("cpu", "disk", "some")
+
+
+def offloaded(model: nn.Module, way: str, folder: Path) -> nn.Module:
+    """The model with its weights away between two uses, by accelerate."""
+    import accelerate
+
+    if way == "cpu":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    elif way == "disk":
+        accelerate.disk_offload(model, str(folder), execution_device=torch.device("cpu"))
+    else:
+        places: dict[str, Any] = {name: "cpu" for name, _ in model.named_children()}
+        places |= {"up": "disk", "same": "disk"}
+        accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(folder), force_hooks=True)
+    return model
+
+
+@pytest.mark.parametrize("projector", ["right", "two_sided"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_on_offloaded_weights_equals_one_on_plain_weights(
+    way: str, projector: str, tmp_path: Path
+) -> None:
+    how = method("zo", projector=PROJECTORS[projector])
+    plain, away = net(), offloaded(net(), way, tmp_path)
+    assert away.up.weight.is_meta
+    kept = logits(away)
+    select = lambda name, _: "positions" not in name  # noqa: E731
+    runs = [Engine(model, how, lr=3e-2, loss=loss, select=select) for model in (plain, away)]
+    assert all(v.held for v in runs[1].variables) or way == "some"
+    for batch in batches(8):
+        infos = [run.step([batch]) for run in runs]
+        assert infos[0].loss == pytest.approx(infos[1].loss, rel=1e-10)
+    assert close(logits(away), logits(plain), 1e-10) and not close(logits(away), kept, 1e-3)
+    assert away.up.weight.is_meta
+    runs[1].detach()
+    if way != "some":
+        assert torch.equal(logits(away), kept)
+
+
+def test_the_rate_of_an_offloaded_run_is_chosen_as_that_of_a_plain_one(tmp_path: Path) -> None:
+    found = []
+    for model in (net(), offloaded(net(), "disk", tmp_path)):
+        run = Engine(model, compose("stiefel", "zo", rank=2, eps=1e-3), lr=None, loss=loss, select="linear")
+        sizes = [float(v.weight.square().mean().sqrt()) for v in run.variables]
+        run.step(batches(2))
+        found.append([run.base_lr, *sizes])
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+def test_an_offloaded_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+    data = batches(9)
+    outputs = []
+    state: dict[str, Any] = {}
+    for again in (False, True):
+        model = offloaded(net(torch.float32), "cpu", tmp_path)
+        run = Engine(model, method("zo"), lr=3e-2, loss=loss, select="linear+norm+bias+head")
+        if again:
+            run.load_state_dict(state)
+        for step in range(5 if again else 0, 9):
+            if step == 5 and not again:
+                state = copy.deepcopy(run.state_dict())
+            run.step([data[step]])
+        outputs.append(logits(model))
+    assert torch.equal(*outputs)
+
+
+def test_what_offloaded_weights_do_not_allow_is_refused(tmp_path: Path) -> None:
+    model = offloaded(net(), "cpu", tmp_path)
+    linear = dict(lr=1e-2, loss=loss, select="linear+norm")
+    with pytest.raises(UsageError, match="gone by the time of a backward pass; use paradigm 'zo'"):
+        Engine(model, method("fo"), **linear)
+    with pytest.raises(UsageError, match="is offloaded, so realization 'rebuild' cannot reach it"):
+        Engine(model, method("zo"), realization="rebuild", **linear)
+    with pytest.raises(UsageError, match="'positions.weight' is offloaded, and what Positions does with it"):
+        Engine(model, method("zo"), lr=1e-2, loss=loss)
+    with pytest.raises(UsageError, match="holds no numbers"):
+        Engine(nn.Linear(3, 3, device="meta"), method("zo"), lr=1e-2, loss=loss)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_adapter_of_an_offloaded_run(way: str, tmp_path: Path) -> None:
+    model = offloaded(net(torch.float32), way, tmp_path)
+    run = Engine(model, method("zo"), lr=3e-2, loss=loss, hold=True, select="linear+norm+head+bias+attention")
+    for batch in batches(5):
+        run.step([batch])
+    after = logits(model)
+    adapters.write(tmp_path, model, run.variables, "somewhere")
+    fresh = net(torch.float32)
+    adapters.load(tmp_path, fresh)
+    assert close(logits(fresh), after, 1e-6)
+
+
+# ---- quantized weights -----------------------------------------------------------------------------------------------
+
+
+def tiny(family: str, folder: Path) -> Path:
+    """A folder with a tiny model of a family, random weights."""
+    sizes: dict[str, Any] = dict(vocab_size=100)
+    if family == "gpt2":
+        sizes |= dict(n_embd=64, n_layer=2, n_head=4, n_positions=40, bos_token_id=0, eos_token_id=0)
+    elif family == "opt":
+        sizes |= dict(hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4)
+        sizes |= dict(max_position_embeddings=40, word_embed_proj_dim=64)
+    else:
+        sizes |= dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        sizes |= dict(max_position_embeddings=40)
+        if family == "roberta":
+            sizes |= dict(type_vocab_size=1)
+    config = models.AutoConfig.for_model(family, **sizes)
+    config.architectures = [
+        {"gpt2": "GPT2LMHeadModel", "roberta": "RobertaForMaskedLM", "opt": "OPTForCausalLM"}.get(
+            family, "LlamaForCausalLM"
+        )
+    ]
+    models.build(config).save_pretrained(folder)  # type: ignore[operator]
+    return folder
+
+
+def lines(count: int = 4) -> dict[str, Tensor]:
+    ids = torch.randint(3, 100, (count, 16), generator=torch.Generator().manual_seed(5))
+    return {"input_ids": ids, "labels": ids.roll(-1, 1)}
+
+
+def answers(model: nn.Module) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=lines()["input_ids"]).logits
+
+
+def stored(model: nn.Module) -> dict[str, Tensor]:
+    """The bytes behind every parameter, those of coded weights included."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        inner = [parameter.data]
+        if hasattr(parameter, "__tensor_flatten__"):
+            inner = [getattr(parameter, part) for part in parameter.__tensor_flatten__()[0]]
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            inner.append(state.absmax)
+        for i, tensor in enumerate(inner):
+            found[f"{name}.{i}"] = tensor.detach().contiguous().flatten().view(torch.uint8).clone()
+    return found
+
+
+def same_bytes(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def coded(family: str, how: str, folder: Path) -> nn.Module:
+    """A tiny quantized model; skips the test where the package for it is missing."""
+    pytest.importorskip(PACKAGES[how], reason=f"needs {PACKAGES[how]} (pip install 'zolr[quant]')")
+    return models.load_model(tiny(family, folder), quantize=how)  # type: ignore[arg-type]
+
+
+CASES = [("int8", "llama"), ("int8", "roberta"), ("nf4", "llama"), ("nf4", "gpt2"), ("nf4", "opt")]
+
+
+@pytest.mark.parametrize(("how", "family"), CASES)
+@pytest.mark.parametrize("paradigm", ["fo", "zo"])
+def test_a_quantized_model_trains_and_keeps_its_bytes(
+    paradigm: str, how: str, family: str, tmp_path: Path
+) -> None:
+    model = coded(family, how, tmp_path)
+    before = stored(model)
+    assert any(part.numel() < 64 * 64 * 2 for name, part in before.items() if name.endswith("weight.0"))
+    rate, count = (2e-3, 12) if paradigm == "fo" else (None, 60)
+    run = Engine(
+        model,
+        compose("stiefel", paradigm, rank=4, refresh_every=5, probes=4 if paradigm == "zo" else None),
+        lr=rate,
+        loss=models.lm_loss,
+        select="linear+norm",
+        hold=True,
+        hold_rank=8,
+    )
+    assert 0.5 < run.trained_share < 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="held weights have lost")
+        losses = [run.step([lines()]).loss for _ in range(count)]
+    assert losses[-1] < losses[0] - (0.2 if paradigm == "fo" else 0.01)
+    assert max(t.numel() for t in everything(run.state_dict())) <= 8 * 256
+    run.detach()
+    assert same_bytes(stored(model), before)
+    assert same_bytes(stored(models.load_model(tmp_path, quantize=how)), before)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("how", "family"), CASES)
+def test_quantizing_in_place_gives_the_bytes_of_loading_quantized(
+    how: Any, family: str, tmp_path: Path
+) -> None:
+    loaded = coded(family, how, tmp_path)
+    placed = models.load_model(tmp_path)
+    models.code(placed, how)
+    assert same_bytes(stored(placed), stored(loaded))
+    assert torch.equal(answers(placed), answers(loaded))
+
+
+@pytest.mark.parametrize("how", CODES)
+def test_the_size_of_a_coded_weight_is_estimated(how: Any, tmp_path: Path) -> None:
+    plain, quantized = models.load_model(tiny("llama", tmp_path)), coded("llama", how, tmp_path)
+    assert shapes(quantized) == {name: tuple(p.shape) for name, p in plain.named_parameters()}
+    one = dict(quantized.named_modules())["model.layers.0.mlp.up_proj"]
+    found = stand_in(one, "weight", torch.float32)
+    weight = dict(plain.named_parameters())["model.layers.0.mlp.up_proj.weight"]
+    assert found.shape == weight.shape and found.untyped_storage().nbytes() == 4
+    assert float(found[0, 0]) == pytest.approx(float(weight.detach().square().mean().sqrt()), rel=0.05)
+
+
+@pytest.mark.parametrize("how", CODES)
+def test_a_quantized_run_resumes_bit_for_bit(how: str, tmp_path: Path) -> None:
+    outputs, state = [], {}
+    for again in (False, True):
+        model = coded("llama", how, tmp_path)
+        run = Engine(model, method("fo", "adamw"), lr=2e-3, loss=models.lm_loss, hold=True)
+        if again:
+            run.load_state_dict(state)
+        for step in range(5 if again else 0, 9):
+            if step == 5 and not again:
+                state = copy.deepcopy(run.state_dict())
+            run.step([lines()])
+        outputs.append(answers(model))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("how", CODES)
+def test_what_quantized_weights_do_not_allow_is_refused(how: str, tmp_path: Path) -> None:
+    model = coded("llama", how, tmp_path)
+    with pytest.raises(UsageError, match="is quantized, so realization 'rebuild' cannot reach it"):
+        Engine(model, method("fo"), lr=1e-3, loss=models.lm_loss, realization="rebuild")
+    with pytest.raises(UsageError, match="cannot be trained as a whole"):
+        Engine(model, compose("adamw"), lr=1e-3, loss=models.lm_loss, select="linear")
+    with pytest.raises(UsageError, match="use a smaller rank"):
+        Engine(model, compose("stiefel", "fo", rank=500), lr=1e-3, loss=models.lm_loss, select="linear")
+
+
+def test_int8_modules_of_bitsandbytes_train_too(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (pip install 'zolr[quant]')")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    how = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama", tmp_path), quantization_config=how)
+    answers(model)  # the codes move inside the module at the first use
+    before = stored(model)
+    run = Engine(
+        model,
+        compose("stiefel", "fo", rank=4, refresh_every=5),
+        lr=2e-3,
+        loss=models.lm_loss,
+        select="linear",
+        hold=True,
+    )
+    losses = [run.step([lines()]).loss for _ in range(12)]
+    assert losses[-1] < losses[0] - 0.3
+    assert same_bytes(stored(model), before)
+
+
+def test_int8_says_that_it_covers_no_transposed_maps(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="has no linear map that int8 covers; use nf4"):
+        coded("gpt2", "int8", tmp_path)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models.CODES, "nf4", "a_package_that_is_not_there")
+    with pytest.raises(UsageError, match=r"needs the package a_package_that_is_not_there.*zolr\[quant\]"):
+        models.load_model("demo", quantize="nf4")
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+ADAPTED = [
+    *((None, family) for family in ("llama", "gpt2", "roberta", "opt")),
+    *CASES,
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("how", "family"), ADAPTED)
+def test_peft_loads_the_adapter_and_gives_the_same_outputs(how: Any, family: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs peft (pip install peft)")
+    if how is not None:
+        pytest.importorskip(PACKAGES[how], reason=f"needs {PACKAGES[how]} (pip install 'zolr[quant]')")
+    base, folder = tiny(family, tmp_path / "base"), tmp_path / "adapter"
+    folder.mkdir()
+    model = models.load_model(base, quantize=how)
+    untouched = answers(model)
+    run = Engine(
+        model, compose("stiefel", "fo", rank=3, refresh_every=3), lr=5e-3, loss=models.lm_loss, hold=True
+    )
+    for _ in range(8):
+        run.step([lines()])
+    trained = answers(model)
+    assert not close(untouched, trained, 0.05)
+    adapters.write(folder, model, run.variables, str(base))
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+    theirs = peft.PeftModel.from_pretrained(models.load_model(base, quantize=how), folder)
+    assert close(answers(theirs), trained, 1e-5)
+
+    ours = models.load_model(folder, quantize=how)
+    assert close(answers(ours), trained, 1e-5)
+    detach(ours)
+    assert torch.equal(answers(ours), untouched)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ranks_of_an_adapter_are_those_of_its_weights(tmp_path: Path) -> None:
+    model = models.load_model(tiny("llama", tmp_path))
+    wanted = ("q_proj", "down_proj")
+    run = Engine(
+        model,
+        compose("stiefel", "fo", rank=100, refresh_every=3),
+        lr=1e-3,
+        loss=models.lm_loss,
+        hold=True,
+        select=lambda name, _: any(part in name for part in wanted),
+    )
+    run.step([lines()])
+    adapters.write(tmp_path, model, run.variables, str(tmp_path))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    ranks = {name: config["rank_pattern"].get(f"^{name}", config["r"]) for name in config["target_modules"]}
+    assert {name.rsplit(".", 1)[1]: rank for name, rank in ranks.items()} == {"q_proj": 64, "down_proj": 100}
+    assert config["alpha_pattern"] == config["rank_pattern"] and config["lora_alpha"] == config["r"]
+
+
+def test_an_adapter_needs_held_weights_and_its_own_model(tmp_path: Path) -> None:
+    model = net(torch.float32)
+    run = Engine(model, method("fo"), lr=1e-2, loss=loss)
+    with pytest.raises(UsageError, match="is not held, so no adapter can tell"):
+        adapters.write(tmp_path, model, run.variables, "base")
+    run.detach()
+    run = Engine(model, method("fo"), lr=1e-2, loss=loss, hold=True)
+    run.step(batches(1))
+    adapters.write(tmp_path, model, run.variables, "base")
+    with pytest.raises(DataError, match="is of another model: there is no"):
+        adapters.load(tmp_path, nn.Sequential(nn.Linear(3, 3)))
+    other = net(torch.float32)
+    other.up = nn.Linear(12, 15)
+    with pytest.raises(DataError, match="'up.weight' has another shape"):
+        adapters.load(tmp_path, other)
+    assert type(other.up) is nn.Linear
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(DataError, match="cannot read .*adapter_model.safetensors"):
+        adapters.load(tmp_path, net(torch.float32))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zolr.checkpoints import write_text
 from zolr.errors import DataError, UsageError
 from zolr.held import opened
-from zolr.variables import Variable, Variables, attach
+from zolr.variables import Variable, Variables, attach, detach
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -162,15 +162,19 @@ def load(folder: Path, model: nn.Module) -> Variables:
     names = {id(p): name for name, p in reversed(list(parameters.items()))}
     cap = max((left.shape[1] for left, _ in pairs.values()), default=1)
     variables = attach(model, lambda _, p: id(p) in wanted, hold=True, cap=cap)
-    for variable in variables:
-        own = [n for n in (site.name for site in variable.sites) if n in pairs or n in whole]
-        name = own[0] if own else names[id(variable.sites[0].weight)]
-        try:
-            _fill(variable, pairs.get(name), whole.get(name))
-        except RuntimeError as error:
-            raise DataError(
-                f"the adapter in {folder} is of another model: '{name}' has another shape"
-            ) from error
+    try:
+        for variable in variables:
+            own = [n for n in (site.name for site in variable.sites) if n in pairs or n in whole]
+            name = own[0] if own else names[id(variable.sites[0].weight)]
+            try:
+                _fill(variable, pairs.get(name), whole.get(name))
+            except RuntimeError as error:
+                raise DataError(
+                    f"the adapter in {folder} is of another model: '{name}' has another shape"
+                ) from error
+    except BaseException:
+        detach(model)
+        raise
     return variables
 
 

@@ -5,7 +5,7 @@ or because the user wants an adapter. What closed windows have moved it by is a 
 stays one such product.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,6 +89,31 @@ class Stack:
         self.lost = tensors["lost"].to(self.lost, copy=True)
 
 
+class _Decoding(torch.autograd.Function):
+    """A module with a coded weight whose derivative decodes it again, instead of keeping what forward decoded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module, plain: Callable[..., Tensor]) -> Tensor:
+        ctx.module = module
+        return plain(module, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0] @ ctx.module.weight.dequantize().to(grads[0].dtype), None, None
+
+
+def run(module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`plain(module, ...)`, the module's own forward, with as little kept for backward as there can be."""
+    if torch.is_grad_enabled() and is_decoded(module) and len(args) == 1 and args[0].requires_grad:
+        return _Decoding.apply(args[0], module, plain)
+    return plain(module, *args, **kwargs)
+
+
+def is_decoded(module: nn.Module) -> bool:
+    """Whether torch's own linear map decodes the module's weight, and autograd would keep the result (torchao)."""
+    return type(module.__dict__["_parameters"].get("weight")).__module__.startswith("torchao.")
+
+
 def is_packed(module: nn.Module, parameter: str) -> bool:
     """Whether the numbers of a weight are coded, so that only its module can compute with them.
 
@@ -100,7 +125,7 @@ def is_packed(module: nn.Module, parameter: str) -> bool:
         return False
     if _is_bitsandbytes(module):
         return not weight.is_floating_point()
-    return type(weight.data).__module__.startswith("torchao.")
+    return is_decoded(module)
 
 
 def _is_bitsandbytes(module: nn.Module) -> bool:
@@ -136,7 +161,7 @@ def keep_codes(module: nn.Module) -> None:
     """
     if not hasattr(module, "support_avx512bf16_for_cpu"):
         return
-    state = getattr(module._parameters["weight"], "quant_state", None)
+    state = getattr(module._parameters.get("weight"), "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
         raise UsageError(
             "the four-bit weights have been repacked for bfloat16 by an evaluation on this CPU, which cannot be trained "

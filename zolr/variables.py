@@ -16,7 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from zolr.errors import UsageError
-from zolr.held import RANK, Stack, execution_device, is_packed, keep_codes, opened, shape_of, stand_in
+from zolr.held import (
+    RANK,
+    Stack,
+    execution_device,
+    is_decoded,
+    is_packed,
+    keep_codes,
+    opened,
+    run,
+    shape_of,
+    stand_in,
+)
 from zolr.keys import Key
 from zolr.probes import Layout, Space, row_blocks
 from zolr.subspaces import Full, Left, Right, Subspace, TwoSided
@@ -529,7 +540,7 @@ def _attached(cls: type[nn.Module]) -> type[nn.Module]:
                     tensors[name] = dense
         with _shadowed(self, tensors):
             if side is None:
-                return cls.forward(self, *args, **kwargs)
+                return run(self, cls.forward, *args, **kwargs)
             return _with_side(cls, self, side, *args, **kwargs)
 
     return type(
@@ -561,7 +572,7 @@ def _with_side(
         in_place = variable._plain and not torch.is_grad_enabled()
         return out.add_(rows) if in_place else out + rows
     # W (decay x) + bias: the decay multiplies the weight and not the bias
-    out = cls.forward(module, x if decay == 1.0 else x * decay, *args, **kwargs)
+    out = run(module, cls.forward, x if decay == 1.0 else x * decay, *args, **kwargs)
     if point is None:
         return out
     stack = variable.stack
@@ -656,6 +667,10 @@ def attach(
             module.__dict__[_BINDINGS][site.parameter] = (variable, site.kind)
     for _, parameter in first.values():
         parameter.requires_grad_(False)
+    for module in model.modules():
+        if is_decoded(module) and _BINDINGS not in module.__dict__:  # not trained, but in the way of backward
+            module.__dict__[_BINDINGS] = {}
+            _become(module, _attached(type(module)))
     return Variables(variables)
 
 
