@@ -41,7 +41,9 @@ def base_of(folder: Path) -> str:
 
 
 @torch.no_grad()
-def write(folder: Path, model: nn.Module, variables: Sequence[Variable], base: str) -> None:
+def write(
+    folder: Path, model: nn.Module, variables: Sequence[Variable], base: str, keep: Sequence[str] = ()
+) -> None:
     """Write what held variables were moved by, up to this moment, as a LoRA adapter in PEFT's format.
 
     Args:
@@ -49,17 +51,30 @@ def write(folder: Path, model: nn.Module, variables: Sequence[Variable], base: s
         model: the model the variables are of, attached or not.
         variables: `Engine.variables`.
         base: folder or hub name of the model's own weights.
+        keep: names of modules to store whole, trained or not, such as a head that the base does not have; what they
+            hold must not be held.
 
     Raises:
-        UsageError: a variable is not held, so its part of the result is in the model.
+        UsageError: a variable outside of `keep` is not held, so its part of the result is in the model, or one inside
+            is held.
     """
     from safetensors.torch import save_file
 
+    kept: dict[str, Tensor] = {}  # live weights of variables inside of what is stored whole
     for variable in variables:
-        if not variable.held:
+        inside = any(variable.name.startswith(f"{name}.") for name in keep)
+        if inside and not variable.held:
+            dense = variable.dense(variable.point())
+            kept |= {site.name: site.weight if dense is None else dense for site in variable.sites}
+        elif inside:
+            raise UsageError(
+                f"weight '{variable.name}' is held, so its module cannot be stored whole; do not hold it"
+            )
+        elif not variable.held:
             raise UsageError(
                 f"weight '{variable.name}' is not held, so no adapter can tell what it was moved by; train with hold=True"
             )
+    variables = [variable for variable in variables if variable.held]
     modules = dict(model.named_modules())
     ranks: dict[str, int] = {}
     tensors: dict[str, Tensor] = {}
@@ -102,6 +117,10 @@ def write(folder: Path, model: nn.Module, variables: Sequence[Variable], base: s
         with opened(module):
             state = {**module.state_dict(), **trained}
             tensors |= {f"{_PREFIX}{name}.{key}": tensor for key, tensor in state.items()}
+    for name in keep:
+        state = {f"{name}.{key}": tensor for key, tensor in modules[name].state_dict().items()}
+        tensors |= {f"{_PREFIX}{key}": tensor for key, tensor in {**state, **kept}.items() if key in state}
+        whole[name] = {}
     if not ranks:
         raise UsageError(
             "an adapter needs a linear map or an embedding; train such weights too (select='linear')"
@@ -136,6 +155,8 @@ def write(folder: Path, model: nn.Module, variables: Sequence[Variable], base: s
 def load(folder: Path, model: nn.Module) -> Variables:
     """Let a model compute with an adapter; `variables.detach` takes it away again.
 
+    Matrices that are stored whole (a head, an unknown kind of embedding) are written into the model for good.
+
     Args:
         folder: written by `write`.
         model: the base model, quantized as it was in training.
@@ -153,15 +174,22 @@ def load(folder: Path, model: nn.Module) -> Variables:
         raise DataError(f"cannot read {folder / TENSORS}: {error}") from error
     pairs, whole = _sorted(stored, config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    unknown = sorted((pairs.keys() | whole.keys()) - parameters.keys() - dict(model.named_buffers()).keys())
+    buffers = dict(model.named_buffers())
+    unknown = sorted((pairs.keys() | whole.keys()) - parameters.keys() - buffers.keys())
     if unknown:
         raise DataError(
             f"the adapter in {folder} is of another model: there is no '{unknown[0]}' in this one"
         )
+    for name in whole.keys() - pairs.keys():
+        target = parameters.get(name, buffers.get(name))
+        assert target is not None
+        if name in buffers or (target.dim() > 1 and target.device.type != "meta"):
+            if target.shape != whole[name].shape:
+                raise DataError(f"the adapter in {folder} is of another model: '{name}' has another shape")
+            target.data.copy_(whole.pop(name))
     wanted = {id(parameters[name]) for name in (pairs.keys() | whole.keys()) & parameters.keys()}
     names = {id(p): name for name, p in reversed(list(parameters.items()))}
-    cap = max((left.shape[1] for left, _ in pairs.values()), default=1)
-    variables = attach(model, lambda _, p: id(p) in wanted, hold=True, cap=cap)
+    variables = attach(model, lambda _, p: id(p) in wanted, hold=True)
     try:
         for variable in variables:
             own = [n for n in (site.name for site in variable.sites) if n in pairs or n in whole]
@@ -181,16 +209,15 @@ def load(folder: Path, model: nn.Module) -> Variables:
 def _fill(variable: Variable, pair: tuple[Tensor, Tensor] | None, tensor: Tensor | None) -> None:
     if variable.stack is None:
         assert tensor is not None
-        variable.value.data.copy_(tensor.t() if variable.transposed else tensor)
-    elif pair is not None:
-        variable.stack.cap = max(variable.stack.cap, pair[0].shape[1])
-        variable.stack.push(*pair)
-    else:
+        variable.value.data.copy_(tensor)
+        return
+    if pair is None:
         assert tensor is not None
         with opened(variable.sites[0].module):
             moved = (tensor.to(variable.weight) - variable.sites[0].weight).detach()
-        variable.stack.cap = min(variable.shape)
-        variable.stack.push(moved, torch.eye(variable.shape[1]))
+        pair = moved, torch.eye(variable.shape[1])
+    variable.stack.cap = pair[0].shape[1]
+    variable.stack.push(*pair)
 
 
 def _sorted(

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zolr.errors import UsageError
@@ -90,22 +91,24 @@ class Stack:
 
 
 class _Decoding(torch.autograd.Function):
-    """A module with a coded weight whose derivative decodes it again, instead of keeping what forward decoded."""
+    """`x @ W.T` of a coded weight whose derivative decodes it again, instead of keeping what forward decoded."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: nn.Module, plain: Callable[..., Tensor]) -> Tensor:
-        ctx.module = module
-        return plain(module, x)
+    def forward(ctx: Any, x: Tensor, weight: Any) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return grads[0] @ ctx.module.weight.dequantize().to(grads[0].dtype), None, None
+        return grads[0] @ ctx.weight.dequantize().to(grads[0].dtype), None
 
 
-def run(module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def compute(module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`plain(module, ...)`, the module's own forward, with as little kept for backward as there can be."""
     if torch.is_grad_enabled() and is_decoded(module) and len(args) == 1 and args[0].requires_grad:
-        return _Decoding.apply(args[0], module, plain)
+        loose: Any = module
+        out = _Decoding.apply(args[0], loose.weight)
+        return out if loose.bias is None else out + loose.bias  # the bias may be trained
     return plain(module, *args, **kwargs)
 
 

@@ -544,16 +544,16 @@ class _FakeLiveBytes(LiveBytes):
 
 
 class _Decoded(torch.autograd.Function):
-    """`x @ W.T + bias` with a weight that is decoded for the use, in backward once more, as bitsandbytes does."""
+    """`x @ W.T` with a weight that is decoded for the use, in backward once more, as bitsandbytes does."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, shape: tuple[int, int]) -> Tensor:
         ctx.size = shape
-        return F.linear(x, x.new_empty(shape), bias)
+        return F.linear(x, x.new_empty(shape))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return grads[0] @ grads[0].new_empty(ctx.size), None, None
+        return grads[0] @ grads[0].new_empty(ctx.size), None
 
 
 class _Nf4(nn.Module):
@@ -568,7 +568,10 @@ class _Nf4(nn.Module):
         self.register_buffer("absmax", torch.zeros(-(-entries // 64)))  # a float32 scale per 64 weights
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Decoded.apply(x, (self.out_features, self.in_features), self.bias)  # type: ignore[return-value]
+        out: Any = _Decoded.apply(x, (self.out_features, self.in_features))
+        if self.bias is None:
+            return out
+        return out + self.bias if torch.is_grad_enabled() else out.add_(self.bias)
 
 
 # attaching knows coded modules by these two names

@@ -19,12 +19,12 @@ from zolr.errors import UsageError
 from zolr.held import (
     RANK,
     Stack,
+    compute,
     execution_device,
     is_decoded,
     is_packed,
     keep_codes,
     opened,
-    run,
     shape_of,
     stand_in,
 )
@@ -540,7 +540,7 @@ def _attached(cls: type[nn.Module]) -> type[nn.Module]:
                     tensors[name] = dense
         with _shadowed(self, tensors):
             if side is None:
-                return run(self, cls.forward, *args, **kwargs)
+                return compute(self, cls.forward, *args, **kwargs)
             return _with_side(cls, self, side, *args, **kwargs)
 
     return type(
@@ -572,7 +572,7 @@ def _with_side(
         in_place = variable._plain and not torch.is_grad_enabled()
         return out.add_(rows) if in_place else out + rows
     # W (decay x) + bias: the decay multiplies the weight and not the bias
-    out = run(module, cls.forward, x if decay == 1.0 else x * decay, *args, **kwargs)
+    out = compute(module, cls.forward, x if decay == 1.0 else x * decay, *args, **kwargs)
     if point is None:
         return out
     stack = variable.stack

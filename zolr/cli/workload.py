@@ -223,6 +223,7 @@ class Workload:
         max_length: tokens of an example at most, where that was asked for; else the task's limit or the model's.
         dtype, device: of the weights.
         seed: of a fresh classification head.
+        loading: further settings of `models.load_model`: quantize, device_map, offload_folder.
 
     Raises:
         UsageError: a length that the model cannot read.
@@ -238,6 +239,7 @@ class Workload:
         dtype: str = "float32",
         device: torch.device,
         seed: int = 0,
+        **loading: Any,
     ) -> None:
         import torch
 
@@ -254,6 +256,7 @@ class Workload:
                 dtype=getattr(torch, dtype),
                 device=device,
                 seed=seed,
+                **loading,
             )
         config: Any = self.model.config
         longest = longest_text(config, self.tokenizer)
