@@ -440,6 +440,28 @@ def test_the_adapter_of_an_offloaded_run(way: str, tmp_path: Path) -> None:
     assert close(logits(fresh), after, 1e-6)
 
 
+@pytest.mark.parametrize("way", ["cpu", "disk"])
+def test_tied_weights_stay_tied_while_they_are_away(way: Any, tmp_path: Path) -> None:
+    base = tiny("gpt2", tmp_path / "base")
+    outputs = []
+    for how in (None, way):
+        model = models.load_model(
+            base, device_map=how, offload_folder=tmp_path / "away" if how == "disk" else None
+        )
+        run = Engine(
+            model, method("zo"), lr=1e-3, loss=models.lm_loss, hold=True, select="linear+embedding+norm"
+        )
+        for _ in range(5):
+            run.step([lines()])
+        outputs.append((answers(model), [v.name for v in run.variables]))
+        folder = tmp_path / f"adapter-{how}"
+        folder.mkdir()
+        adapters.write(folder, model, run.variables, str(base))
+        assert close(answers(models.load_model(folder)), outputs[-1][0], 1e-5)
+    assert outputs[0][1] == outputs[1][1]
+    assert close(outputs[0][0], outputs[1][0], 1e-4)
+
+
 # ---- quantized weights -----------------------------------------------------------------------------------------------
 
 

@@ -129,7 +129,7 @@ def test_an_offloaded_run_learns_what_a_held_run_learns(
     assert code == 0, err
     plain = json.loads((tmp_path / "plain" / "result.json").read_text())
     assert result["metrics"]["test"]["after"]["loss"] == pytest.approx(
-        plain["metrics"]["test"]["after"]["loss"], rel=1e-4
+        plain["metrics"]["test"]["after"]["loss"], rel=1e-3
     )
 
 

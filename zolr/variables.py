@@ -630,6 +630,7 @@ def attach(
         raise UsageError(f"realization '{realization}' is not known; use one of {', '.join(REALIZATIONS)}")
     sites: dict[int, list[Site]] = {}
     first: dict[int, tuple[str, nn.Parameter]] = {}
+    tied = _tied_while_away(model)
     for module_name, module in model.named_modules():
         if _BINDINGS in module.__dict__:
             raise UsageError(f"module '{module_name}' is attached to a run already; detach that run first")
@@ -637,8 +638,9 @@ def attach(
             if parameter is None:
                 continue
             full_name = f"{module_name}.{name}" if module_name else name
-            first.setdefault(id(parameter), (full_name, parameter))
-            sites.setdefault(id(parameter), []).append(Site(module_name, module, name, _kind(module, name)))
+            code = tied.get(full_name, id(parameter))
+            first.setdefault(code, (full_name, parameter))
+            sites.setdefault(code, []).append(Site(module_name, module, name, _kind(module, name)))
     trained = {
         code: sites[code]
         for code, (name, p) in first.items()
@@ -665,7 +667,7 @@ def attach(
                 module.__dict__[_BINDINGS] = {}
                 _become(module, _attached(type(module)))
             module.__dict__[_BINDINGS][site.parameter] = (variable, site.kind)
-    for _, parameter in first.values():
+    for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in model.modules():
         if is_decoded(module) and _BINDINGS not in module.__dict__:  # not trained, but in the way of backward
@@ -679,6 +681,17 @@ def _become(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__class__ = cls
     if "_old_forward" in module.__dict__:
         module.__dict__["_old_forward"] = MethodType(cls.forward, module)
+
+
+def _tied_while_away(model: nn.Module) -> dict[str, int]:
+    """Identities of weights that transformers ties: offloaded ones are no longer the same object in both places."""
+    names: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {
+        name: id(parameters[source])
+        for name, source in names.items()
+        if name in parameters and source in parameters and parameters[name].device.type == "meta"
+    }
 
 
 def _check_held(sites: Sequence[Site], realization: Realization, wanted: bool) -> None:
