@@ -13,10 +13,10 @@ FLOORS: dict[str, int] = {
     for floor, names in enumerate(
         (
             ("errors", "keys"),
-            ("subspaces", "probes", "spectra"),
+            ("subspaces", "probes", "spectra", "held"),
             ("variables", "projectors", "estimators", "transports", "residuals", "optim"),
             ("methods", "tuning", "dense", "engine"),
-            ("tasks", "models", "adapters", "memory", "checkpoints", "training"),
+            ("tasks", "models", "lora", "memory", "checkpoints", "training", "adapters"),
             ("cli",),
         )
     )

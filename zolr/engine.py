@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from zolr.errors import UsageError
 from zolr.estimators import Estimate, mean_loss, rows_of, same_noise
 from zolr.estimators.likelihood_ratio import LikelihoodRatio
 from zolr.estimators.spsa import Spsa
+from zolr.held import RANK, shapes
 from zolr.keys import Key
 from zolr.methods import Method
 from zolr.projectors import Learner
@@ -24,6 +26,8 @@ from zolr.spectra import Moments, Sketch, Spectrum
 from zolr.subspaces import Full, Subspace, rebuild
 from zolr.tuning import Caution, Tuning, tune
 from zolr.variables import Realization, Variable, attach, detach
+
+NOTED_LOSS = 0.01  # share of what held weights were moved by; a user hears of more
 
 CATEGORIES = ("attention", "linear", "head", "embedding", "bias", "norm")
 
@@ -62,12 +66,13 @@ def categories(model: nn.Module) -> dict[str, str]:
     """
     vocabulary = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    result = {}
+    result, sizes = {}, shapes(model)
     for name, parameter in model.named_parameters():
+        shape = sizes[name]
         if id(parameter) in embeddings:
             result[name] = "embedding"
-        elif parameter.dim() >= 2:
-            big = parameter.shape[0] in vocabulary and parameter.shape[0] > 2 * parameter.shape[1]
+        elif len(shape) >= 2:
+            big = shape[0] in vocabulary and shape[0] > 2 * shape[1]
             inner = "attention" if re.search(r"attn|attention", name) else "linear"
             result[name] = "head" if big else inner
         else:
@@ -118,10 +123,15 @@ class Engine:
         clip: largest norm of the gradient over all coordinates; None for no clipping.
         realization: how a perturbation reaches a weight: "auto", "side", "rebuild" or "inplace".
         guard: skip steps whose loss is not finite; costs the one host synchronization of a step.
+        hold: never write the weights (True), or those a predicate of name and parameter names: what they are moved by
+            stays beside them as thin factors, from which `adapters.write` makes a LoRA adapter. Quantized and offloaded
+            weights are held in any case.
+        hold_rank: rank at most of what is kept beside a held matrix; a refresh beyond it drops the smallest part.
         check: a batch; if given, the attached model is compared with dense weights on it before training.
 
     Raises:
-        UsageError: a setting out of range, or a rank above every trained matrix.
+        UsageError: a setting out of range, a rank above every trained matrix, or a method that held weights do not
+            allow.
 
     >>> import torch, zolr
     >>> model = torch.nn.Linear(8, 1)
@@ -146,6 +156,8 @@ class Engine:
         clip: float | None = None,
         realization: Realization = "auto",
         guard: bool = True,
+        hold: bool | Callable[[str, nn.Parameter], bool] = False,
+        hold_rank: int = RANK,
         check: Any = None,
     ) -> None:
         if lr is not None and not 0 < lr < float("inf"):
@@ -154,6 +166,8 @@ class Engine:
             raise UsageError(f"paradigm '{method.paradigm}' needs a learning rate; give lr")
         if weight_decay < 0 or (clip is not None and not clip > 0):
             raise UsageError(f"weight_decay = {weight_decay} and clip = {clip} must not be negative")
+        if isinstance(hold_rank, bool) or not isinstance(hold_rank, int) or hold_rank < 1:
+            raise UsageError(f"hold_rank = {hold_rank!r} is no rank; use a whole number of at least 1")
         if realization == "inplace" and getattr(method.estimator, "signs", "sequence") == "together":
             raise UsageError(
                 "realization 'inplace' holds one sign at a time; use signs 'sequence', or realization 'auto'"
@@ -174,11 +188,12 @@ class Engine:
         self._moments: dict[str, Moments] = {}
         self._spectra: dict[str, Spectrum] = {}
         predicate = selection(model, select)
-        total = sum(p.numel() for p in model.parameters())
+        total = sum(map(prod, shapes(model).values()))
         self._projected = selection(model, method.projects)
         self._check_rank(model, lambda name, p: predicate(name, p) and self._projected(name, p))
-        self.variables = attach(model, predicate, realization)
+        self.variables = attach(model, predicate, realization, hold=hold, cap=hold_rank)
         self.trained_share = sum(v.weight.numel() for v in self.variables) / total
+        self._told = False  # that held weights have lost something
         self.base_lr = lr
         self._schedule = schedule
         self._scheduler: Any = None
@@ -195,6 +210,7 @@ class Engine:
 
     def _begin(self, check: Any) -> None:
         method, clip = self.method, self.clip
+        self._check_held()
         self._open_windows()
         kinds = categories(self.model)
         tables = [self.trained(v) for v in self.variables if kinds.get(v.name) in ("embedding", "head")]
@@ -213,11 +229,49 @@ class Engine:
         rank = getattr(self.method.projector, "rank", None)
         if rank is None:
             return
-        sides = [max(p.shape) for n, p in model.named_parameters() if p.dim() == 2 and predicate(n, p)]
+        sizes = shapes(model)
+        sides = [max(sizes[n]) for n, p in model.named_parameters() if len(sizes[n]) == 2 and predicate(n, p)]
         if sides and rank > max(sides):
             raise UsageError(
                 f"rank {rank} is larger than every trained matrix (longest side {max(sides)}); "
                 "use a smaller rank, or projector 'identity' for the whole space"
+            )
+
+    def _check_held(self) -> None:
+        held = [v for v in self.variables if v.held]
+        if not held:
+            return
+        first = f"weight '{held[0].name}' is never written (quantized, offloaded, or held on request)"
+        if self.weight_decay:
+            raise UsageError(
+                f"{first}, so it cannot decay; leave out weight_decay = {self.weight_decay}, or train plain weights"
+            )
+        whole = self.method.dense or isinstance(self.method.projector, Identity)
+        if whole and any(v.stack is not None for v in held):
+            raise UsageError(
+                f"{first}, so it cannot be trained as a whole; use a method with subspaces, such as 'stiefel'"
+            )
+        if self.method.paradigm != "zo" and any(v.offloaded for v in held):
+            raise UsageError(
+                f"{first}, and offloaded weights are gone by the time of a backward pass; use paradigm 'zo'"
+            )
+
+    @property
+    def lost(self) -> float:
+        """Share of what held weights were moved by, in squared Frobenius norm, that `hold_rank` has dropped."""
+        stacks = [v.stack for v in self.variables if v.stack is not None]
+        lost = sum(float(s.lost) for s in stacks)
+        return lost / total if (total := lost + sum(float(s.energy) for s in stacks)) else 0.0
+
+    def _tell_loss(self) -> None:
+        if self._told or not self.guard or not any(v.stack is not None for v in self.variables):
+            return
+        if (lost := self.lost) > NOTED_LOSS:
+            self._told = True
+            warnings.warn(
+                f"held weights have lost {lost:.1%} of what they were moved by (squared norm) up to step "
+                f"{self.step_count}; use a larger hold_rank, a smaller rank, or refresh less often",
+                stacklevel=5,
             )
 
     # ---- windows -------------------------------------------------------------------------------------------------
@@ -237,9 +291,14 @@ class Engine:
                 variable.open(self._drawn(variable))
 
     def trained(self, variable: Variable) -> nn.Parameter:
-        """What the optimizer knows of a variable."""
+        """What the optimizer knows of a variable: its coordinates."""
         core = self._cores.get(variable.name)
         return variable.value if core is None else core.value
+
+    def subspace(self, variable: Variable) -> Subspace:
+        """The space that these coordinates are in; all of it where a dense method has not met a gradient yet."""
+        core = self._cores.get(variable.name)
+        return variable.subspace if core is None or core.subspace is None else core.subspace
 
     def _drawn(self, variable: Variable, key: Key | None = None) -> Any:
         """The subspace of the next window, or the one that another key names."""
@@ -263,6 +322,7 @@ class Engine:
             old, new = variable.subspace, self._drawn(variable)
             with self._transported(variable, old, new):
                 variable.open(new)
+        self._tell_loss()
 
     def _learn(self, variable: Variable, subspace: Subspace) -> None:
         """Put what a window has shown into the spectrum of the next one."""
@@ -484,8 +544,7 @@ class Engine:
 
     def _observe(self, variable: Variable, gradient: Tensor) -> None:
         """Let the projector see a gradient in the coordinates."""
-        core = self._cores.get(variable.name)
-        subspace = variable.subspace if core is None else cast(Subspace, core.subspace)
+        subspace = self.subspace(variable)
         if self.method.projector.learns_from == "gradients" and not isinstance(subspace, Full):
             learner = cast(Learner, self.method.projector)
             seen = self._moments.get(variable.name)
@@ -642,6 +701,8 @@ class Engine:
                 "exclude it from training with a narrower selection"
             )
         for variable in self.variables:
+            if variable.held:  # there is no dense weight to compare with
+                continue
             shift = self.key.fold_in("verify", variable.name).normal(variable.subspace.coords_shape)
             shift = variable.mask(shift.to(variable.value))
             dense = variable.subspace.lift(shift.to(variable.weight.dtype))
@@ -669,9 +730,11 @@ class Engine:
         variables = {}
         for v in self.variables:
             variables[v.name] = {
-                "weight": v.weight.data.clone(),
-                # a full value is the weight itself, unless it is the float32 master of a smaller one
-                "value": None if v.is_full and v.weight.dtype == v.dtype else v.value.data.clone(),
+                "weight": None if v.held else v.weight.data.clone(),
+                # a full value is the weight itself, unless it is the float32 master of a smaller one, or a copy
+                "value": None
+                if v.is_full and v.weight.dtype == v.dtype and not v.held
+                else v.value.data.clone(),
                 "subspace": type(v.subspace).__name__,
                 "tensors": v.subspace.tensors(),
                 "window": v.window,
@@ -683,6 +746,8 @@ class Engine:
             }
             if v.name in self._cores:
                 variables[v.name]["core"] = self._cores[v.name].state()
+            if v.stack is not None and v.stack.rank:
+                variables[v.name]["stack"] = v.stack.tensors()
             if v.name in self._moments:
                 m = self._moments[v.name]
                 variables[v.name]["moments"] = {"total": m.total, "squares": m.squares, "count": m.count}
@@ -706,7 +771,7 @@ class Engine:
         """Continue from a saved state of the same model and method.
 
         Raises:
-            UsageError: the state is of other variables or another seed.
+            UsageError: the state is of other variables, another seed, or of weights that were held where these are not.
         """
         names = {v.name for v in self.variables}
         if set(state["variables"]) != names:
@@ -718,12 +783,21 @@ class Engine:
             raise UsageError(
                 f"the saved state has seed {state['seed']}, this run {self.seed}; use the same seed"
             )
+        for v in self.variables:
+            if v.held != (state["variables"][v.name]["weight"] is None):
+                raise UsageError(
+                    f"weight '{v.name}' is {'held' if v.held else 'written'} here, but not in the saved state; use the "
+                    "same hold, and quantize or offload the same weights"
+                )
         if state["tuning"] is not None:
             self._adopt(Tuning(**state["tuning"]))
         self.base_lr = state["base_lr"]
         for v in self.variables:
             saved = state["variables"][v.name]
-            v.weight.data.copy_(saved["weight"])
+            if not v.held:
+                v.weight.data.copy_(saved["weight"])
+            if v.stack is not None:
+                v.stack.load(saved.get("stack"))
             before = self.trained(v)
             subspace = rebuild(
                 saved["subspace"], {k: t.to(v.weight.device) for k, t in saved["tensors"].items()}
@@ -753,12 +827,24 @@ class Engine:
             group["lr"] = lr
 
     def detach(self) -> nn.Module:
-        """Fold, and give the model back as it was before attaching, with the trained weights."""
+        """Fold, and give the model back as it was before attaching, with the trained weights.
+
+        Held weights are as they were: take their adapter first (`adapters.write`).
+        """
         self.fold()
         return detach(self.model, self._trainable)
 
     def export(self) -> nn.Module:
-        """A folded, plain copy of the model; the run goes on untouched."""
+        """A folded, plain copy of the model; the run goes on untouched.
+
+        Raises:
+            UsageError: weights are held.
+        """
+        held = next((v.name for v in self.variables if v.held), None)
+        if held is not None:
+            raise UsageError(
+                f"weight '{held}' is held: a plain model cannot hold what it was moved by; use adapters.write"
+            )
         twin = copy.deepcopy(self)
         return twin.detach().eval()
 

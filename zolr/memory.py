@@ -6,6 +6,7 @@ slack.
 """
 
 import contextlib
+import copy
 import os
 import resource
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import (
@@ -27,12 +29,24 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig
 
-from zolr import adapters
+from zolr import lora
 from zolr.engine import Engine
 from zolr.errors import BudgetError, UsageError
+from zolr.held import RANK
 from zolr.methods import Adapter, Method
-from zolr.models import build, checkpoint_activations, class_loss, lm_loss, load_config, prompt_loss
+from zolr.models import (
+    Codes,
+    build,
+    checkpoint_activations,
+    class_loss,
+    code,
+    coded_maps,
+    lm_loss,
+    load_config,
+    prompt_loss,
+)
 from zolr.projectors.stiefel import Stiefel
+from zolr.variables import Variable
 
 ROUNDING = 512  # bytes; the CUDA caching allocator hands out multiples of this
 
@@ -372,6 +386,9 @@ def predict(
     clip: float | None = None,
     attn_implementation: str | None = None,
     adapter: Adapter | None = None,
+    quantize: Codes | None = None,
+    hold: bool = False,
+    hold_rank: int = RANK,
     profile: bool = False,
 ) -> Prediction:
     """Predict the peak memory of a training step by running that very step on tensors without data.
@@ -391,7 +408,8 @@ def predict(
         accumulation: micro-batches a step.
         checkpointing: keep the inputs of layers only and compute the rest again in backward.
         signs: of a forward-only probe, "sequence" or "together"; None as the method says.
-        select, realization, weight_decay, clip: as for `Engine`.
+        select, realization, weight_decay, clip, hold, hold_rank: as for `Engine`.
+        quantize: as for `load_model`.
         adapter: what the model is wrapped in, which is then trained instead of `select`.
         profile: list the live storages at the peak, add them up by what they are, and name the module.
 
@@ -405,11 +423,14 @@ def predict(
     if objective not in LOSSES:
         raise UsageError(f"objective '{objective}' is not known; use one of {', '.join(LOSSES)}")
     config = model if isinstance(model, PreTrainedConfig) else load_config(model)
+    plain: Any = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):  # of a model that was quantized while it was loaded
+        del plain.quantization_config
     loss = loss or LOSSES[objective]
 
     def fresh(**options: Any) -> Any:
-        return build(
-            config,
+        net = build(
+            plain,
             kind="classes" if objective == "classes" else "lm",
             num_labels=num_labels if objective == "classes" else None,
             dtype=dtype,
@@ -417,11 +438,16 @@ def predict(
             dropout=0.0,
             **options,
         )
+        if quantize == "int8":
+            code(net, quantize)
+        elif quantize == "nf4":
+            _code_as_nf4(net)
+        return net
 
     def wrapped(adapter: Adapter) -> Any:
         with unset_fake_temporarily():  # PEFT moves what it makes, which modules of fake tensors cannot
             net = fresh(device="meta")
-            adapters.wrap(net, adapter, classifier=objective == "classes")
+            lora.wrap(net, adapter, classifier=objective == "classes")
         return _on_host(net)
 
     def step(method: Method) -> tuple[LiveBytes, int, int, int]:
@@ -436,12 +462,19 @@ def predict(
                 method,
                 lr=1e-3,
                 loss=_in_phases(loss, live, "backward" if method.paradigm == "fo" else "update"),
-                select=select if adapter is None else adapters.trained,
+                select=select if adapter is None else lora.trained,
                 realization=realization,
                 weight_decay=weight_decay,
                 clip=clip,
                 guard=False,
+                hold=hold,
+                hold_rank=hold_rank,
             )
+            for variable in engine.variables:
+                if variable.stack is not None:  # as after many windows
+                    m, n = variable.shape
+                    rank = variable.stack.cap
+                    variable.stack.push(torch.zeros(m, rank), torch.zeros(n, rank))
             engine.optimizer.register_step_pre_hook(lambda *_: live.enter_phase("optimizer"))
             engine.optimizer.register_step_post_hook(lambda *_: live.leave_phase())
             if profile:
@@ -452,7 +485,7 @@ def predict(
                 _label_kept(engine, live)
         counted = LiveBytes()
         weights = counted.track(net)
-        coords = sum(counted.track(v.value, *_bases(v.subspace)) for v in engine.variables)
+        coords = sum(counted.track(*_kept(engine, v)) for v in engine.variables)
         states = engine.optimizer.state.values()
         state = counted.track(*(t for s in states for t in s.values() if isinstance(t, Tensor)))
         return live, weights, coords, state
@@ -472,6 +505,12 @@ def predict(
             "rows are padded; the optimizer holds temporaries of one tensor at a time (not foreach)",
             f"bytes of live tensors, each rounded up to {ROUNDING}; what no tensor holds comes on top",
         ]
+        if quantize is not None:
+            assumptions.append(f"{quantize} codes in the base model, one weight decoded at a time")
+        if hold:
+            assumptions.append(
+                f"rank {hold_rank} beside every held matrix, which it reaches after many windows"
+            )
         live, coords, state = forward, 0, 0
         if method is not None:
             method = _runnable(method, signs)
@@ -534,6 +573,50 @@ class _FakeLiveBytes(LiveBytes):
                 "fixed: fake tensors lack a rule for their zero tangents; train all weights, or measure a run"
             )
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class _Decoded(torch.autograd.Function):
+    """`x @ W.T` with a weight that is decoded for the use, in backward once more, as bitsandbytes does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: tuple[int, int]) -> Tensor:
+        ctx.size = shape
+        return F.linear(x, x.new_empty(shape))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0] @ grads[0].new_empty(ctx.size), None
+
+
+class _Nf4(nn.Module):
+    """The storages of a four-bit linear map of bitsandbytes, whose tensors cannot be fake ones."""
+
+    def __init__(self, out_features: int, in_features: int, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features, self.bias = out_features, in_features, bias
+        entries = out_features * in_features
+        codes = torch.zeros(-(-entries // 2), 1, dtype=torch.uint8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.register_buffer("absmax", torch.zeros(-(-entries // 64)))  # a float32 scale per 64 weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Any = _Decoded.apply(x, (self.out_features, self.in_features))
+        if self.bias is None:
+            return out
+        return out + self.bias if torch.is_grad_enabled() else out.add_(self.bias)
+
+
+# attaching knows coded modules by these two names
+_Nf4.__module__, _Nf4.__name__ = "bitsandbytes.nn.modules", "Linear4bit"
+
+
+def _code_as_nf4(net: nn.Module) -> None:
+    """Put stand-ins of four-bit maps where `load_model` would put those."""
+    for name, module in coded_maps(net, "nf4").items():
+        loose: Any = module
+        shape = tuple(loose.weight.shape)
+        out, into = shape if isinstance(module, nn.Linear) else shape[::-1]
+        net.set_submodule(name, _Nf4(out, into, loose.bias))
 
 
 def _stand_in(method: Method) -> Method | None:
@@ -631,6 +714,12 @@ def _bases(subspace: Any) -> list[Tensor]:
     return [t for t in vars(subspace).values() if isinstance(t, Tensor)]
 
 
+def _kept(engine: Engine, variable: Variable) -> list[Tensor]:
+    """What a variable holds besides the weight."""
+    stack = [] if variable.stack is None else variable.stack.tensors().values()
+    return [engine.trained(variable), *_bases(engine.subspace(variable)), variable.value, *stack]
+
+
 def _label_as_made(engine: Engine, live: LiveBytes) -> None:
     """Have what a step makes labeled: bases, gradients, and weights that are rebuilt for one use."""
 
@@ -664,7 +753,7 @@ def _label_as_made(engine: Engine, live: LiveBytes) -> None:
 def _label_kept(engine: Engine, live: LiveBytes) -> None:
     """Label what outlives a step: coordinates, bases and optimizer state of the current window."""
     for variable in engine.variables:
-        live.label("coords", variable.value, *_bases(variable.subspace))
+        live.label("coords", *_kept(engine, variable))
     for state in engine.optimizer.state.values():
         live.label("optimizer", *(t for t in state.values() if isinstance(t, Tensor)))
 

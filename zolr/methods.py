@@ -92,7 +92,7 @@ class Adapter:
     """Small matrices that a package of its own puts beside the weights, and that are trained in their place.
 
     Args:
-        kind: what the package calls it (see `zolr.adapters`).
+        kind: what the package calls it (see `zolr.lora`).
         rank: of the small matrices, at least 1.
 
     Raises:
@@ -126,7 +126,7 @@ class Row:
         follows: paper or released code, and where they differ.
         limits: what it cannot be combined with, and other warnings.
         adapter: what the model is wrapped in before training, and trained instead of its own weights; None for
-            nothing. An engine trains the model that it is given: who builds one wraps the model (see `zolr.adapters`).
+            nothing. An engine trains the model that it is given: who builds one wraps the model (see `zolr.lora`).
     """
 
     name: str
@@ -302,8 +302,8 @@ _ROWS = (
         "W + (alpha/r) B A, A (r, n) random, B (m, r) zero at the start; train A and B",
         "arXiv 2106.09685",
         "released code: PEFT's own layers, initialization and defaults (alpha 8, no dropout)",
-        "needs the package peft; rank is that of the adapter; in Python wrap the model yourself (zolr.adapters.wrap), and "
-        "select zolr.adapters.trained",
+        "needs the package peft; rank is that of the adapter; in Python wrap the model yourself (zolr.lora.wrap), and "
+        "select zolr.lora.trained",
         train={"fo": "adapter", "zo": "adapter"},
         lr={"fo": 1e-3, "zo": None},
         adapter=Adapter("lora", rank=8),

@@ -7,6 +7,7 @@ so logits of shape `(batch, tokens, vocab)`, usually the largest tensor of a run
 
 import copy
 import difflib
+import importlib.util
 import inspect
 import os
 import re
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,10 +39,17 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
+from zolr import adapters
 from zolr.errors import DataError, UsageError
+from zolr.held import keep_codes
 
 Batch = Mapping[str, Tensor]
 Kind = Literal["lm", "classes"]
+Codes = Literal["int8", "nf4"]
+DeviceMap = Literal["auto", "cpu", "disk"]
+
+# the package that holds and computes with each code
+CODES: dict[str, str] = {"int8": "torchao", "nf4": "bitsandbytes"}
 
 IGNORED = -100  # label of a token that does not count, as everywhere in torch and transformers
 CHUNK_ENTRIES = 1 << 24  # logits alive at once in `lm_loss`: 64 MiB in float32
@@ -121,8 +130,13 @@ def load_model(
     attn_implementation: str | None = None,
     dropout: float | None = None,
     seed: int = 0,
+    quantize: Codes | None = None,
+    device_map: DeviceMap | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Load a model, in eval mode, from a folder, a preset's numbers, the packaged demo or the hub.
+
+    The folder may hold an adapter alone: its base model is loaded and computes with it.
 
     Weights come out in `dtype` whatever the checkpoint holds. A preset, and the fresh head of a classifier,
     is drawn from `seed`; the global random state is left as it was.
@@ -136,12 +150,38 @@ def load_model(
         attn_implementation: attention kernel; by default transformers picks (sdpa wherever it can).
         dropout: sets every dropout probability of the config, in [0, 1); None leaves them.
         trust_remote_code: run Python code that comes with the checkpoint.
+        quantize: how the linear maps of the base model are coded: "int8" (a scale per row, by torchao; activations
+            stay as they are) or "nf4" (four bits, a scale per 64 weights, by bitsandbytes). Heads, embeddings and
+            norms keep `dtype`.
+        device_map: keep weights away from the device between two uses: "cpu" in host memory, "disk" in
+            `offload_folder`, "auto" as accelerate divides them over GPU, host memory and disk.
+        offload_folder: where "disk" and "auto" write weights; not emptied.
 
     Raises:
-        UsageError: the name is unknown, or the model has no such kind.
+        UsageError: the name is unknown, the model has no such kind, a package is missing, or settings contradict.
         DataError: the folder cannot be read, or the hub cannot be reached.
     """
     label = os.fspath(name)
+    _check_quantize(quantize)
+    if device_map is not None:
+        _check_device_map(device_map, quantize, offload_folder)
+    if adapters.is_adapter(Path(label)):
+        loaded = load_model(
+            adapters.base_of(Path(label)),
+            kind=kind,
+            num_labels=num_labels,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+            dropout=dropout,
+            seed=seed,
+            quantize=quantize,
+            device_map=device_map,
+            offload_folder=offload_folder,
+        )
+        adapters.load(Path(label), loaded)
+        return loaded
     if label in PRESETS and not Path(label).is_dir():
         hub = PRESETS[label].hub
         if hub is not None:
@@ -149,16 +189,19 @@ def load_model(
                 f"'{label}' builds the architecture with random weights; for the published ones use '{hub}'",
                 stacklevel=2,
             )
-        return build(
+        built = build(
             label,
             kind=kind,
             num_labels=num_labels,
             dtype=dtype,
-            device=device,
+            device="cpu" if device_map else device,
             attn_implementation=attn_implementation,
             dropout=dropout,
             seed=seed,
         )
+        if quantize is not None:
+            code(built, quantize)
+        return built if device_map is None else _offloaded(built, device_map, device, offload_folder)
     source, remote = _locate(label)
     options: dict[str, Any] = dict(
         trust_remote_code=trust_remote_code, local_files_only=remote and not _hub_answers()
@@ -171,6 +214,14 @@ def load_model(
         _prepare(config, kind, dropout)
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
+        if quantize is not None:
+            with torch.device("meta"):
+                empty = auto.from_config(config, trust_remote_code=trust_remote_code)
+            coded_maps(empty, quantize)  # says so where there is nothing to do
+            options["quantization_config"] = _coding(quantize, dtype, _plain_maps(empty))
+            options["device_map"] = {"": device}
+        elif device_map == "auto":
+            options |= {"device_map": "auto", "offload_folder": offload_folder}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model, report = auto.from_pretrained(
@@ -183,7 +234,143 @@ def load_model(
             "they start random",
             stacklevel=2,
         )
+    if quantize is not None:
+        _keep_codes(model)
+        return model.eval()  # it is on its device, and transformers refuses to move some codes
+    if device_map == "auto":
+        return model.eval()
+    if device_map is not None:
+        return _offloaded(model, device_map, device, offload_folder)
     return model.to(device).eval()
+
+
+def _offloaded(
+    model: nn.Module, device_map: str, device: torch.device | str, folder: str | os.PathLike[str] | None
+) -> nn.Module:
+    """The model with every weight in host memory or on disk between two uses."""
+    import accelerate
+
+    target = torch.device(device)
+    if device_map == "disk":
+        return accelerate.disk_offload(model, os.fspath(folder or ""), execution_device=target).eval()
+    return accelerate.cpu_offload(model, execution_device=target).eval()
+
+
+# --- quantizing ---------------------------------------------------------------------------------------------
+
+
+def _check_quantize(quantize: str | None) -> None:
+    if quantize is None:
+        return
+    if quantize not in CODES:
+        raise UsageError(f"quantize '{quantize}' is not known; use one of {', '.join(CODES)}")
+    if importlib.util.find_spec(CODES[quantize]) is None:
+        raise UsageError(
+            f"quantize '{quantize}' needs the package {CODES[quantize]}; install it with pip install 'zolr[quant]'"
+        )
+
+
+def _check_device_map(device_map: str, quantize: str | None, folder: Any) -> None:
+    if device_map not in ("auto", "cpu", "disk"):
+        raise UsageError(f"device_map '{device_map}' is not known; use auto, cpu or disk")
+    if quantize is not None:
+        raise UsageError(
+            f"device_map '{device_map}' moves plain weights only, and quantize '{quantize}' has coded ones; use one of the two"
+        )
+    if device_map == "disk" and folder is None:
+        raise UsageError("device_map 'disk' needs a place for the weights; give offload_folder")
+
+
+def _maps(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """Linear maps by name: those of the base model's layers, which are quantized, and all others, which are not.
+
+    A pooler is among the others: many checkpoints have none, and what starts random is not quantized.
+    """
+    base: Any = getattr(model, "base_model", model)
+    inside = {id(module) for module in base.modules()}
+    linear = {n: m for n, m in model.named_modules() if type(m) is nn.Linear or _is_conv1d(m)}
+    coded = {n: m for n, m in linear.items() if id(m) in inside and "pooler" not in n.split(".")}
+    return coded, {n: m for n, m in linear.items() if n not in coded}
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def _plain_maps(model: nn.Module) -> list[str]:
+    return list(_maps(model)[1])
+
+
+def coded_maps(model: nn.Module, how: str) -> dict[str, nn.Module]:
+    """The linear maps that are quantized, by name.
+
+    Raises:
+        UsageError: there are none.
+    """
+    coded = _maps(model)[0]
+    found = {n: m for n, m in coded.items() if type(m) is nn.Linear or how == "nf4"}
+    if not found:
+        hint = "use nf4" if coded else "train it as it is"
+        raise UsageError(f"{type(model).__name__} has no linear map that {how} covers; {hint}")
+    return found
+
+
+def _coding(how: str, dtype: torch.dtype, plain: list[str]) -> Any:
+    """The quantization config of transformers."""
+    if how == "nf4":
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=plain,
+        )
+    from transformers import TorchAoConfig
+
+    rule = import_module("torchao.quantization").Int8WeightOnlyConfig()
+    return TorchAoConfig(rule, modules_to_not_convert=plain)
+
+
+def code(model: nn.Module, how: Codes) -> None:
+    """Quantize, in place, what `load_model` quantizes on its way in.
+
+    Raises:
+        UsageError: nothing that can be quantized, or a package is missing.
+    """
+    _check_quantize(how)
+    coded = coded_maps(model, how)
+    if how == "int8":
+        package = import_module("torchao.quantization")
+        wanted = {id(m) for m in coded.values()}
+        package.quantize_(
+            model, package.Int8WeightOnlyConfig(), filter_fn=lambda module, _: id(module) in wanted
+        )
+        return
+    layers = import_module("bitsandbytes").nn  # optional packages: a checker of types need not find them
+    for name, module in coded.items():
+        weight: Any = module.weight
+        rows = weight.data if type(module) is nn.Linear else weight.data.t().contiguous()
+        new = layers.Linear4bit(
+            rows.shape[1],
+            rows.shape[0],
+            bias=module.bias is not None,
+            compute_dtype=rows.dtype,
+            compress_statistics=False,
+            quant_type="nf4",
+            device="meta",
+        )
+        new.bias = module.bias
+        settings: Any = dict(requires_grad=False, quant_type="nf4", compress_statistics=False, module=new)
+        new.weight = layers.Params4bit(rows, **settings).to(rows.device)
+        model.set_submodule(name, new)
+    _keep_codes(model)
+
+
+def _keep_codes(model: nn.Module) -> None:
+    """See `held.keep_codes`; before the first evaluation it can still be done."""
+    for module in model.modules():
+        keep_codes(module)
 
 
 def load_config(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> PreTrainedConfig:

@@ -267,7 +267,7 @@ class TwoSided(Subspace):
         return (x @ self.right) @ (coords.mT @ self.left.mT)
 
     def outer(self, coords: Tensor, rows: Rows = slice(None)) -> tuple[Tensor, Tensor]:
-        return self.left[rows], coords @ self.right.mT
+        return self.left[rows] @ coords, self.right.mT
 
     def factors(self, x: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:
         return x @ self.right, coords.mT @ self.left.mT

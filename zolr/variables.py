@@ -9,12 +9,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from types import MethodType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from zolr.errors import UsageError
+from zolr.held import (
+    RANK,
+    Stack,
+    compute,
+    execution_device,
+    is_decoded,
+    is_packed,
+    keep_codes,
+    opened,
+    shape_of,
+    stand_in,
+)
 from zolr.keys import Key
 from zolr.probes import Layout, Space, row_blocks
 from zolr.subspaces import Full, Left, Right, Subspace, TwoSided
@@ -68,13 +81,35 @@ class Variable:
             float32 weight it shares the weight's memory; for a low-precision weight it is a float32 master.
         window: number of subspaces opened before this one.
         decay: product of `1 - lr * weight_decay` since the window began; it multiplies the weight in the forward.
+        held: the weight is never written (see `zolr.held`): a fold goes to `stack`, and a Full value is a copy.
+        stack: what a held matrix has been moved by in closed windows.
+
+    Args:
+        sites: where the weight is used.
+        realization: how a perturbation reaches it.
+        held: never write the weight; one that cannot be read is held in any case.
+        cap: rank of the stack of a held matrix at most.
+        dtype: of the model's numbers, for a weight whose own dtype says nothing about them.
     """
 
-    def __init__(self, sites: Sequence[Site], realization: Realization = "auto") -> None:
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        realization: Realization = "auto",
+        *,
+        held: bool = False,
+        cap: int = RANK,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.sites = list(sites)
         self.name = self.sites[0].name
         self.transposed = any(site.kind == "conv1d" for site in self.sites)
         self.realization: Realization = realization
+        self._stand_in: nn.Parameter | None = None
+        if not all(_readable(site.module, site.parameter) for site in self.sites):
+            self._stand_in = stand_in(self.sites[0].module, self.sites[0].parameter, dtype)
+        self.held = held or self._stand_in is not None
+        self.stack: Stack | None = None
         weight = self.weight
         self.shape = tuple(reversed(weight.shape)) if self.transposed else tuple(weight.shape)
         self.dtype = weight.dtype if weight.dtype.itemsize >= 4 else torch.float32
@@ -94,8 +129,14 @@ class Variable:
         self._point: Tensor | None = None
         self._rows: tuple[Callable[[slice], Tensor], float] | None = None
         self._plain = True
-        self.subspace: Subspace = Full(self.shape)
-        self.value = nn.Parameter(weight.data.t() if self.transposed else weight.data, requires_grad=False)
+        if self.held and len(self.shape) == 2:
+            m, n = self.shape
+            self.stack = Stack((m, n), cap, weight.data)
+            self.subspace: Subspace = Right(weight.new_zeros(n, 0), m)
+            self.value = nn.Parameter(weight.new_zeros(m, 0, dtype=self.dtype), requires_grad=False)
+            return
+        self.subspace = Full(self.shape)
+        self.value = nn.Parameter(self._whole(), requires_grad=False)
 
     def __repr__(self) -> str:
         return (
@@ -104,13 +145,28 @@ class Variable:
 
     @property
     def weight(self) -> nn.Parameter:
-        """The model's parameter."""
-        return self.sites[0].weight
+        """The model's parameter; of one that cannot be read a stand-in of its shape, dtype, device and size."""
+        return self.sites[0].weight if self._stand_in is None else self._stand_in
+
+    def _whole(self) -> Tensor:
+        """The weight, as a Full subspace trains it: its own memory, or a copy where it is held or of low precision."""
+        if not self.held:
+            data = self.weight.data.t() if self.transposed else self.weight.data
+            return data if data.dtype == self.dtype else data.to(self.dtype)
+        site = self.sites[0]
+        with opened(site.module):
+            data = site.weight.data.t() if self.transposed else site.weight.data
+            return data.to(self.dtype, copy=True)
 
     @property
     def is_full(self) -> bool:
         """Whether the coordinates are the weight itself."""
         return isinstance(self.subspace, Full)
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether the weight is away between two uses."""
+        return any(site.weight.device.type == "meta" for site in self.sites)
 
     @property
     def is_embedding(self) -> bool:
@@ -134,8 +190,7 @@ class Variable:
         self.subspace = self.without_frozen_row(subspace)
         weight = self.weight
         if self.is_full:
-            data = weight.data.t() if self.transposed else weight.data
-            self.value = nn.Parameter(data if weight.dtype == self.dtype else data.to(self.dtype))
+            self.value = nn.Parameter(self._whole())
         elif self.value.shape == subspace.coords_shape and not shared:
             self.value.data.zero_()  # the same Parameter, so that optimizers keep knowing it
         else:
@@ -181,6 +236,8 @@ class Variable:
     def fold(self, *, exact: bool = False, key: Key | None = None) -> None:
         """`W <- decay * W + lift(value)`, `value <- 0`; the model's output does not change.
 
+        For a held weight, `stack <- stack + lift(value)`; what the stack's cap drops does change the output.
+
         Args:
             exact: accumulate in float64, one rank after the other, with one rounding at the end, so that the bits
                 are the same on every machine (for forward-only runs); otherwise one matrix product.
@@ -191,6 +248,12 @@ class Variable:
                 self.commit()
             return
         if not self.moved and self.decay == 1.0:
+            return
+        if self.stack is not None:
+            left, right = _widened(self.subspace, self.dtype).outer(self.value.data)
+            self.stack.push(left, right.mT)
+            self.value.data.zero_()
+            self.moved = False
             return
         weight = self.weight.data.t() if self.transposed else self.weight.data
         wide = torch.float64 if exact else self.dtype
@@ -213,7 +276,7 @@ class Variable:
     @torch.no_grad()
     def commit(self) -> None:
         """Copy a float32 master of a Full subspace into its low-precision weight."""
-        if self.is_full and self.weight.dtype != self.dtype:
+        if self.is_full and not self.held and self.weight.dtype != self.dtype:
             self.weight.data.copy_(self.value.t() if self.transposed else self.value)
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
@@ -294,7 +357,17 @@ class Variable:
             return self._point
         if torch.is_grad_enabled():
             return self.value
-        return self.value if self.moved and not self.is_full else None
+        return self.value if self.held or (self.moved and not self.is_full) else None
+
+    def moved_by(self) -> tuple[Tensor, Tensor]:
+        """`(left, right)`, `(m, k)` and `(n, k)`: the held matrix has been moved by `left @ right.T` in all windows."""
+        assert self.stack is not None
+        left, right = self.stack.left, self.stack.right
+        if self.moved:
+            live = _widened(self.subspace, self.dtype).outer(self.value.detach())
+            left = torch.cat([left, live[0].to(left)], dim=1)
+            right = torch.cat([right, live[1].mT.to(right)], dim=1)
+        return left, right
 
     def dense(self, point: Tensor | None) -> Tensor | None:
         """The weight as the module should see it now, or None when the stored one is right."""
@@ -312,13 +385,18 @@ class Variable:
         if point is None:
             return None if self.decay == 1.0 else self.weight * self.decay
         weight = self.weight
+        stack = self.stack
         if self.is_full:
             oriented = point.to(weight.dtype)
         elif self._plain and not torch.is_grad_enabled():
             oriented = self._rebuilt(weight.t() if self.transposed else weight, point.to(weight.dtype))
+            if stack is not None:
+                oriented.addmm_(stack.left.to(weight.dtype), stack.right.mT.to(weight.dtype))
         else:
             oriented = (weight.t() if self.transposed else weight) * self.decay
             oriented = oriented + self.subspace.lift(point.to(weight.dtype))
+            if stack is not None:
+                oriented = oriented + (stack.left @ stack.right.mT).to(weight.dtype)
         return oriented.t() if self.transposed else oriented
 
     def _rebuilt(self, weight: Tensor, coords: Tensor) -> Tensor:
@@ -333,7 +411,13 @@ class Variable:
         """
         if self.is_full or kind == "other" or self.realization == "rebuild":
             return False
-        if self.realization == "side" or kind == "embedding" or torch.is_grad_enabled() or not self._plain:
+        if (
+            self._stand_in is not None
+            or self.realization == "side"
+            or kind == "embedding"
+            or torch.is_grad_enabled()
+            or not self._plain
+        ):
             return True
         m, n = self.shape
         # a rebuilt copy must also stay below the activations that the module makes anyway, or it would set the peak
@@ -418,7 +502,7 @@ class Variables(list[Variable]):
 def _kind(module: nn.Module, parameter: str) -> Kind:
     """How a module uses a parameter; subclasses of the known types may do anything, so only exact types count."""
     if parameter == "weight":
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear or is_packed(module, parameter):
             return "linear"
         if type(module) is nn.Embedding and module.max_norm is None and not module.sparse:
             return "embedding"
@@ -468,7 +552,7 @@ def _attached(cls: type[nn.Module]) -> type[nn.Module]:
                     tensors[name] = dense
         with _shadowed(self, tensors):
             if side is None:
-                return cls.forward(self, *args, **kwargs)
+                return compute(self, cls.forward, *args, **kwargs)
             return _with_side(cls, self, side, *args, **kwargs)
 
     return type(
@@ -492,26 +576,50 @@ def _with_side(
         out = out if decay == 1.0 else out * decay
         if point is None:
             return out
-        rows = variable.subspace.lift(point.to(out.dtype), x.flatten()).reshape(out.shape)
+        ids = x.flatten()
+        rows = variable.subspace.lift(point.to(out.dtype), ids)
+        if variable.stack is not None:
+            rows = rows + (variable.stack.left[ids] @ variable.stack.right.mT).to(out.dtype)
+        rows = rows.reshape(out.shape)
         in_place = variable._plain and not torch.is_grad_enabled()
         return out.add_(rows) if in_place else out + rows
     # W (decay x) + bias: the decay multiplies the weight and not the bias
-    out = cls.forward(module, x if decay == 1.0 else x * decay, *args, **kwargs)
+    out = compute(module, cls.forward, x if decay == 1.0 else x * decay, *args, **kwargs)
     if point is None:
         return out
+    stack = variable.stack
     if variable._plain and not torch.is_grad_enabled() and out.is_contiguous():
-        factors = variable.subspace.factors(x.reshape(-1, x.shape[-1]), point.to(x.dtype))
+        rows = x.reshape(-1, x.shape[-1])
+        if stack is None:
+            factors = variable.subspace.factors(rows, point.to(x.dtype))
+        else:  # one product for the window and the stack: they read x and write out once
+            live = _widened(variable.subspace, x.dtype).outer(point.to(x.dtype))
+            left = torch.cat([live[0], stack.left.to(x.dtype)], dim=1)  # (m, r + k)
+            factors = rows @ torch.cat([live[1].mT, stack.right.to(x.dtype)], dim=1), left.mT
         assert factors is not None  # Full subspaces never take the side path
         # under autocast the output is narrower than the factors, and in-place products do not cast
         out.view(-1, out.shape[-1]).addmm_(*(factor.to(out.dtype) for factor in factors))
         return out
-    return out + variable.subspace.apply(x, point.to(x.dtype))
+    if stack is None:
+        return out + variable.subspace.apply(x, point.to(x.dtype))
+    # apart from the window's product: autograd saves the inputs of that one alone
+    out = out + _widened(variable.subspace, x.dtype).apply(x, point.to(x.dtype))
+    return out + (x @ stack.right.to(x.dtype)) @ stack.left.mT.to(x.dtype)
+
+
+def _readable(module: nn.Module, parameter: str) -> bool:
+    """Whether the numbers of a weight are there, and are what the module computes with."""
+    weight = module._parameters[parameter]
+    return weight is not None and not is_packed(module, parameter) and weight.device.type != "meta"
 
 
 def attach(
     model: nn.Module,
     select: Callable[[str, nn.Parameter], bool],
     realization: Realization = "auto",
+    *,
+    hold: Callable[[str, nn.Parameter], bool] | bool = False,
+    cap: int = RANK,
 ) -> Variables:
     """Make variables of the selected weights of a model and let the model compute with them.
 
@@ -521,14 +629,19 @@ def attach(
     Args:
         select: of a parameter's first name and the parameter, whether to train it.
         realization: how a perturbation reaches a weight; "auto" picks per site by the bytes moved.
+        hold: of a parameter's first name and the parameter, whether never to write it (see `zolr.held`); quantized
+            and offloaded weights are held in any case.
+        cap: rank of what is kept beside a held matrix at most.
 
     Raises:
-        UsageError: nothing selected, a model attached already, or an unknown realization.
+        UsageError: nothing selected, a model attached already, an unknown realization, or a weight that it, or the
+            module it is in, does not allow.
     """
     if realization not in REALIZATIONS:
         raise UsageError(f"realization '{realization}' is not known; use one of {', '.join(REALIZATIONS)}")
     sites: dict[int, list[Site]] = {}
     first: dict[int, tuple[str, nn.Parameter]] = {}
+    tied = _tied_while_away(model)
     for module_name, module in model.named_modules():
         if _BINDINGS in module.__dict__:
             raise UsageError(f"module '{module_name}' is attached to a run already; detach that run first")
@@ -536,24 +649,83 @@ def attach(
             if parameter is None:
                 continue
             full_name = f"{module_name}.{name}" if module_name else name
-            first.setdefault(id(parameter), (full_name, parameter))
-            sites.setdefault(id(parameter), []).append(Site(module_name, module, name, _kind(module, name)))
-    chosen = [sites[code] for code, (name, p) in first.items() if p.is_floating_point() and select(name, p)]
+            code = tied.get(full_name, id(parameter))
+            first.setdefault(code, (full_name, parameter))
+            sites.setdefault(code, []).append(Site(module_name, module, name, _kind(module, name)))
+    trained = {
+        code: sites[code]
+        for code, (name, p) in first.items()
+        if (p.is_floating_point() or is_packed(sites[code][0].module, sites[code][0].parameter))
+        and select(name, p)
+    }
+    chosen = list(trained.values())
     if not chosen:
         raise UsageError(
             "no weight of the model is selected for training; widen the selection (select='all')"
         )
-    variables = [Variable(group, realization) for group in chosen]
+    dtype = next((p.dtype for _, p in first.values() if p.is_floating_point()), torch.float32)
+    held = [hold if isinstance(hold, bool) else hold(*first[code]) for code in trained]
+    for group, wanted in zip(chosen, held, strict=True):
+        _check_held(group, realization, wanted)
+    variables = [
+        Variable(group, realization, held=wanted, cap=cap, dtype=dtype)
+        for group, wanted in zip(chosen, held, strict=True)
+    ]
     for variable in variables:
         for site in variable.sites:
             module = site.module
             if _BINDINGS not in module.__dict__:
                 module.__dict__[_BINDINGS] = {}
-                module.__class__ = _attached(type(module))
+                _become(module, _attached(type(module)))
             module.__dict__[_BINDINGS][site.parameter] = (variable, site.kind)
-    for _, parameter in first.values():
+    for parameter in model.parameters():
         parameter.requires_grad_(False)
+    for module in model.modules():
+        if is_decoded(module) and _BINDINGS not in module.__dict__:  # not trained, but in the way of backward
+            module.__dict__[_BINDINGS] = {}
+            _become(module, _attached(type(module)))
     return Variables(variables)
+
+
+def _become(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Change the class of a module, also below a hook of accelerate, which keeps the forward that it calls."""
+    module.__class__ = cls
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = MethodType(cls.forward, module)
+
+
+def _tied_while_away(model: nn.Module) -> dict[str, int]:
+    """Identities of weights that transformers ties: offloaded ones are no longer the same object in both places."""
+    names: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {
+        name: id(parameters[source])
+        for name, source in names.items()
+        if name in parameters and source in parameters and parameters[name].device.type == "meta"
+    }
+
+
+def _check_held(sites: Sequence[Site], realization: Realization, wanted: bool) -> None:
+    """Refuse what a weight that is not written, or cannot be read, does not allow."""
+    name, places = sites[0].name, [(site.module, site.parameter) for site in sites]
+    readable = all(_readable(*place) for place in places)
+    if readable and not wanted:
+        return
+    why = "is held" if readable else "is quantized" if is_packed(*places[0]) else "is offloaded"
+    if realization == "inplace" or (realization == "rebuild" and not readable):
+        raise UsageError(
+            f"weight '{name}' {why}, so realization '{realization}' cannot reach it; use 'auto' or 'side'"
+        )
+    dims = len(shape_of(*places[0]))
+    if (not readable and dims > 1 and any(site.kind == "other" for site in sites)) or dims > 2:
+        raise UsageError(
+            f"weight '{name}' {why}, and what {type(sites[0].module).__name__} does with it is not known; "
+            "leave it out with a narrower selection"
+        )
+    if sites[0].weight.device.type == "meta" and execution_device(sites[0].module) is None:
+        raise UsageError(f"weight '{name}' holds no numbers (device 'meta'); load the model first")
+    for module, _ in places:
+        keep_codes(module)
 
 
 def detach(model: nn.Module, trainable: Sequence[str] | None = None) -> nn.Module:
@@ -565,7 +737,7 @@ def detach(model: nn.Module, trainable: Sequence[str] | None = None) -> nn.Modul
     for module in model.modules():
         if _BINDINGS in module.__dict__:
             del module.__dict__[_BINDINGS]
-            module.__class__ = type(module)._zolr_original  # type: ignore[attr-defined]
+            _become(module, type(module)._zolr_original)  # type: ignore[attr-defined]
     if trainable is not None:
         wanted = set(trainable)
         for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -224,7 +224,7 @@ def _plans(
     Raises:
         UsageError: an allowance that does not pay for one step of a method, or a package that a method needs.
     """
-    from zolr import adapters
+    from zolr import lora
 
     known = {f.name for kind in (Machine, Schedule, DataChoice, ModelChoice) for f in fields(kind)}
     shared = {name: getattr(settings, name) for name in known}
@@ -239,7 +239,7 @@ def _plans(
             plans[name] = error
             continue
         if plan.adapter is not None:
-            adapters.check_installed(plan.adapter)
+            lora.check_installed(plan.adapter)
         if terms.equal is not None and terms.equal[0] == "forwards":
             _check_pays(name, plans[name], terms.equal[1])
         if (

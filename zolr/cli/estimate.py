@@ -67,6 +67,12 @@ class Estimate(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = flag(
         "float32", "Precision of the weights: float32, bfloat16, float16.", "Memory"
     )
+    quantize: Literal["int8", "nf4"] | None = flag(
+        None,
+        "Code the linear maps of the base model, for methods with subspaces: int8, nf4.",
+        "Memory",
+        shown="plain weights",
+    )
     checkpointing: bool = flag(
         False, "Recompute activations in the backward pass, for the methods that have one (fo).", "Memory"
     )
@@ -208,6 +214,7 @@ def plan_of(settings: Estimate, own: Mapping[str, Any]) -> Finetune:
         "accumulate": settings.accumulate,
         "max_length": settings.max_length,
         "dtype": settings.dtype,
+        "quantize": settings.quantize,
         "checkpointing": settings.checkpointing and own["paradigm"] == "fo",
     }
     plan = Finetune(**{**shared, **own}).filled()
@@ -237,6 +244,10 @@ def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
     from zolr.memory import Prediction, predict
 
     plan = plan_of(settings, own)
+    if plan.device_map is not None:
+        raise UsageError(
+            f"--device-map {plan.device_map}: what is in memory between two uses is not predicted; leave it out"
+        )
     config, length, rows = config_of(plan.model), plan.max_length or 0, plan.batch_size or 0
     # a config file has no tokenizer, whose limit would be the other one
     longest = longest_text(config, SimpleNamespace(model_max_length=10**9))
@@ -263,6 +274,9 @@ def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
             clip=plan.clip,
             realization=plan.realization,
             adapter=plan.adapter,
+            quantize=plan.quantize,
+            hold=plan.holds,
+            hold_rank=plan.hold_rank,
             profile=profile,
         )
 
@@ -274,6 +288,7 @@ def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
         "accumulate": plan.accumulate,
         "max_length": length,
         "dtype": plan.dtype,
+        "quantize": plan.quantize,
         "checkpointing": plan.checkpointing,
         **predicted.as_dict(),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from annotated_types import Ge
@@ -37,6 +37,12 @@ class Evaluate(Machine, DataChoice, Subject):
 
     data_seed: int = flag(0, "Seed of the splits of an own file without --task.", "Data")
     batch_size: Annotated[int, Ge(1)] = flag(32, "Examples of a forward pass.", "Memory")
+    quantize: Literal["int8", "nf4"] | None = flag(
+        None,
+        "Code the linear maps of the model: int8, nf4.",
+        "Memory",
+        shown="as the run was trained, or not",
+    )
     json: bool = flag(False, "Print JSON.", "Output", saved=False)
 
 
@@ -47,11 +53,19 @@ def run(settings: Evaluate) -> None:
     set_threads(settings.threads)
     device = device_of(settings.device)
     folder = Path(settings.model)
-    task, head, examples = (
-        _of_run(settings, folder) if (folder / runs.TASK).is_file() else _of_model(settings)
-    )
+    finished = (folder / runs.TASK).is_file()
+    task, head, examples = _of_run(settings, folder) if finished else _of_model(settings)
+    quantize = settings.quantize
+    if finished and quantize is None:  # an adapter fits the codes that it was trained beside
+        quantize = runs.read_json(folder / runs.TASK).get("quantize")
     work = Workload(
-        settings.model, task, head, max_length=settings.max_length, dtype=settings.dtype, device=device
+        settings.model,
+        task,
+        head,
+        max_length=settings.max_length,
+        dtype=settings.dtype,
+        device=device,
+        quantize=quantize,
     )
     metrics = work.evaluate(work.encode(examples), settings.batch_size)
     if settings.json:

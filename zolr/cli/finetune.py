@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import cos, pi
+from math import cos, pi, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -50,6 +50,8 @@ PARTS = (
     "projector", "rank", "refresh_every", "optimizer", "transport", "side",
     "probes", "eps", "law", "sides", "directions", "signs",
 )  # fmt: skip
+
+RANK = 128  # `held.RANK`, without torch, which --help must not import
 
 OBJECTIVES = ("loss", "accuracy", "f1")
 MAY_CHANGE = ("steps", "device", "threads")  # on --resume; anything else would make it another run
@@ -178,6 +180,38 @@ class Schedule(Settings):
 
 
 @dataclass(frozen=True)
+class Holding(Settings):
+    """Weights that are not written: quantized, away from the device, or left as they are for an adapter."""
+
+    quantize: Literal["int8", "nf4"] | None = flag(
+        None,
+        "Code the linear maps of the base model: int8 (torchao), nf4 (bitsandbytes). Implies --hold.",
+        "Memory",
+        shown="plain weights",
+    )
+    device_map: Literal["auto", "cpu", "disk"] | None = flag(
+        None,
+        "Keep weights off the device between two uses (zo): in host memory (cpu), on disk, or as accelerate divides them (auto). Implies --hold.",
+        "Memory",
+        shown="all weights on the device",
+    )
+    offload_folder: str | None = flag(
+        None, "Folder for weights on disk (--device-map disk, auto).", "Memory", path=True
+    )
+    hold: bool = flag(
+        False, "Leave the model as it is, and write what was learned as a LoRA adapter for peft.", "Memory"
+    )
+    hold_rank: Annotated[int, Ge(1)] = flag(
+        RANK, "Rank at most of what is kept beside a weight that is not written.", "Memory"
+    )
+
+    @property
+    def holds(self) -> bool:
+        """Whether the model's weights stay as they are."""
+        return self.hold or self.quantize is not None or self.device_map is not None
+
+
+@dataclass(frozen=True)
 class Writing(Settings):
     """Where to."""
 
@@ -197,7 +231,7 @@ class Writing(Settings):
 
 
 @dataclass(frozen=True)
-class Finetune(Writing, Machine, Schedule, Composition, DataChoice, ModelChoice):
+class Finetune(Writing, Holding, Machine, Schedule, Composition, DataChoice, ModelChoice):
     """Settings of `zolr finetune`."""
 
     @classmethod
@@ -243,6 +277,30 @@ class Finetune(Writing, Machine, Schedule, Composition, DataChoice, ModelChoice)
         if self.checkpointing and method.paradigm != "fo":
             raise UsageError(
                 f"--checkpointing is for backprop; paradigm '{method.paradigm}' saves no activations, leave it out"
+            )
+        if self.adapter is not None and self.holds:
+            raise UsageError(
+                f"method '{self.method}' trains an adapter of its own beside plain weights; leave out --quantize, --hold and "
+                "--device-map, or use --method stiefel, which ends in an adapter too"
+            )
+        if self.device_map is not None and method.paradigm != "zo":
+            raise UsageError(
+                f"--device-map {self.device_map} is for forward passes; paradigm '{method.paradigm}' needs the weights "
+                "again on the way back, use --paradigm zo"
+            )
+        if self.device_map == "disk" and self.offload_folder is None:
+            raise UsageError("--device-map disk needs a place for the weights; give --offload-folder")
+        if self.offload_folder is not None and self.device_map not in ("disk", "auto"):
+            raise UsageError(
+                f"--offload-folder {self.offload_folder} holds weights on disk; give --device-map disk or auto too"
+            )
+        if self.device_map is not None and self.quantize is not None:
+            raise UsageError(
+                f"--device-map {self.device_map} moves plain weights only; leave out --quantize {self.quantize}"
+            )
+        if self.holds and self.weight_decay:
+            raise UsageError(
+                f"--weight-decay {self.weight_decay} would have to write the weights, which are held; leave it out"
             )
         if self.warmup and self.steps is not None and self.warmup >= self.steps:
             raise UsageError(f"--warmup {self.warmup} leaves none of {self.steps} steps; use less")
@@ -411,15 +469,20 @@ class Job:
     """
 
     def __init__(self, settings: Finetune, schedule: Callable[[int], float] | None = None) -> None:
-        from zolr import adapters, models
+        from zolr import adapters, lora, models
         from zolr.cli.workload import device_of, set_threads, splits_of, task_of, width_of, words_of
         from zolr.engine import Engine
         from zolr.tasks import TrainingBatches, own_task, truncation_share
 
+        if adapters.is_adapter(Path(settings.model)):
+            raise UsageError(
+                f"--model {settings.model} is an adapter, whose base is {adapters.base_of(Path(settings.model))}; "
+                "train the base, or a model that both were merged into"
+            )
         set_threads(settings.threads)
         device = device_of(settings.device)
         if settings.adapter is not None:
-            adapters.check_installed(settings.adapter)
+            lora.check_installed(settings.adapter)
         task = task_of(settings, settings.model == "demo")
         files = {"validation_data": settings.validation, "test_data": settings.test}
         self.splits: Splits = splits_of(
@@ -438,6 +501,9 @@ class Job:
             device=device,
             seed=settings.seed,
             adapter=settings.adapter,
+            quantize=settings.quantize,
+            device_map=settings.device_map,
+            offload_folder=settings.offload_folder,
         )
         self.train_set = self.work.encode(self.splits.train)
         self.validation = self.work.encode(self.splits.validation)
@@ -463,15 +529,33 @@ class Job:
             method,
             lr=settings.learning_rate(method, width_of(self.work.model)),
             loss=self.work.objective(settings.objective),
-            select=self.select if settings.adapter is None else adapters.trained,
+            select=self.select if settings.adapter is None else lora.trained,
             seed=settings.seed,
             weight_decay=settings.weight_decay,
             schedule=schedule or schedule_of(settings.schedule, settings.warmup, settings.steps or 1),
             clip=settings.clip,
             realization=settings.realization,
+            hold=self._hold if settings.holds else False,
+            hold_rank=settings.hold_rank,
             # families whose forward we know need no proof that the coordinates reach the loss; it costs a pass per weight
             check=None if models.splits(self.work.model) else self._moved(self.batches(0)[0]),
         )
+
+    @property
+    def own_modules(self) -> list[str]:
+        """Modules that the base model does not have: a fresh classification head, which no adapter can be kept beside."""
+        if self.settings.head != "classes":
+            return []
+        model = self.work.model
+        base = getattr(model, "base_model", None)
+        return [
+            name
+            for name, module in model.named_children()
+            if module is not base and next(module.parameters(), None) is not None
+        ]
+
+    def _hold(self, name: str, _: Any) -> bool:
+        return not any(name.startswith(f"{own}.") for own in self.own_modules)
 
     def _sized(self, settings: Finetune) -> Finetune:
         """The settings with what depends on the number of rows."""
@@ -503,12 +587,15 @@ class Job:
 
     def summary(self) -> str:
         """What is about to happen, in two lines."""
+        from zolr.held import shapes
+
         s, splits = self.settings, self.splits
         rows = f"{len(splits.train)} train, {len(splits.validation)} validation, {len(splits.test)} test rows from {splits.source}"
-        total = sum(p.numel() for p in self.work.model.parameters())
+        total = sum(map(prod, shapes(self.work.model).values()))
+        coded = f" in {s.quantize}" if s.quantize else ""
         return (
             f"{splits.name}: {rows}; {self.truncated:.1%} of the training rows cut to {self.work.task.max_length} tokens\n"
-            f"{s.model} ({total:,} parameters, {self.engine.trained_share:.1%} trained): method {s.method}, paradigm {s.paradigm}, "
+            f"{s.model}{coded} ({total:,} parameters, {self.engine.trained_share:.1%} trained): method {s.method}, paradigm {s.paradigm}, "
             f"{s.steps} steps of {self.step_size} examples"
         )
 
@@ -526,6 +613,9 @@ class Job:
         from zolr.memory import predict
 
         s = self.settings
+        if s.device_map is not None:
+            self.notes.append("note: no memory prediction for weights that are away between two uses")
+            return None
         try:
             return predict(
                 self.work.model.config,  # pyright: ignore[reportArgumentType]
@@ -542,6 +632,9 @@ class Job:
                 clip=s.clip,
                 realization=s.realization,
                 adapter=s.adapter,
+                quantize=s.quantize,
+                hold=s.holds,
+                hold_rank=s.hold_rank,
             ).peak_bytes
         except Exception as error:  # an operation that fake tensors cannot run must not stop a run that works
             self.notes.append(f"note: no memory prediction ({type(error).__name__}: {error})")

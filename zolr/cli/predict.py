@@ -63,7 +63,14 @@ def run(settings: Predict) -> None:
         )
     texts = read_texts(settings.file, columns)
     set_threads(settings.threads)
-    work = Workload(str(folder), task, saved["head"], dtype=settings.dtype, device=device_of(settings.device))
+    work = Workload(
+        str(folder),
+        task,
+        saved["head"],
+        dtype=settings.dtype,
+        device=device_of(settings.device),
+        quantize=saved.get("quantize"),
+    )
     shares = work.predictions(work.encode([Example(text) for text in texts]), settings.batch_size).softmax(-1)
     best, winners = shares.max(-1)
     for text, share, winner, row in zip(texts, best.tolist(), winners.tolist(), shares.tolist(), strict=True):

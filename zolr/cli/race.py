@@ -137,7 +137,7 @@ def timed(job: Job) -> dict[str, Any]:
     """
     import torch
 
-    from zolr import adapters, models
+    from zolr import lora, models
     from zolr.engine import Engine
 
     settings, work = job.settings, job.work
@@ -146,7 +146,7 @@ def timed(job: Job) -> dict[str, Any]:
     model = work.model.to(work.device)
     twin = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())}).eval()
     if settings.adapter is not None:
-        adapters.wrap(model, settings.adapter, classifier=settings.head == "classes", seed=settings.seed)
+        lora.wrap(model, settings.adapter, classifier=settings.head == "classes", seed=settings.seed)
     if settings.checkpointing:
         models.checkpoint_activations(model)
     loss = work.objective(settings.objective)
@@ -155,7 +155,7 @@ def timed(job: Job) -> dict[str, Any]:
         method,
         lr=lr,
         loss=loss,
-        select=job.select if settings.adapter is None else adapters.trained,
+        select=job.select if settings.adapter is None else lora.trained,
         seed=settings.seed,
         weight_decay=settings.weight_decay,
         clip=settings.clip,

@@ -78,6 +78,8 @@ class Meter:
         for variable in self._engine.variables:
             state = self._engine.optimizer.state.get(variable.value, {})
             tensors = [variable.value, *variable.subspace.tensors().values(), *state.values()]
+            if variable.stack is not None:
+                tensors += variable.stack.tensors().values()
             live.track(*(t for t in tensors if hasattr(t, "untyped_storage")))
         with live:
             yield
@@ -98,6 +100,8 @@ def result_of(
     job: Job, outcome: Outcome, before: Mapping[str, float], after: Mapping[str, float], meter: Meter
 ) -> dict[str, Any]:
     """The content of `result.json`."""
+    from zolr.models import CODES
+
     progress, settings, metric = outcome.progress, job.settings, job.metric
     return {
         "method": settings.method,
@@ -119,6 +123,7 @@ def result_of(
         "lr": job.engine.base_lr,
         "eps": getattr(job.engine.method.estimator, "eps", None),
         "trained_share": job.engine.trained_share,
+        "held": {"rank": settings.hold_rank, "lost": job.engine.lost} if settings.holds else None,
         "rows": {
             "train": len(job.splits.train),
             "validation": len(job.splits.validation),
@@ -129,13 +134,16 @@ def result_of(
             "validation": {"before": outcome.before, "after": outcome.after},
         },
         "settings": as_dict(settings),
-        "versions": versions(*(["peft"] if settings.adapter else [])),
+        "versions": versions(
+            *(["peft"] if settings.adapter else []),
+            *([CODES[settings.quantize]] if settings.quantize else []),
+        ),
     }
 
 
 def complete(job: Job, place: runs.RunFolder, result: dict[str, Any], meter: Meter) -> None:
     """Put everything into the run folder; `result.json` is the last to appear."""
-    from zolr import adapters
+    from zolr import adapters, lora
     from zolr.memory import resident
 
     settings, work = job.settings, job.work
@@ -146,18 +154,25 @@ def complete(job: Job, place: runs.RunFolder, result: dict[str, Any], meter: Met
         "process_bytes": resident("cpu").peak,
         "model": settings.model,
         "dtype": settings.dtype,
+        "quantize": settings.quantize,
         "device": str(work.device),
         "batch": list(meter.shape),
         "attention": getattr(work.model.config, "_attn_implementation", None),
     }
     task = {"task": described(work.task), "head": settings.head, "metric": job.metric}
+    if settings.quantize:
+        task["quantize"] = settings.quantize
 
     def fill(folder: Path) -> None:
-        model = job.engine.detach()  # the run is over, so no copy has to be made
-        if work.wrapped is not None:
-            adapters.save(work.wrapped, folder / runs.ADAPTER)
-            work.model = model = adapters.merged(work.wrapped)
-        runs.write_model(folder, model, work.tokenizer)
+        if settings.holds:
+            adapters.write(folder, work.model, job.engine.variables, settings.model, keep=job.own_modules)
+            runs.write_tokenizer(folder, work.tokenizer)
+        else:
+            model = job.engine.detach()  # the run is over, so no copy has to be made
+            if work.wrapped is not None:
+                lora.save(work.wrapped, folder / runs.ADAPTER)
+                work.model = model = lora.merged(work.wrapped)
+            runs.write_model(folder, model, work.tokenizer)
         runs.write_text(folder / runs.CONFIG, toml(settings))
         runs.write_json(folder / runs.TASK, task)
         runs.write_json(folder / runs.MEMORY, memory)
@@ -184,7 +199,7 @@ def card(job: Job, result: Mapping[str, Any], memory: Mapping[str, Any]) -> str:
     )
     lines = [
         "---",
-        "library_name: transformers",
+        *(["library_name: peft", f"base_model: {s.model}"] if s.holds else ["library_name: transformers"]),
         f"pipeline_tag: {pipeline}",
         "tags: [zolr]",
         "---",
@@ -210,6 +225,7 @@ def card(job: Job, result: Mapping[str, Any], memory: Mapping[str, Any]) -> str:
         f"| peak memory, measured ({memory['counter']}, {memory['dtype']}, batch {memory['batch'][0]} x {memory['batch'][1]}) "
         f"| {size(memory['peak_bytes_measured'])} |",
         f"| peak memory, predicted | {size(memory['peak_bytes_predicted'])} |",
+        *_held_lines(job, result),
         "",
         "`zolr predict` labels texts with this folder; `config.toml` repeats the run:",
         "",
@@ -218,6 +234,25 @@ def card(job: Job, result: Mapping[str, Any], memory: Mapping[str, Any]) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _held_lines(job: Job, result: Mapping[str, Any]) -> list[str]:
+    """How to put an adapter and its base together again."""
+    s = job.settings
+    if not s.holds:
+        return []
+    lines = [
+        f"| base | `{s.model}`, {s.quantize or s.dtype}, not written |",
+        f"| adapter | rank {s.hold_rank} at most, {result['held']['lost']:.2%} of the squared norm of the change dropped |",
+        "",
+        f"A LoRA adapter: load `{s.model}` with transformers, then `peft.PeftModel.from_pretrained(model, folder)`.",
+    ]
+    if s.quantize:
+        lines += [
+            f"It was trained beside {s.quantize} codes. `zolr.models.load_model(folder, quantize='{s.quantize}')` loads",
+            "both; outputs beside other codes, or plain weights, differ by what these differ by.",
+        ]
+    return lines
 
 
 def _is_masked(job: Job) -> bool:

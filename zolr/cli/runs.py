@@ -33,6 +33,11 @@ def write_model(folder: Path, model: Any, tokenizer: Any) -> None:
             logging.enable_progress_bar()
 
 
+def write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Write a tokenizer alone, beside an adapter."""
+    tokenizer.save_pretrained(folder)
+
+
 CONFIG, RESULT, TASK, METRICS, MEMORY, CARD = (
     "config.toml",
     "result.json",
@@ -43,6 +48,13 @@ CONFIG, RESULT, TASK, METRICS, MEMORY, CARD = (
 )
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
+OF_A_MODEL = (
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+)
 
 
 def free_folder(name: str, root: Path = Path("runs")) -> Path:
@@ -109,8 +121,10 @@ class RunFolder:
                         entry.rename(aside / entry.name)
                 shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
             shutil.rmtree(self.path / ADAPTER, ignore_errors=True)  # of a run that was here before
-            for old in (*self.path.glob("model*.safetensors"), self.path / "model.safetensors.index.json"):
-                if not (aside / old.name).exists():  # shards of a larger model that was here before
+            for old in (*self.path.glob("model*.safetensors"), *(self.path / name for name in OF_A_MODEL)):
+                if not (
+                    aside / old.name
+                ).exists():  # of another model, or of an adapter, that was here before
                     old.unlink(missing_ok=True)
             for entry in sorted(aside.iterdir(), key=lambda p: (p.name == RESULT, p.name)):
                 os.replace(entry, self.path / entry.name)

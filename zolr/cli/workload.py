@@ -224,6 +224,7 @@ class Workload:
         dtype, device: of the weights.
         seed: of a fresh classification head, and of an adapter.
         adapter: what the model is wrapped in, in place; None for nothing.
+        loading: further settings of `models.load_model`: quantize, device_map, offload_folder.
 
     Raises:
         UsageError: a length that the model cannot read, or an adapter whose package is missing.
@@ -240,10 +241,11 @@ class Workload:
         device: torch.device,
         seed: int = 0,
         adapter: Adapter | None = None,
+        **loading: Any,
     ) -> None:
         import torch
 
-        from zolr import adapters, models
+        from zolr import lora, models
         from zolr.tasks import pad_id
 
         self.name, self.head, self.device = name, head, device
@@ -256,6 +258,7 @@ class Workload:
                 dtype=getattr(torch, dtype),
                 device=device,
                 seed=seed,
+                **loading,
             )
         config: Any = self.model.config
         longest = longest_text(config, self.tokenizer)
@@ -278,7 +281,7 @@ class Workload:
             self.logits = lambda model, batch: models.prompt_logits(model, batch, prompt.label_ids)
             self.loss = models.prompt_loss(prompt.label_ids)
         self.pad_id = pad_id(self.tokenizer)
-        self.wrapped: Any = adapter and adapters.wrap(
+        self.wrapped: Any = adapter and lora.wrap(
             self.model, adapter, classifier=head == "classes", seed=seed
         )
 

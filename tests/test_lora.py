@@ -1,4 +1,4 @@
-"""Laws of adapters.py and of the `lora` row: PEFT's own layers, trained by the engine, readable by PEFT and without it."""
+"""Laws of lora.py and of the `lora` row: PEFT's own layers, trained by the engine, readable by PEFT and without it."""
 
 import json
 import shutil
@@ -11,8 +11,8 @@ import torch
 from conftest import Run
 from test_cli import failed
 
-from zolr.adapters import merged, trained, wrap
 from zolr.engine import Engine
+from zolr.lora import merged, trained, wrap
 from zolr.memory import predict, size_of
 from zolr.methods import METHODS, Adapter, compose
 from zolr.models import DEMO, load_model, prompt_loss
