@@ -28,7 +28,7 @@ DECIMAL_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 # what the columns of the breakdown hold, where their heading does not say it
 IN_WORDS = (
-    "coords: coordinates that are not the weights themselves, and bases; rest: the batch, probes, weights rebuilt "
+    "coords: coordinates that are not the weights themselves, bases and learned spectra; rest: the batch, probes, weights rebuilt "
     "for one use, gradients of activations, scratch"
 )
 

@@ -68,15 +68,13 @@ class Meter:
         if not larger or tuning or self._device.type == "cuda":
             yield
             return
-        from zolr.memory import LiveBytes
+        from zolr.memory import LiveBytes, kept
 
         self.shape = shape
         live = LiveBytes()
         live.track(self._engine.model, *batches)
-        for variable in self._engine.variables:
-            state = self._engine.optimizer.state.get(variable.value, {})
-            tensors = [variable.value, *variable.subspace.tensors().values(), *state.values()]
-            live.track(*(t for t in tensors if hasattr(t, "untyped_storage")))
+        for tensors in kept(self._engine).values():
+            live.track(*tensors)
         with live:
             yield
         self._peak = max(self._peak, live.peak)
