@@ -13,6 +13,7 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -307,6 +308,9 @@ Loss = Callable[[nn.Module, Mapping[str, Tensor]], Any]
 # change, the third begins a new window on top of it
 WINDOW = 2
 
+# From the third micro-batch on nothing is new but the batches themselves, which all exist from the beginning
+ENOUGH_BATCHES = 3
+
 # What a peak is made of. "rest": the batch, directions of probes, weights rebuilt for one use, gradients of
 # activations, scratch
 PARTS = ("weights", "coords", "gradients", "optimizer", "activations", "logits", "rest")
@@ -438,11 +442,12 @@ def predict(
                 _label_as_made(engine, live)
             for _ in range(WINDOW * _windows(method) + 1 if method.refresh_every else WINDOW):
                 live.base_phase("open")
-                engine.step(batches)
+                engine.step(batches[:ENOUGH_BATCHES])
                 _label_kept(engine, live)
         counted = LiveBytes()
         counted.track(net)
-        return live, *(counted.track(*tensors) for tensors in kept(engine).values())
+        held = kept(engine)
+        return live, counted.track(*held["coords"]), counted.track(*held["optimizer"])
 
     with FakeTensorMode(), _one_text_a_row():
         net = fresh()
@@ -522,8 +527,8 @@ class _FakeLiveBytes(LiveBytes):
 
     def _zero(self, tensor: Tensor) -> Tensor:
         for storage in _storages(tensor):
-            address = storage._cdata
-            self._zeros[address] = weakref.ref(storage, lambda _: self._zeros.pop(address, None))
+            forget = partial(self._zeros.pop, storage._cdata, None)
+            self._zeros[storage._cdata] = weakref.ref(storage, lambda _, forget=forget: forget())
         return tensor
 
     def _is_zero(self, thing: Any) -> bool:

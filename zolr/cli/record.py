@@ -80,6 +80,13 @@ class Meter:
         self._peak = max(self._peak, live.peak)
 
 
+def within(budget: int | None, measured: int | None) -> dict[str, Any]:
+    """The memory budget of a run, if it had one, and whether its measured peak kept it."""
+    if budget is None:
+        return {}
+    return {"memory_budget_bytes": budget, "within_budget": None if measured is None else measured <= budget}
+
+
 def versions() -> dict[str, str]:
     """What the result may depend on."""
     import zolr
@@ -110,6 +117,7 @@ def result_of(
         "seconds": round(progress.seconds, 3),
         "peak_bytes_predicted": job.predicted,
         "peak_bytes_measured": meter.peak or None,
+        **within(job.budget, meter.peak or None),
         "lr": job.engine.base_lr,
         "eps": getattr(job.engine.method.estimator, "eps", None),
         "trained_share": job.engine.trained_share,
