@@ -449,7 +449,7 @@ def predict(
         held = kept(engine)
         return live, counted.track(*held["coords"]), counted.track(*held["optimizer"])
 
-    with FakeTensorMode(), _one_text_a_row():
+    with _values_explained(), FakeTensorMode(), _one_text_a_row():
         net = fresh()
         batches = [_batch(objective, batch_size, max_length) for _ in range(accumulation)]
         with LiveBytes(profile=profile and method is None) as forward:
@@ -467,13 +467,7 @@ def predict(
         live, coords, state = forward, 0, 0
         if method is not None:
             method = _runnable(method, signs)
-            try:
-                live, coords, state = step(method)
-            except (DataDependentOutputException, DynamicOutputShapeException) as error:
-                raise UsageError(
-                    f"the step decides by values ({error.func}), which fake tensors do not have: its memory cannot be "
-                    "predicted, measure a run"
-                ) from error
+            live, coords, state = step(method)
     return Prediction(
         peak_bytes=live.peak,
         forward_peak_bytes=forward.peak,
@@ -607,6 +601,18 @@ def _windows(method: Method) -> int:
     if projector.learns_from != "gradients":
         return 1
     return 1 + -(-projector.eigenpairs // max(1, getattr(projector, "rank", 1)))
+
+
+@contextlib.contextmanager
+def _values_explained() -> Iterator[None]:
+    """One line for what fake tensors do not have."""
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise UsageError(
+            f"the step decides by values ({error.func}), which fake tensors do not have: its memory cannot be predicted, "
+            "measure a run"
+        ) from error
 
 
 @contextlib.contextmanager
