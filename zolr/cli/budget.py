@@ -12,11 +12,13 @@ from zolr.errors import BudgetError, UsageError
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 DECIMAL_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
-# What ways cost in time, roughly: only their order matters
-RECOMPUTED = 4 / 3  # forward, forward again and a backward of two, against three
-PASS_ROWS = 2.0  # what every pass through the model costs besides its rows, in rows
-SIDE = 1.05  # products with factors where a rebuilt weight would be faster
-TOGETHER = 1.1  # both signs in one pass: less to launch on a GPU, more to move on a CPU
+# What ways cost in time, roughly, on a CPU (benchmarks/speed.py): only their order matters
+RECOMPUTED = 1.45  # 0.87 against 0.60 of an AdamW step
+PASS_ROWS = (
+    2.0  # what every pass costs besides its rows, in rows: two halves of 16 rows take 1.12 of the whole
+)
+SIDE = 1.05  # products with factors where a rebuilt weight would be faster; assumed
+TOGETHER = 1.14  # both signs in one pass against two: 1.15 against 1.01 of two forwards
 
 SIZE = ("batch_size", "accumulate")  # one choice: their product, the examples of a step, stays
 
