@@ -10,6 +10,7 @@ import json
 import platform
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +55,9 @@ CASES = {
     "mezo": Case("mezo", "zo"),
     "fo stiefel": Case("stiefel", "fo", ranked=True),
     "fo stiefel, checkpointing": Case("stiefel", "fo", CHECKPOINTING, ranked=True, target=(3.4, "GB")),
+    "dependent zo": Case("dependent", "zo"),
+    "dependent fo": Case("dependent", "fo"),
+    "fwd stiefel": Case("stiefel", "fwd"),
     "adamw": Case("adamw", "fo"),
     "adamw, checkpointing": Case("adamw", "fo", CHECKPOINTING),
 }
@@ -114,9 +118,22 @@ def table(options: argparse.Namespace) -> int:
             f"{prediction.phase:10} {rows[-1]['target']}",
             flush=True,
         )
+    found = {"conditions": asked(options), "versions": versions(), "rows": rows}
+    if options.output:
+        kept = json.loads(options.output.read_text()) if options.output.exists() else {}
+        size = f"{options.batch_size} x {options.max_length}"
+        kept[f"{options.model}, {size}, {options.dtype}, {options.objective}"] = found
+        options.output.parent.mkdir(exist_ok=True)
+        options.output.write_text(json.dumps(kept, indent=1) + "\n")
     if options.json:
-        print(json.dumps({"conditions": vars(options), "versions": versions(), "rows": rows}, indent=1))
+        print(json.dumps(found, indent=1))
     return int(any("MISSED" in row["target"] for row in rows))
+
+
+def asked(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the figures hold for."""
+    names = ("model", "batch_size", "max_length", "dtype", "objective", "rank", "train")
+    return {name: getattr(options, name) for name in names}
 
 
 def versions() -> dict[str, str]:
@@ -180,6 +197,7 @@ def main() -> int:
         help="which weights: all, or kinds joined by +, such as linear+norm; by default the method's own",
     )
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--output", type=Path, help="file that the rows are merged into, as JSON")
     parser.add_argument("--profile", metavar="ROW", help="list the live storages at the peak of one row")
     parser.add_argument("--top", type=int, default=20, help="lines of the profile")
     options = parser.parse_args()

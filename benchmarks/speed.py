@@ -1,11 +1,13 @@
 """What a step costs against what it is made of: two forward passes (zo), or a full AdamW step (fo).
 
-    python benchmarks/speed.py                  # 6 layers of width 768, batch 16 x 64, float32, one thread
-    python benchmarks/speed.py --dtype bfloat16 --threads 2
+    python benchmarks/speed.py                           # 6 layers of width 768, batch 16 x 64, float32, one thread
+    python benchmarks/speed.py --dtype bfloat16 --threads 2 --json
+    python benchmarks/speed.py --profile                 # where the overhead of the default forward-only step goes
 
 Every row is the median over paired rounds of one process: the step and its reference are timed one after the other in
 each round, in alternating order, and the ratio is taken within the round. The quartiles of the ratio are printed beside it.
-Random weights and random tokens; the loss of a prompt (one position a row through the head).
+Random weights and random tokens; the loss of a prompt (one position a row through the head). Results are merged into
+`benchmarks/results/speed.json`.
 """
 
 import argparse
@@ -22,44 +24,60 @@ import torch
 import transformers
 
 import zolr
-from zolr.models import build, prompt_loss
+from zolr.estimators import combine, mean_loss
+from zolr.models import build, checkpoint_activations, prompt_loss
+from zolr.probes import Probe
+from zolr.variables import layout, shifted
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
 WORDS = (5, 6)
+LEAST_ROUNDS = 9
 
 ZO = {
     "stiefel, attention, rank 16 (default)": (dict(method="stiefel", paradigm="zo"), "attention"),
     "stiefel, all weights, rank 4": (dict(method="stiefel", paradigm="zo", rank=4), "all"),
+    "stiefel, attention, signs together": (
+        dict(method="stiefel", paradigm="zo", signs="together"),
+        "attention",
+    ),
     "lozo, all weights, rank 2": (dict(method="lozo"), "all"),
     "mezo, all weights": (dict(method="mezo"), "all"),
 }
 FO = {
-    "stiefel, all weights, rank 16": (dict(method="stiefel", paradigm="fo"), "all"),
-    "stiefel, linear maps, rank 16": (dict(method="stiefel", paradigm="fo"), "linear"),
+    "stiefel, all weights, rank 32": (dict(method="stiefel", paradigm="fo"), "all", False),
+    "stiefel, linear maps, rank 32": (dict(method="stiefel", paradigm="fo"), "linear", False),
+    "stiefel, all weights, checkpointing": (dict(method="stiefel", paradigm="fo"), "all", True),
 }
+FWD = {"stiefel, attention, rank 16": (dict(method="stiefel", paradigm="fwd"), "attention")}
 
 
-def batch(rows: int, length: int, vocabulary: int) -> dict[str, torch.Tensor]:
+def batch(rows: int, length: int, vocabulary: int, device: str = "cpu") -> dict[str, torch.Tensor]:
     """Random tokens without padding."""
     numbers = torch.Generator().manual_seed(0)
     ids = torch.randint(10, vocabulary, (rows, length), generator=numbers)
     labels = torch.randint(len(WORDS), (rows,), generator=numbers)
-    return {
+    found = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "positions": torch.full((rows,), length - 1),
         "labels": labels,
     }
+    return {name: part.to(device) for name, part in found.items()}
 
 
-def paired(step: Callable[[], Any], reference: Callable[[], Any], rounds: int) -> dict[str, float]:
+def timed(run: Callable[[], Any]) -> float:
+    """Seconds, with all work of a GPU done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def paired(step: Callable[[], Any], reference: Callable[[], Any], rounds: int) -> dict[str, Any]:
     """Median and quartiles of the ratio of two times, and the median time of the reference in seconds."""
-
-    def timed(run: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
     for run in (step, reference):  # allocators, thread pools and optimizer state
         run(), run()
     ratios, seconds = [], []
@@ -71,76 +89,198 @@ def paired(step: Callable[[], Any], reference: Callable[[], Any], rounds: int) -
         ratios.append(own / other)
         seconds.append(other)
     low, middle, high = statistics.quantiles(ratios, n=4)
-    return {"ratio": middle, "lower": low, "upper": high, "reference_seconds": statistics.median(seconds)}
+    spread = {"ratio": middle, "lower": low, "upper": high, "rounds": rounds}
+    return {**spread, "reference_seconds": statistics.median(seconds)}
+
+
+def engine(
+    plain: torch.nn.Module, parts: dict[str, Any], train: str, checkpointing: bool = False
+) -> zolr.Engine:
+    """An engine on a copy of the model; the rate is so small that nothing happens to the weights."""
+    net = copy.deepcopy(plain)
+    if checkpointing:
+        checkpoint_activations(net)
+    more = {"eps": 1e-3} if parts.get("paradigm") == "zo" or parts["method"] in ("mezo", "lozo") else {}
+    return zolr.Engine(net, zolr.compose(**parts, **more), lr=1e-6, loss=prompt_loss(WORDS), select=train)
+
+
+def rows(options: argparse.Namespace, plain: torch.nn.Module) -> dict[str, dict[str, Any]]:
+    """All ratios."""
+    data = batch(options.batch_size, options.length, 50000)
+    loss, found = prompt_loss(WORDS), {}
+
+    def forwards(count: int) -> None:
+        with torch.no_grad():
+            for _ in range(count):
+                loss(plain, data).mean().item()
+
+    full = copy.deepcopy(plain).train()
+    optimizer = torch.optim.AdamW(full.parameters(), lr=1e-6)
+
+    def adamw() -> None:
+        loss(full, data).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def add(name: str, step: Callable[[], Any], reference: Callable[[], Any]) -> None:
+        if options.only in name:
+            found[name] = paired(step, reference, options.rounds)
+            shown = found[name]
+            print(
+                f"{name:62} {shown['ratio']:.3f}  ({shown['lower']:.3f} to {shown['upper']:.3f})", flush=True
+            )
+
+    def step_of(name: str, *arguments: Any) -> Callable[[], Any]:
+        made: list[zolr.Engine] = []
+
+        def step() -> None:
+            if not made:
+                made.append(engine(plain, *arguments))
+            made[0].step([data])
+
+        return step
+
+    for kind, group in (("zo", ZO), ("fwd", FWD)):
+        for name, (parts, train) in group.items():
+            add(f"{kind} {name} / two forwards", step_of(name, parts, train), lambda: forwards(2))
+    for name, (parts, train, checkpointing) in FO.items():
+        add(f"fo {name} / AdamW", step_of(name, parts, train, checkpointing), adamw)
+    halves = [{key: value[i::2] for key, value in data.items()} for i in range(2)]
+
+    def two_halves() -> None:
+        with torch.no_grad():
+            for half in halves:
+                loss(plain, half).mean().item()
+
+    add("a forward in two halves / in one", two_halves, lambda: forwards(1))
+    return found
+
+
+def profile(options: argparse.Namespace, plain: torch.nn.Module) -> dict[str, float]:
+    """Where the time of the default forward-only step goes, each part as a share of two plain forwards.
+
+    Parts are timed on their own, in one interleaved process order; what they leave of the whole step is "other".
+    """
+    data, loss = batch(options.batch_size, options.length, 50000), prompt_loss(WORDS)
+    own = engine(plain, *ZO["stiefel, attention, rank 16 (default)"])
+    own.step([data])
+    variables, key, eps = own.variables, own.key.fold_in("profile"), 1e-3
+    direction = Probe(layout(variables), "rademacher", key)
+    weights = torch.ones(1)
+    learned = mean_loss(own._loss_of, [data])
+
+    def attached() -> None:
+        with torch.no_grad():
+            for scale in (eps, -eps):
+                with shifted(variables, direction, scale):
+                    own._loss_of(data)
+
+    def shifting() -> None:
+        with torch.no_grad():
+            for scale in (eps, -eps):
+                with shifted(variables, direction, scale):
+                    pass
+
+    def update() -> None:
+        with torch.no_grad():
+            gradients = [(v, torch.zeros_like(v.value)) for v in variables]
+            own._apply(gradients, 1e-6)
+
+    def combining() -> None:
+        for variable in variables:
+            combine(variable, [direction], weights)
+
+    def plainly() -> None:
+        with torch.no_grad():
+            loss(plain, data).mean(), loss(plain, data).mean()
+
+    parts: dict[str, Callable[[], Any]] = {
+        "two plain forwards": plainly,
+        "whole step": lambda: own.step([data]),
+        "both attached forwards": attached,
+        "of these, entering and leaving the points": shifting,
+        "drawing the probe": lambda: Probe(layout(variables), "rademacher", key),
+        "gradients from slopes": combining,
+        "optimizer": update,
+        "one wait for the device": lambda: bool(torch.isfinite(learned).all()),
+        "drawing all bases (once in a window)": lambda: [own._drawn(v) for v in variables],
+    }
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for run in parts.values():
+        run(), run()
+    for i in range(options.rounds):
+        for name in list(parts) if i % 2 else reversed(list(parts)):
+            times[name].append(timed(parts[name]))
+    reference = times["two plain forwards"]
+    shares = {
+        name: statistics.median(own / other for own, other in zip(found, reference, strict=True))
+        for name, found in times.items()
+    }
+    named = (
+        "both attached forwards",
+        "drawing the probe",
+        "gradients from slopes",
+        "optimizer",
+        "one wait for the device",
+    )
+    shares["other (Python of the engine, random state)"] = shares["whole step"] - sum(
+        shares[name] for name in named
+    )
+    for name, share in shares.items():
+        print(f"{name:46} {share:8.4f}")
+    return shares
 
 
 def main() -> None:
-    """Time all rows and print them."""
+    """Time all rows, print and keep them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=LEAST_ROUNDS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--model", default="roberta-base", help="preset")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--max-length", type=int, default=64)
+    parser.add_argument("--length", "--max-length", type=int, default=64)
     parser.add_argument("--only", default="", help="a part of the names of the rows to run")
+    parser.add_argument(
+        "--profile", action="store_true", help="where the overhead of a forward-only step goes"
+    )
+    parser.add_argument("--json", action="store_true", help="print the results as JSON too")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="file the results are merged into")
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds must be at least 2; figures that are kept need 9")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    dtype = getattr(torch, options.dtype)
-    plain = build("roberta-base", num_hidden_layers=options.layers, dtype=dtype, dropout=0.0)
-    data = batch(options.batch_size, options.max_length, 50000)
-    loss = prompt_loss(WORDS)
-    found: dict[str, dict[str, float]] = {}
-
-    def two_forwards() -> None:
-        with torch.no_grad():
-            loss(plain, data).mean().item()
-            loss(plain, data).mean().item()
-
-    def engine(parts: dict[str, Any], train: str, lr: float) -> zolr.Engine:
-        net = copy.deepcopy(plain)
-        return zolr.Engine(net, zolr.compose(**parts), lr=lr, loss=loss, select=train)
-
-    for name, (parts, train) in ZO.items():
-        if options.only in name:
-            run = engine({**parts, "eps": 1e-3}, train, 1e-6)
-            found[f"zo {name} / two forwards"] = paired(
-                lambda run=run: run.step([data]), two_forwards, options.rounds
-            )
-    if any(options.only in name for name in FO):
-        full = copy.deepcopy(plain).train()
-        optimizer = torch.optim.AdamW(full.parameters(), lr=1e-6)
-
-        def adamw() -> None:
-            loss(full, data).mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        for name, (parts, train) in FO.items():
-            if options.only in name:
-                run = engine(parts, train, 1e-6)
-                found[f"fo {name} / AdamW"] = paired(lambda run=run: run.step([data]), adamw, options.rounds)
+    plain = build(
+        options.model, num_hidden_layers=options.layers, dtype=getattr(torch, options.dtype), dropout=0.0
+    )
     conditions = {
-        "model": f"roberta-base with {options.layers} layers, random weights",
-        "batch": f"{options.batch_size} x {options.max_length}",
+        "model": f"{options.model} with {options.layers} layers, random weights",
+        "batch": f"{options.batch_size} x {options.length}",
         "dtype": options.dtype,
         "threads": options.threads,
-        "rounds": options.rounds,
         "machine": f"CPU, {platform.machine()}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
     print(", ".join(f"{key} {value}" for key, value in conditions.items()))
-    for name, row in found.items():
-        print(f"{name:62} {row['ratio']:.3f}  ({row['lower']:.3f} to {row['upper']:.3f})")
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     case = f"{options.dtype}, {options.threads} threads, {options.layers} layers"
-    results[case] = {"conditions": conditions, "rows": {**results.get(case, {}).get("rows", {}), **found}}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    if options.batch_size != 16 or options.length != 64 or options.model != "roberta-base":
+        case += f", {options.model}, {conditions['batch']}"
+    results = json.loads(options.output.read_text()) if options.output.exists() else {}
+    entry = results.setdefault(case, {"rows": {}})
+    entry["conditions"] = conditions
+    if options.profile:
+        entry["profile"] = {"rounds": options.rounds, "shares": profile(options, plain)}
+    else:
+        entry["rows"] |= rows(options, plain)
+    options.output.parent.mkdir(exist_ok=True)
+    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    if options.json:
+        print(json.dumps(entry, indent=1))
 
 
 if __name__ == "__main__":

@@ -190,4 +190,4 @@ def test_a_missing_package_is_named_with_the_extra_that_has_it(
     assert list(tmp_path.iterdir()) == []
     code, out, _ = zolr("estimate", "--method", "lora,mezo", "--batch-size", 1, "--max-length", 4, "--json")
     lora, mezo = json.loads(out)["methods"]
-    assert code == 0 and "zolr[peers]" in lora["error"] and mezo["peak_bytes"] > 0
+    assert code == 0 and "zolr[lora]" in lora["error"] and mezo["peak_bytes"] > 0

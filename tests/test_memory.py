@@ -360,13 +360,16 @@ def test_labels_stand_for_this_and_earlier_peaks():
         del x, z
 
 
-def test_forward_mode_that_cannot_be_predicted_leaves_autograd_on():
-    config, size = small(num_hidden_layers=1), dict(batch_size=2, max_length=8)
-    with pytest.raises(UsageError, match="'fwd'.*train all weights, or measure a run"):
-        predict(config, compose("stiefel", "fwd"), select="attention", **size)
+def test_what_a_model_asks_of_its_values_cannot_be_predicted():
+    def nosy(model, batch):
+        loss = lm_loss(model, batch)
+        return loss if bool((batch["labels"] > 3).all()) else loss
+
+    size = dict(batch_size=2, max_length=8, objective="lm")
+    with pytest.raises(UsageError, match="decides by values .* measure a run"):
+        predict(small(num_hidden_layers=1), compose("stiefel", "fo"), loss=nosy, **size)
     x = torch.ones(3, requires_grad=True)
     assert x.square().sum().requires_grad
-    assert predict(config, compose("stiefel", "fwd"), **size).peak_bytes > 0
 
 
 def test_forward_alone_is_the_floor():
@@ -405,13 +408,6 @@ def test_every_projector_can_be_predicted(projector):
     method = compose(row, paradigm, projector=projector)
     predicted = predict(small(num_hidden_layers=1), method, batch_size=4, max_length=16)
     assert predicted.peak_bytes > predicted.weights_bytes
-
-
-def test_projectors_that_decide_by_values_are_said_to_be_approximated():
-    predicted = predict(small(), compose("dependent", "fo", rank=8), batch_size=4, max_length=16)
-    stiefel = predict(small(), compose("stiefel", "fo", rank=8), batch_size=4, max_length=16)
-    assert "Dependent decides by values" in predicted.assumptions[-1]
-    assert predicted.coords_bytes == stiefel.coords_bytes
 
 
 def test_own_losses_are_predicted():

@@ -29,7 +29,7 @@ def check_installed(adapter: Adapter) -> None:
     if find_spec("peft") is None:
         raise UsageError(
             f"method '{adapter.kind}' needs the package peft, which is not installed; "
-            "install it with: pip install 'zolr[peers]'"
+            "install it with: pip install 'zolr[lora]'"
         )
 
 

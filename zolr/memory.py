@@ -14,6 +14,7 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +28,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, masking_utils
 
 from zolr import lora
 from zolr.engine import Engine
@@ -45,8 +46,6 @@ from zolr.models import (
     load_config,
     prompt_loss,
 )
-from zolr.projectors.stiefel import Stiefel
-from zolr.variables import Variable
 
 ROUNDING = 512  # bytes; the CUDA caching allocator hands out multiples of this
 
@@ -293,9 +292,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    """What holds the numbers of a tensor: usually one storage; none on the meta device and for sparse layouts."""
+    """What holds the numbers of a tensor: usually one storage; none on the meta device, for sparse layouts and where nothing is
+    held."""
     device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
-    if device.type == "meta":
+    if device.type == "meta" or tensor._is_zerotensor():  # zeros that forward mode never writes down
         return
     flatten: Any = getattr(tensor, "__tensor_flatten__", None)
     if flatten is not None:  # wrapper subclasses hold their data in inner tensors
@@ -322,6 +322,9 @@ Loss = Callable[[nn.Module, Mapping[str, Tensor]], Any]
 # change, the third begins a new window on top of it
 WINDOW = 2
 
+# From the third micro-batch on nothing is new but the batches themselves, which all exist from the beginning
+ENOUGH_BATCHES = 3
+
 # What a peak is made of. "rest": the batch, directions of probes, weights rebuilt for one use, gradients of
 # activations, scratch
 PARTS = ("weights", "coords", "gradients", "optimizer", "activations", "logits", "rest")
@@ -335,7 +338,7 @@ class Prediction:
         peak_bytes: most bytes alive at once in a step, weights and batch included.
         forward_peak_bytes: the same of one forward without autograd: the least that any method can take.
         weights_bytes: parameters and buffers, those of an adapter included.
-        coords_bytes: bases and coordinates that are not the weights themselves.
+        coords_bytes: bases, coordinates that are not the weights themselves, and spectra that a projector keeps.
         optimizer_bytes: state of the optimizer.
         phase: where the peak is: "open" (drawing, folding), "forward", "backward", "update" or "optimizer".
         assumptions: what the figures rest on, one sentence each.
@@ -394,8 +397,8 @@ def predict(
     """Predict the peak memory of a training step by running that very step on tensors without data.
 
     The engine's own `step` runs under fake tensors: the first makes the optimizer's state, the second has it
-    from the beginning, a third closes a window, begins the next and steps in it. No weights are read or made,
-    and a model of any size takes seconds.
+    from the beginning, a third closes a window, begins the next and steps in it (and so on, where a projector learns
+    from window to window). No weights are read or made, and a model of any size takes seconds.
 
     Args:
         model: a preset, a folder or hub name (its config is read), or a transformers config.
@@ -479,18 +482,16 @@ def predict(
             engine.optimizer.register_step_post_hook(lambda *_: live.leave_phase())
             if profile:
                 _label_as_made(engine, live)
-            for _ in range(WINDOW + 1 if method.refresh_every else WINDOW):
+            for _ in range(WINDOW * _windows(method) + 1 if method.refresh_every else WINDOW):
                 live.base_phase("open")
-                engine.step(batches)
+                engine.step(batches[:ENOUGH_BATCHES])
                 _label_kept(engine, live)
         counted = LiveBytes()
         weights = counted.track(net)
-        coords = sum(counted.track(*_kept(engine, v)) for v in engine.variables)
-        states = engine.optimizer.state.values()
-        state = counted.track(*(t for s in states for t in s.values() if isinstance(t, Tensor)))
-        return live, weights, coords, state
+        held = kept(engine)
+        return live, weights, counted.track(*held["coords"]), counted.track(*held["optimizer"])
 
-    with FakeTensorMode():
+    with _values_explained(), FakeTensorMode(), _one_text_a_row():
         net = fresh()
         batches = [_batch(objective, batch_size, max_length) for _ in range(accumulation)]
         with LiveBytes(profile=profile and method is None) as forward:
@@ -514,20 +515,7 @@ def predict(
         live, coords, state = forward, 0, 0
         if method is not None:
             method = _runnable(method, signs)
-            try:
-                live, weights, coords, state = step(method)
-            except (DataDependentOutputException, DynamicOutputShapeException) as error:
-                name, stand_in = type(method.projector).__name__, _stand_in(method)
-                if stand_in is None:
-                    raise UsageError(
-                        f"projector {name} decides by values ({error.func}): its memory cannot be predicted, "
-                        "measure a run"
-                    ) from error
-                live, weights, coords, state = step(stand_in)
-                assumptions.append(
-                    f"projector {name} decides by values: its bases are taken to be as large as those of "
-                    "Stiefel at the same rank, and what it keeps besides them is not counted"
-                )
+            live, weights, coords, state = step(method)
     return Prediction(
         peak_bytes=live.peak,
         forward_peak_bytes=forward.peak,
@@ -560,19 +548,58 @@ def _on_host(net: nn.Module) -> nn.Module:
 
 
 class _FakeLiveBytes(LiveBytes):
-    """Counts fake tensors, and answers 1 where a number is read from one (Adafactor scales by norms)."""
+    """Counts fake tensors as real ones are counted where the two would differ.
+
+    A number that is read from a tensor outside of the model is answered by 1 (Adafactor scales by norms, a projector
+    asks how many directions its law has chosen); what a model itself asks of its tensors stays an error.
+
+    Forward mode has tensors of zeros that hold nothing: `ZeroTensor`, for the tangent of a weight that is not trained.
+    Made under the fake mode they lose their device, so plain fake tensors that are not counted stand for them.
+    """
+
+    def __init__(self, *, profile: bool = False) -> None:
+        super().__init__(profile=profile)
+        self._zeros: dict[int, weakref.ref] = {}  # storages of tensors that stand for a ZeroTensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point():
-            return 1.0
-        if any(type(arg) is Tensor and arg._is_zerotensor() for arg in args):
-            # Derivatives of some operations (layer norm of a fixed weight) make zeros that escape the fake mode.
-            # Its own complaint tries to print them, fails at that, and leaves autograd switched off for good
-            raise UsageError(
-                "forward mode (paradigm 'fwd') through this model cannot be predicted while these weights are "
-                "fixed: fake tensors lack a rule for their zero tangents; train all weights, or measure a run"
-            )
+        if func is torch.ops.aten._local_scalar_dense.default:
+            dtype = args[0].dtype
+            if dtype.is_floating_point:
+                return 1.0
+            if not {"forward", "backward"} & set(self._phases):
+                return True if dtype == torch.bool else 1
+        if func is torch.ops.aten._efficientzerotensor.default:
+            with unset_fake_temporarily() if not args[0] else contextlib.nullcontext():
+                # one for a plain number is asked for its value at once, so it is real
+                return self._zero(torch.zeros(*args, **(kwargs or {})))
+        if self._zeros and any(self._is_zero(arg) for arg in args):
+            args = [self._faked(arg) for arg in args]
+            if func in KEEP_ZERO:
+                return self._zero(func(*args, **(kwargs or {})))
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _faked(self, thing: Any) -> Any:
+        """A stand-in that is real, as a fake one."""
+        if isinstance(thing, FakeTensor) or not self._is_zero(thing):
+            return thing
+        return self._zero(torch.zeros(thing.shape, dtype=thing.dtype, device=thing.device))
+
+    def _zero(self, tensor: Tensor) -> Tensor:
+        for storage in _storages(tensor):
+            forget = partial(self._zeros.pop, storage._cdata, None)
+            self._zeros[storage._cdata] = weakref.ref(storage, lambda _, forget=forget: forget())
+        return tensor
+
+    def _is_zero(self, thing: Any) -> bool:
+        return isinstance(thing, Tensor) and any(s._cdata in self._zeros for s in _storages(thing))
+
+    def _count_storage(self, storage: torch.UntypedStorage, tensor: Tensor, op: Any) -> None:
+        if storage._cdata not in self._zeros:
+            super()._count_storage(storage, tensor, op)
+
+
+# operations that give a ZeroTensor for a ZeroTensor; all others make it real for the moment, at the cost of one number
+KEEP_ZERO = (torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor)
 
 
 class _Decoded(torch.autograd.Function):
@@ -617,14 +644,6 @@ def _code_as_nf4(net: nn.Module) -> None:
         shape = tuple(loose.weight.shape)
         out, into = shape if isinstance(module, nn.Linear) else shape[::-1]
         net.set_submodule(name, _Nf4(out, into, loose.bias))
-
-
-def _stand_in(method: Method) -> Method | None:
-    """The method with bases of the same size that are drawn without looking at a value."""
-    rank, side = (getattr(method.projector, name, None) for name in ("rank", "side"))
-    if not isinstance(rank, int) or not isinstance(side, str):
-        return None
-    return replace(method, projector=Stiefel(rank, side))  # type: ignore[arg-type]
 
 
 def largest_batch(peak_at: Callable[[int], int], budget: int, most: int = 4096) -> int:
@@ -685,6 +704,44 @@ def _batch(objective: str, rows: int, tokens: int) -> dict[str, Tensor]:
     return batch
 
 
+def _windows(method: Method) -> int:
+    """Windows after which a run holds all it ever will: a spectrum gains as many directions in each as it sees."""
+    projector = method.projector
+    if projector.learns_from != "gradients":
+        return 1
+    return 1 + -(-projector.eigenpairs // max(1, getattr(projector, "rank", 1)))
+
+
+@contextlib.contextmanager
+def _values_explained() -> Iterator[None]:
+    """One line for what fake tensors do not have."""
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise UsageError(
+            f"the step decides by values ({error.func}), which fake tensors do not have: its memory cannot be predicted, "
+            "measure a run"
+        ) from error
+
+
+@contextlib.contextmanager
+def _one_text_a_row() -> Iterator[None]:
+    """Let transformers know that no row holds several texts.
+
+    It asks the values of `position_ids` for that, and where there are none it makes a mask that real rows do not need.
+    """
+    name = "find_packed_sequence_indices"
+    before = getattr(masking_utils, name, None)
+    if before is None:
+        yield
+        return
+    setattr(masking_utils, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, before)
+
+
 def _runnable(method: Method, signs: str | None) -> Method:
     """The method with windows so short that the last step sees a change, and nothing left to choose."""
     estimator: Any = method.estimator
@@ -710,14 +767,23 @@ def _in_phases(loss: Any, live: LiveBytes, after: str) -> Any:
     return counted
 
 
-def _bases(subspace: Any) -> list[Tensor]:
-    return [t for t in vars(subspace).values() if isinstance(t, Tensor)]
+def kept(engine: Engine) -> dict[str, list[Tensor]]:
+    """What an engine holds from step to step besides the model, by the part of the memory that it is.
 
-
-def _kept(engine: Engine, variable: Variable) -> list[Tensor]:
-    """What a variable holds besides the weight."""
-    stack = [] if variable.stack is None else variable.stack.tensors().values()
-    return [engine.trained(variable), *_bases(engine.subspace(variable)), variable.value, *stack]
+    Returns:
+        "coords": values, bases, and what a projector has learned of its law; "optimizer": the optimizer's state.
+    """
+    coords: list[Tensor] = []
+    for variable in engine.variables:
+        name = variable.name
+        coords += [variable.value, engine.trained(variable)]
+        if variable.stack is not None:
+            coords += variable.stack.tensors().values()
+        # the state of an engine that belongs to no variable is its own business, and memory is ours
+        for owner in (engine.subspace(variable), engine._spectra.get(name), engine._moments.get(name)):
+            coords += [t for t in getattr(owner, "__dict__", {}).values() if isinstance(t, Tensor)]
+    states = engine.optimizer.state.values()
+    return {"coords": coords, "optimizer": [t for s in states for t in s.values() if isinstance(t, Tensor)]}
 
 
 def _label_as_made(engine: Engine, live: LiveBytes) -> None:
@@ -751,11 +817,9 @@ def _label_as_made(engine: Engine, live: LiveBytes) -> None:
 
 
 def _label_kept(engine: Engine, live: LiveBytes) -> None:
-    """Label what outlives a step: coordinates, bases and optimizer state of the current window."""
-    for variable in engine.variables:
-        live.label("coords", *_kept(engine, variable))
-    for state in engine.optimizer.state.values():
-        live.label("optimizer", *(t for t in state.values() if isinstance(t, Tensor)))
+    """Label what outlives a step."""
+    for part, tensors in kept(engine).items():
+        live.label(part, *tensors)
 
 
 def _parts(records: list[Record], net: nn.Module) -> dict[str, int]:

@@ -45,7 +45,7 @@ def inclusion_probabilities(sigma: Tensor, rank: int) -> Tensor:
     return result
 
 
-def sample(pi: Tensor, key: Key) -> Tensor:
+def sample(pi: Tensor, key: Key, size: int | None = None) -> Tensor:
     """Draw a set of fixed size with exactly the inclusion probabilities `pi`.
 
     Systematic sampling in random order: one uniform number, and every item whose stretch of the cumulative sum holds
@@ -53,19 +53,25 @@ def sample(pi: Tensor, key: Key) -> Tensor:
 
     Args:
         pi: `(n,)` in [0, 1] with an integer sum r.
+        size: r, where the caller knows it; otherwise it is read from `pi`.
 
     Returns:
         `(r,)` indices, int64, in random order.
 
     Reference: Madow 1949 (systematic sampling).
     """
-    size = round(float(pi.sum()))
+    size = round(float(pi.sum())) if size is None else size
     order = key.fold_in("order").permutation(len(pi))
     ends = pi.double()[order].cumsum(0) * (size / float(pi.double().sum()))
     ends[-1] = size  # rounding must not lose or add an item
     start = key.fold_in("start").uniform()
     hits = (ends - start).floor() - torch.cat((-start.reshape(1), ends[:-1] - start)).floor()
-    return order[hits > 0]
+    return picked(order, hits > 0, size)
+
+
+def picked(values: Tensor, mask: Tensor, size: int) -> Tensor:
+    """`values[mask]`, whose length the caller knows: so a shape depends on no value, which fake tensors do not have."""
+    return values[torch.nonzero_static(mask, size=size)[:, 0]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +123,7 @@ class Spectrum:
         left = n - keep
         total_rest = float(values[keep:].sum()) + outside * self.rest
         return Spectrum(
-            vectors[:, :keep].to(basis),
+            vectors[:, :keep].to(basis).contiguous(),  # a view would keep the others alive
             values[:keep],
             total_rest / left if left else 0.0,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from annotated_types import Ge
 
+from zolr.cli.budget import bytes_of
 from zolr.cli.config import Settings, add, flag
 from zolr.cli.variants import variant
 from zolr.errors import BudgetError, DataError, UsageError, ZolrError
@@ -23,12 +23,9 @@ if TYPE_CHECKING:
 EVERY = "all"  # stands for every row of the table of methods under each of its paradigms
 MOST_ROWS = 4096  # the largest batch that is looked for
 
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-DECIMAL_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
 # what the columns of the breakdown hold, where their heading does not say it
 IN_WORDS = (
-    "coords: coordinates that are not the weights themselves, and bases; rest: the batch, probes, weights rebuilt "
+    "coords: coordinates that are not the weights themselves, bases and learned spectra; rest: the batch, probes, weights rebuilt "
     "for one use, gradients of activations, scratch"
 )
 
@@ -118,28 +115,6 @@ def run(settings: Estimate) -> None:
 def register(app: typer.Typer) -> None:
     """Add the verb."""
     add(app, "estimate", Estimate, run)
-
-
-def bytes_of(amount: str, flag: str = "--budget") -> int:
-    """Bytes of an amount of memory such as 4GiB, 4GB, 4096MiB or 3.5G (without the B, units are binary ones).
-
-    Raises:
-        UsageError: it is none.
-
-    >>> bytes_of("4GiB"), bytes_of("4 GB"), bytes_of("3.5G")
-    (4294967296, 4000000000, 3758096384)
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?b?)|(b))\s*", amount, re.IGNORECASE)
-    size = 0
-    if found is not None:
-        number, unit, ending, _ = found.groups()
-        units = DECIMAL_UNITS if (ending or "").upper() == "B" else UNITS
-        size = int(float(number) * units[(unit or "").upper()])
-    if size < 1:
-        raise UsageError(
-            f"{flag} '{amount}' is no amount of memory; give a number above zero and a unit, such as 4GiB, 4GB or 4096MiB"
-        )
-    return size
 
 
 def expanded(words: Sequence[str]) -> list[str]:
@@ -268,7 +243,7 @@ def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
             objective=objective,
             num_labels=settings.classes,
             accumulation=plan.accumulate or 1,
-            checkpointing=plan.checkpointing,
+            checkpointing=bool(plan.checkpointing),
             select=select,
             weight_decay=plan.weight_decay,
             clip=plan.clip,
@@ -289,7 +264,7 @@ def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
         "max_length": length,
         "dtype": plan.dtype,
         "quantize": plan.quantize,
-        "checkpointing": plan.checkpointing,
+        "checkpointing": bool(plan.checkpointing),
         **predicted.as_dict(),
     }
     del result["overhead"]  # the same for all, said once

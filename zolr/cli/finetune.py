@@ -13,6 +13,7 @@ import typer
 from annotated_types import Ge, Gt
 
 from zolr.cli import runs
+from zolr.cli.budget import SIZE, Way, bytes_of, plan, told, verdict
 from zolr.cli.config import Settings, add, as_dict, flag, resolve, toml
 from zolr.cli.workload import DataChoice, Machine, ModelChoice, Workload
 from zolr.errors import NonFiniteError, UsageError
@@ -176,7 +177,15 @@ class Schedule(Settings):
     group_by_length: bool = flag(
         False, "Batches of examples of like length: faster where padding is much of a batch.", "Training"
     )
-    checkpointing: bool = flag(False, "Recompute activations in the backward pass (fo).", "Memory")
+    checkpointing: bool | None = flag(
+        None, "Recompute activations in the backward pass (fo).", "Memory", shown="no, or as the budget asks"
+    )
+    memory_budget: str | None = flag(
+        None,
+        "Take steps in the fastest way whose predicted peak fits: 4GiB, 4GB; settings that are given stay.",
+        "Memory",
+        shown="no limit",
+    )
 
 
 @dataclass(frozen=True)
@@ -302,6 +311,8 @@ class Finetune(Writing, Holding, Machine, Schedule, Composition, DataChoice, Mod
             raise UsageError(
                 f"--weight-decay {self.weight_decay} would have to write the weights, which are held; leave it out"
             )
+        if self.memory_budget is not None:
+            bytes_of(self.memory_budget, "--memory-budget")
         if self.warmup and self.steps is not None and self.warmup >= self.steps:
             raise UsageError(f"--warmup {self.warmup} leaves none of {self.steps} steps; use less")
         if self.adapter is not None and self.train not in (None, "all", "adapter"):
@@ -312,6 +323,7 @@ class Finetune(Writing, Holding, Machine, Schedule, Composition, DataChoice, Mod
             self,
             method=self.method or "stiefel",
             paradigm=method.paradigm,
+            checkpointing=self.checkpointing if self.memory_budget else bool(self.checkpointing),
             task=self.task or (None if self.data or self.model != "demo" else "questions"),
             steps=self.steps if self.steps or self.epochs else numbers.steps,
             eval_every=self.eval_every or min(numbers.eval_every, self.steps or numbers.eval_every),
@@ -509,7 +521,9 @@ class Job:
         self.validation = self.work.encode(self.splits.validation)
         self.test = self.work.encode(self.splits.test)
         self.truncated = truncation_share(self.train_set)
-        self.settings = settings = self._sized(settings)
+        self.notes = list(self.work.notes)
+        self.select = settings.selection
+        self.settings = settings = self._within_budget(self._sized(settings), settings)
         self.batches = TrainingBatches(
             self.train_set,
             batch_size=self.step_size,
@@ -521,9 +535,7 @@ class Job:
         if settings.checkpointing:
             models.checkpoint_activations(self.work.model)
         method = settings.composed()
-        self.select = settings.selection
         self.metric = "f1" if settings.objective == "f1" else task.metric
-        self.notes = list(self.work.notes)
         self.engine: Engine = Engine(
             self.work.model,
             method,
@@ -572,6 +584,45 @@ class Job:
             raise UsageError(f"--warmup {settings.warmup} leaves none of {steps} steps; use less")
         return replace(settings, batch_size=size, accumulate=parts, steps=steps, epochs=None)
 
+    def _within_budget(self, settings: Finetune, given: Finetune) -> Finetune:
+        """The settings with what nobody has given chosen so that a step fits the memory budget."""
+        if settings.memory_budget is None:
+            return settings
+        method, budget = settings.composed(), bytes_of(settings.memory_budget, "--memory-budget")
+        asked = Way(
+            settings.batch_size or 1,
+            settings.accumulate or 1,
+            bool(settings.checkpointing),
+            getattr(method.estimator, "signs", "sequence"),
+            settings.realization,
+        )
+        free = {name for name in ("checkpointing", "signs") if getattr(given, name) is None}
+        if given.batch_size is None and given.accumulate is None:
+            free |= set(SIZE)
+        if given.realization == "auto":
+            free.add("realization")
+
+        def chosen(way: Way) -> Finetune:
+            signs = way.signs if method.paradigm == "zo" else None
+            size = dict(batch_size=way.batch_size, accumulate=way.accumulate)
+            return replace(
+                settings,
+                **size,
+                checkpointing=way.checkpointing,
+                signs=signs,
+                realization=way.realization,  # pyright: ignore[reportArgumentType]
+            )
+
+        found = plan(lambda way: self._peak(chosen(way)), asked, method.paradigm, free, budget)
+        self.notes += told(found, method.paradigm, budget)
+        return chosen(found.way)
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes a step may take."""
+        budget = self.settings.memory_budget
+        return None if budget is None else bytes_of(budget, "--memory-budget")
+
     @property
     def batch_size(self) -> int:
         """Examples of a forward pass."""
@@ -608,37 +659,37 @@ class Job:
     @cached_property
     def predicted(self) -> int | None:
         """Peak bytes of a step on the longest examples, as predicted without running one; None where that fails."""
+        try:
+            return self._peak(self.settings)
+        except Exception as error:  # an operation that fake tensors cannot run must not stop a run that works
+            self.notes.append(f"note: no memory prediction ({type(error).__name__}: {error})")
+            return None
+
+    def _peak(self, settings: Finetune) -> int:
+        """Predicted peak bytes of a step with these settings."""
         import torch
 
         from zolr.memory import predict
 
-        s = self.settings
-        if s.device_map is not None:
-            self.notes.append("note: no memory prediction for weights that are away between two uses")
-            return None
-        try:
-            return predict(
-                self.work.model.config,  # pyright: ignore[reportArgumentType]
-                self.engine.method,
-                batch_size=self.batch_size,
-                max_length=max(len(one["input_ids"]) for one in self.train_set),
-                dtype=getattr(torch, s.dtype),
-                objective="classes" if s.head == "classes" else "prompt",
-                num_labels=len(self.work.task.classes),
-                accumulation=s.accumulate or 1,
-                checkpointing=s.checkpointing,
-                select=self.select,
-                weight_decay=s.weight_decay,
-                clip=s.clip,
-                realization=s.realization,
-                adapter=s.adapter,
-                quantize=s.quantize,
-                hold=s.holds,
-                hold_rank=s.hold_rank,
-            ).peak_bytes
-        except Exception as error:  # an operation that fake tensors cannot run must not stop a run that works
-            self.notes.append(f"note: no memory prediction ({type(error).__name__}: {error})")
-            return None
+        return predict(
+            self.work.model.config,  # pyright: ignore[reportArgumentType]
+            settings.composed(),
+            batch_size=settings.batch_size or 1,
+            max_length=max(len(one["input_ids"]) for one in self.train_set),
+            dtype=getattr(torch, settings.dtype),
+            objective="classes" if settings.head == "classes" else "prompt",
+            num_labels=len(self.work.task.classes),
+            accumulation=settings.accumulate or 1,
+            checkpointing=bool(settings.checkpointing),
+            select=self.select,
+            weight_decay=settings.weight_decay,
+            clip=settings.clip,
+            realization=settings.realization,
+            adapter=settings.adapter,
+            quantize=settings.quantize,
+            hold=settings.holds,
+            hold_rank=settings.hold_rank,
+        ).peak_bytes
 
     def train(
         self, place: runs.RunFolder, shown: Any, until: Callable[[Progress], bool] | None = None
@@ -687,4 +738,6 @@ class Job:
         after = work.evaluate(self.test, self.batch_size)
         result = record.result_of(self, outcome, before, after, meter)
         record.complete(self, place, result, meter)
+        if self.budget is not None and (over := verdict(self.budget, meter.peak or None, meter.counter)):
+            shown.print(over, markup=False)
         return result

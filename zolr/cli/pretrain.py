@@ -14,6 +14,7 @@ import typer
 from annotated_types import Ge, Gt, Lt
 
 from zolr.cli import runs
+from zolr.cli.budget import SIZE, Way, bytes_of, plan, told, verdict
 from zolr.cli.config import Settings, add, as_dict, flag, resolve, toml
 from zolr.cli.finetune import PARTS, Composition, Writing
 from zolr.cli.workload import Machine
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 TOKENIZER, TOKENS = "tokenizer", "tokens"  # working files in a run folder until the run is complete
 CHUNK_ENTRIES = 1 << 21  # logits alive at once on a CPU: 8 MiB stay in its cache, and more is slower
+BATCH_SIZE = 32
 LEARNING_RATE = (
     1e-3  # by backprop; the rates of the methods are for fine-tuning, and random weights stand more
 )
@@ -86,11 +88,19 @@ class Course(Settings):
         "clm", "Predict the next token (clm) or masked ones (mlm).", "Training"
     )
     steps: Annotated[int, Ge(1)] = flag(1000, "Optimizer steps.", "Training")
-    batch_size: Annotated[int, Ge(1)] = flag(
-        32, "Rows of a forward pass.", "Training", aliases=("per_device_train_batch_size",)
+    batch_size: Annotated[int, Ge(1)] | None = flag(
+        None,
+        "Rows of a forward pass.",
+        "Training",
+        shown=f"{BATCH_SIZE}, or as the budget asks",
+        aliases=("per_device_train_batch_size",),
     )
-    accumulate: Annotated[int, Ge(1)] = flag(
-        1, "Batches of a step.", "Training", aliases=("gradient_accumulation_steps",)
+    accumulate: Annotated[int, Ge(1)] | None = flag(
+        None,
+        "Batches of a step.",
+        "Training",
+        shown="1, or as the budget asks",
+        aliases=("gradient_accumulation_steps",),
     )
     lr: Annotated[float, Gt(0)] | None = flag(
         None,
@@ -120,7 +130,15 @@ class Course(Settings):
     compute: Literal["float32", "bfloat16"] = flag(
         "float32", "Precision of matrix products; weights keep --dtype, losses are float32.", "Memory"
     )
-    checkpointing: bool = flag(False, "Recompute activations in the backward pass (fo).", "Memory")
+    checkpointing: bool | None = flag(
+        None, "Recompute activations in the backward pass (fo).", "Memory", shown="no, or as the budget asks"
+    )
+    memory_budget: str | None = flag(
+        None,
+        "Take steps in the fastest way whose predicted peak fits: 4GiB, 4GB; settings that are given stay.",
+        "Memory",
+        shown="no limit",
+    )
 
 
 @dataclass(frozen=True)
@@ -154,14 +172,42 @@ class Pretrain(Writing, Machine, Course, Composition, Text, Architecture):
             raise UsageError(
                 f"--checkpointing is for backprop; paradigm '{method.paradigm}' saves no activations, leave it out"
             )
+        if self.memory_budget is not None:
+            bytes_of(self.memory_budget, "--memory-budget")
         lr = self.lr if self.lr is not None or method.paradigm != "fo" else LEARNING_RATE
         return replace(
             self,
             method=self.method or "adamw",
             paradigm=method.paradigm,
             lr=lr,
+            **({} if self.memory_budget else self._size(checkpointing=bool(self.checkpointing))),
             eval_every=self.eval_every or max(1, self.steps // 10),
         )
+
+    def _size(self, **more: Any) -> dict[str, Any]:
+        return {"batch_size": self.micro, "accumulate": self.parts, **more}
+
+    @property
+    def micro(self) -> int:
+        """Rows of a forward pass."""
+        return self.batch_size or BATCH_SIZE
+
+    @property
+    def parts(self) -> int:
+        """Batches of a step."""
+        return self.accumulate or 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of a step."""
+        return self.micro * self.parts
+
+    @property
+    def selection(self) -> str:
+        """Which weights are trained: as given, else as the method has it."""
+        from zolr.methods import METHODS
+
+        return self.train or METHODS[self.method or "adamw"].trained(self.paradigm or "fo")
 
     def composed(self) -> Method:
         """The method these settings describe."""
@@ -235,12 +281,12 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
     train_files, valid_files = _files(settings)
     tokenizer = _tokenizer(settings, place.work, train_files)
     model: Any = _model(settings, tokenizer).to(on)
+    settings = _within_budget(settings, model, on, shown)
     if settings.checkpointing:
         checkpoint_activations(model)
     stream, valid = _streams(settings, place.work, tokenizer, train_files, valid_files)
     method = settings.composed()
-    select = settings.train or METHODS[settings.method or "adamw"].trained(method.paradigm)
-    rows = settings.batch_size * settings.accumulate
+    rows = settings.rows
     parameters = sum(p.numel() for p in model.parameters())
 
     loss = _loss(settings, model, on)
@@ -251,7 +297,7 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
         if settings.lr is not None
         else METHODS[settings.method or "adamw"].lr.get(method.paradigm),
         loss=loss,
-        select=select,
+        select=settings.selection,
         seed=settings.seed,
         weight_decay=settings.weight_decay,
         schedule=schedule(settings),
@@ -268,7 +314,7 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
 
     def batches(step: int) -> list[dict[str, Tensor]]:
         batch = stream.batch(step)
-        size = settings.batch_size
+        size = settings.micro
         parts = [{key: value[i : i + size] for key, value in batch.items()} for i in range(0, rows, size)]
         if settings.objective == "mlm":
             for part in parts:  # the head, the dearest layer of a small model, need not see the other 85 %
@@ -307,6 +353,9 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
         )
 
     progress = outcome.progress
+    budget = None if settings.memory_budget is None else bytes_of(settings.memory_budget, "--memory-budget")
+    if budget is not None and (over := verdict(budget, meter.peak or None, meter.counter)):
+        shown.print(over, markup=False)
     result = {
         "verb": "pretrain",
         "method": settings.method,
@@ -323,8 +372,9 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
         "tokens": progress.tokens,
         "tokens_seen": progress.step * rows * settings.length,
         "seconds": round(progress.seconds, 3),
-        "peak_bytes_predicted": _predicted(settings, model, method, select, shown),
+        "peak_bytes_predicted": _predicted(settings, model, on, shown),
         "peak_bytes_measured": meter.peak or None,
+        **record.within(budget, meter.peak or None),
         "lr": engine.base_lr,
         "rows": {"train": stream.rows, "held_out": valid.rows},
         "metrics": {"held_out": {"before": outcome.before, "after": outcome.after}},
@@ -485,7 +535,7 @@ def _streams(
 ) -> tuple[TokenStream, TokenStream]:
     from zolr.tasks.streams import TokenStream
 
-    rows = settings.batch_size * settings.accumulate
+    rows = settings.rows
     common: dict[str, Any] = dict(
         length=settings.length, batch_size=rows, objective=settings.objective, seed=settings.seed
     )
@@ -496,7 +546,13 @@ def _streams(
     return stream.hold_out(max(1, min(settings.eval_rows, stream.rows // 10)))
 
 
-def _loss(settings: Pretrain, model: nn.Module, on: device) -> Callable[..., Any]:
+def _loss(settings: Pretrain, model: nn.Module, on: device, at: str | None = None) -> Callable[..., Any]:
+    """The loss of a batch of rows.
+
+    Args:
+        on: where the run is, by which the chunks are chosen.
+        at: type of the device that computes, where that is another: predictions run on the host.
+    """
     import torch
 
     from zolr.models import lm_loss
@@ -504,41 +560,74 @@ def _loss(settings: Pretrain, model: nn.Module, on: device) -> Callable[..., Any
     chunk = None
     if on.type == "cpu":
         chunk = max(64, CHUNK_ENTRIES // model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
-    low = settings.compute == "bfloat16"
+    low, kind = settings.compute == "bfloat16", at or on.type
 
     def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        with torch.autocast(on.type, torch.bfloat16, enabled=low):
+        with torch.autocast(kind, torch.bfloat16, enabled=low):
             return lm_loss(model, batch, chunk=chunk)
 
     return loss
 
 
-def _predicted(settings: Pretrain, model: Any, method: Method, select: str, shown: Any) -> int | None:
-    """Peak bytes of a step as predicted without running one; None where that cannot be known."""
+def _peak(settings: Pretrain, model: Any, on: device) -> int:
+    """Predicted peak bytes of a step; under mlm the loss is taken to see every token."""
     import torch
 
     from zolr.memory import predict
 
-    if settings.compute != "float32":
-        return None  # the prediction runs in the dtype of the weights
+    return predict(
+        model.config,
+        settings.composed(),
+        batch_size=settings.micro,
+        max_length=settings.length,
+        dtype=getattr(torch, settings.dtype),
+        objective="lm",
+        loss=_loss(settings, model, on, "cpu"),
+        accumulation=settings.parts,
+        checkpointing=bool(settings.checkpointing),
+        select=settings.selection,
+        weight_decay=settings.weight_decay,
+        clip=settings.clip,
+        realization=settings.realization,
+    ).peak_bytes
+
+
+def _predicted(settings: Pretrain, model: Any, on: device, shown: Any) -> int | None:
+    """Peak bytes of a step as predicted without running one; None where that cannot be known."""
     try:
-        return predict(
-            model.config,
-            method,
-            batch_size=settings.batch_size,
-            max_length=settings.length,
-            dtype=getattr(torch, settings.dtype),
-            objective="lm",
-            accumulation=settings.accumulate,
-            checkpointing=settings.checkpointing,
-            select=select,
-            weight_decay=settings.weight_decay,
-            clip=settings.clip,
-            realization=settings.realization,
-        ).peak_bytes
+        return _peak(settings, model, on)
     except Exception as error:  # an operation that fake tensors cannot run must not stop a run that works
         shown.print(f"note: no memory prediction ({type(error).__name__}: {error})", markup=False)
         return None
+
+
+def _within_budget(settings: Pretrain, model: Any, on: device, shown: Any) -> Pretrain:
+    """The settings with what nobody has given chosen so that a step fits the memory budget."""
+    if settings.memory_budget is None:
+        return settings
+    method, budget = settings.composed(), bytes_of(settings.memory_budget, "--memory-budget")
+    signs = getattr(method.estimator, "signs", "sequence")
+    asked = Way(settings.micro, settings.parts, bool(settings.checkpointing), signs, settings.realization)
+    free = {name for name in ("checkpointing", "signs") if getattr(settings, name) is None}
+    if settings.batch_size is None and settings.accumulate is None:
+        free |= set(SIZE)
+    if settings.realization == "auto":
+        free.add("realization")
+
+    def chosen(way: Way) -> Pretrain:
+        return replace(
+            settings,
+            batch_size=way.batch_size,
+            accumulate=way.accumulate,
+            checkpointing=way.checkpointing,
+            signs=way.signs if method.paradigm == "zo" else None,
+            realization=way.realization,  # pyright: ignore[reportArgumentType]
+        )
+
+    found = plan(lambda way: _peak(chosen(way), model, on), asked, method.paradigm, free, budget)
+    for line in told(found, method.paradigm, budget):
+        shown.print(line, markup=False)
+    return chosen(found.way)
 
 
 def card(settings: Pretrain, result: Mapping[str, Any]) -> str:
@@ -561,7 +650,7 @@ def card(settings: Pretrain, result: Mapping[str, Any]) -> str:
         "| | |",
         "|---|---|",
         f"| text | {', '.join(Path(path).name for path in settings.data)} |",
-        f"| steps | {result['steps']:,} of {settings.batch_size * settings.accumulate} rows of {settings.length} tokens |",
+        f"| steps | {result['steps']:,} of {settings.rows} rows of {settings.length} tokens |",
         f"| tokens seen | {result['tokens_seen']:,} |",
         f"| learning rate | {number(result['lr'])}, {settings.schedule} |",
         f"| seed | {settings.seed} |",

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 class Meter:
     """Peak memory of a run's steps.
 
-    On CUDA the allocator counts by itself. Elsewhere live tensors are counted, which slows a step down, so only steps
-    whose padded batch is larger than any before are counted: they are the ones that can set a new peak. The first step,
-    which has no state of the optimizer in it yet, does not stand in the way of a later one.
+    On CUDA the allocator counts by itself. Elsewhere live tensors are counted, which slows a step down, so only those
+    steps are counted that can set a new peak: whose padded batch is larger than any before, or as large as the largest
+    for the second time (the first one may have made the optimizer's state), and the first that opens a new window.
 
     Attributes:
         counter: what is counted.
@@ -41,7 +41,7 @@ class Meter:
 
         self._engine, self._device = engine, device
         self.counter, self.shape, self._peak = "live tensors of a step", (0, 0), 0
-        self._counted = 0  # tokens of the largest batch that was counted, padding included
+        self._times, self._opened = 0, False  # steps counted of the largest batch; whether a new window was
         if device.type == "cuda":
             self.counter = "cuda allocated"
             torch.cuda.reset_peak_memory_stats(device)
@@ -59,32 +59,40 @@ class Meter:
     def around(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[None]:
         """Count one step."""
         shape = max((tuple(batch["input_ids"].shape) for batch in batches), key=lambda s: s[0] * s[1])
-        larger = shape[0] * shape[1] > self._counted
-        engine = self._engine
+        tokens, most = shape[0] * shape[1], self.shape[0] * self.shape[1]
+        engine, every = self._engine, self._engine.method.refresh_every
+        opens = not self._opened and bool(every and engine.step_count and engine.step_count % every == 0)
+        due = tokens > most or (tokens == most and self._times < 2) or opens
         # the first step then makes many forward passes that hold no more than the step itself does
         tuning = engine.tuning is None and (
             engine.base_lr is None or getattr(engine.method.estimator, "eps", 1.0) is None
         )
         if self._device.type == "cuda":
             self.shape = max(shape, self.shape, key=lambda s: s[0] * s[1])
-        if not larger or tuning or self._device.type == "cuda":
+        if not due or tuning or self._device.type == "cuda":
             yield
             return
-        from zolr.memory import LiveBytes
+        self._opened |= opens
+        if tokens >= most:
+            self._times = 1 if tokens > most else self._times + 1
+        from zolr.memory import LiveBytes, kept
 
-        self._counted = shape[0] * shape[1] if engine.step_count else 0
+        self.shape = shape if tokens > most else self.shape
         live = LiveBytes()
         live.track(self._engine.model, *batches)
-        for variable in self._engine.variables:
-            state = self._engine.optimizer.state.get(variable.value, {})
-            tensors = [variable.value, *variable.subspace.tensors().values(), *state.values()]
-            if variable.stack is not None:
-                tensors += variable.stack.tensors().values()
-            live.track(*(t for t in tensors if hasattr(t, "untyped_storage")))
+        for tensors in kept(self._engine).values():
+            live.track(*tensors)
         with live:
             yield
         if live.peak > self._peak:
             self._peak, self.shape = live.peak, shape
+
+
+def within(budget: int | None, measured: int | None) -> dict[str, Any]:
+    """The memory budget of a run, if it had one, and whether its measured peak kept it."""
+    if budget is None:
+        return {}
+    return {"memory_budget_bytes": budget, "within_budget": None if measured is None else measured <= budget}
 
 
 def versions(*more: str) -> dict[str, str]:
@@ -120,6 +128,7 @@ def result_of(
         "seconds": round(progress.seconds, 3),
         "peak_bytes_predicted": job.predicted,
         "peak_bytes_measured": meter.peak or None,
+        **within(job.budget, meter.peak or None),
         "lr": job.engine.base_lr,
         "eps": getattr(job.engine.method.estimator, "eps", None),
         "trained_share": job.engine.trained_share,

@@ -21,7 +21,7 @@ from zolr.projectors import (
     projected_length,
     working_dtype,
 )
-from zolr.spectra import Moments, Spectrum, inclusion_probabilities, isotropic, sample
+from zolr.spectra import Moments, Spectrum, inclusion_probabilities, isotropic, picked, sample
 from zolr.subspaces import Left, Right, Subspace
 
 
@@ -120,11 +120,12 @@ class Dependent:
             free = pi == 0
             pi = torch.where(free, spare / free.sum(), pi)
         pi = (1 - self.alpha) * pi + self.alpha * r / n
-        drawn = sample(pi, key.fold_in("sample"))
-        chosen = drawn[drawn < named]
+        drawn = sample(pi, key.fold_in("sample"), r)
+        count = r if named == n else int((drawn < named).sum())
+        chosen = picked(drawn, drawn < named, count)
         vectors = spectrum.vectors.cpu().to(working_dtype(like))  # (n, k)
         columns = [vectors[:, chosen] * (self.c / pi[chosen]).sqrt().to(vectors)]
-        others = r - len(chosen)
+        others = r - count
         if others:
             gauss = key.fold_in("rest").normal((n, others)).to(vectors)
             gauss = gauss - vectors @ (vectors.mT @ gauss)

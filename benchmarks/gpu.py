@@ -1,0 +1,440 @@
+"""Every figure that needs a GPU, by one command in less than eight minutes.
+
+    python benchmarks/gpu.py                          # writes benchmarks/results/gpu.json
+    python benchmarks/gpu.py --device cpu --smoke     # the same lines of code on tiny models, for those without a GPU
+
+Memory cases (RoBERTa-large at 64 x 128 by every method in float32 and bfloat16, quantized ones, OPT-1.3B, LLaMA-1B) give
+allocated and reserved peaks beside the prediction; several run at once, since these counters belong to a process. Time
+cases then run alone: ratios in paired rounds as in `speed.py`, and the kernels that a step launches. Each case is a process
+of its own, so that a crash or a lack of memory is one row that says so, and cases come in the order of their importance, so
+that what does not fit into the time is what matters least. Weights and tokens are random.
+"""
+
+import argparse
+import inspect
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+WORDS = (5, 6)
+ROUNDS = 9
+
+TINY = {
+    "roberta": dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64),
+    "llama": dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64),
+    "opt": dict(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=64, word_embed_proj_dim=32
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One process.
+
+    Args:
+        kind: "memory" (one method) or "time" (ratios and kernels of several).
+        model: preset.
+        method, paradigm: of a memory case; "forward" is no method at all.
+        dtype: of the weights; "int8" and "nf4" are coded weights around a bfloat16 rest.
+        checkpointing: activations are recomputed.
+        objective: "prompt" or "lm".
+        rows, tokens: of the batch.
+        select: weights to train; empty for the method's own.
+    """
+
+    kind: str
+    model: str
+    method: str = ""
+    paradigm: str = ""
+    dtype: str = "float32"
+    checkpointing: bool = False
+    objective: str = "prompt"
+    rows: int = 64
+    tokens: int = 128
+    select: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the row is called."""
+        words = [self.kind, self.model, self.dtype, f"{self.rows} x {self.tokens}"]
+        words += [f"{self.method} {self.paradigm}".strip()] if self.method else []
+        words += ["checkpointing"] if self.checkpointing else []
+        words += [self.select] if self.select else []
+        return ", ".join(words)
+
+
+def cases() -> list[Case]:
+    """All of them, the most important first within each kind."""
+    from zolr.methods import METHODS
+
+    large = Case("memory", "roberta-large")
+    leading = [
+        replace(large, method="forward"),
+        replace(large, method="stiefel", paradigm="zo"),
+        replace(large, method="stiefel", paradigm="fo", checkpointing=True),
+        replace(large, method="adamw", paradigm="fo"),
+        replace(large, method="mezo", paradigm="zo"),
+        *(
+            replace(large, method="stiefel", paradigm="zo", dtype=dtype)
+            for dtype in ("bfloat16", "int8", "nf4")
+        ),
+        replace(large, method="stiefel", paradigm="fo", dtype="bfloat16", checkpointing=True),
+        replace(large, method="forward", dtype="bfloat16"),
+    ]
+    causal = Case("memory", "opt-1.3b", rows=16, tokens=256)
+    models = [
+        replace(causal, method="stiefel", paradigm="zo", dtype="bfloat16"),
+        replace(causal, method="mezo", paradigm="zo", dtype="bfloat16"),
+        replace(causal, method="stiefel", paradigm="fo", dtype="bfloat16", checkpointing=True),
+        replace(causal, method="forward", dtype="bfloat16"),
+    ]
+    pretraining = Case("memory", "llama-1b", rows=16, tokens=256, dtype="bfloat16", objective="lm")
+    models += [
+        replace(pretraining, method="stiefel", paradigm="fo", checkpointing=True),
+        replace(pretraining, method="adamw", paradigm="fo", checkpointing=True),
+    ]
+    every = [
+        replace(large, method=row.name, paradigm=paradigm, dtype=dtype)
+        for dtype in ("float32", "bfloat16", "int8", "nf4")
+        for row in METHODS.values()
+        for paradigm in row.paradigms
+        if dtype in ("float32", "bfloat16") or (row.name == "stiefel" and paradigm != "fwd")
+    ]
+    timing = [
+        Case("time", "roberta-large"),
+        Case("time", "roberta-large", dtype="bfloat16"),
+        Case("time", "opt-1.3b", dtype="bfloat16", rows=16, tokens=256),
+    ]
+    # timing comes in the middle: it runs alone, and rows after it are those that may be left out
+    return list(dict.fromkeys([*leading, *timing, *models, *every]))
+
+
+# --- in the process of a case -------------------------------------------------------------------------------------
+
+
+def changes(case: Case, smoke: bool) -> dict[str, Any]:
+    """Numbers of the preset that a smoke run makes small."""
+    if not smoke:
+        return {}
+    from zolr.models import PRESETS
+
+    return {**TINY[PRESETS[case.model].family], "vocab_size": 300}
+
+
+def model_of(case: Case, device: str, smoke: bool) -> Any:
+    """The model with random weights, drawn where they are needed."""
+    import torch
+
+    from zolr.models import build, load_model
+
+    if case.dtype not in ("int8", "nf4"):
+        with torch.device(device):
+            dtype = getattr(torch, case.dtype)
+            return build(case.model, dtype=dtype, device=device, dropout=0.0, **changes(case, smoke))
+    if "quantize" not in inspect.signature(load_model).parameters:
+        raise NotAvailable("not available: this version loads no coded weights")
+    with tempfile.TemporaryDirectory() as folder:
+        name: str = case.model
+        if smoke:
+            name = folder
+            build(case.model, dropout=0.0, **changes(case, smoke)).save_pretrained(folder)
+        more: dict[str, Any] = {"quantize": case.dtype}
+        return load_model(name, dtype=torch.bfloat16, device=device, dropout=0.0, **more)
+
+
+class NotAvailable(Exception):
+    """The row cannot be filled by this version or on this machine."""
+
+
+def batch_of(case: Case, vocabulary: int, device: str) -> dict[str, Any]:
+    """Random tokens; the last one is padding, as predictions take it."""
+    import torch
+
+    numbers = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, vocabulary, (case.rows, case.tokens), generator=numbers)
+    if case.objective == "lm":
+        found = {"input_ids": ids, "labels": ids.clone()}
+    else:
+        mask = torch.ones_like(ids)
+        mask[:, -1] = 0
+        zeros = torch.zeros(case.rows, dtype=torch.long)
+        found = {"input_ids": ids, "attention_mask": mask, "positions": zeros + 1, "labels": zeros}
+    return {name: part.to(device) for name, part in found.items()}
+
+
+def method_of(case: Case) -> Any:
+    """The method with nothing left to choose, and windows so short that a few steps see a change."""
+    from zolr.methods import METHODS
+
+    method = METHODS[case.method].build(case.paradigm)
+    if getattr(method.estimator, "eps", 1.0) is None:
+        method = replace(method, estimator=replace(method.estimator, eps=1e-3))  # pyright: ignore
+    return replace(method, refresh_every=method.refresh_every and 2)
+
+
+def memory(case: Case, device: str, smoke: bool) -> dict[str, Any]:
+    """Allocated and reserved peak of steps after the first, against the prediction."""
+    import torch
+
+    from zolr.engine import Engine
+    from zolr.memory import kept, measure, predict
+    from zolr.methods import METHODS
+    from zolr.models import PRESETS, checkpoint_activations, lm_loss, prompt_loss
+
+    model = model_of(case, device, smoke)
+    data = batch_of(case, model.config.vocab_size, device)
+    loss: Any = lm_loss if case.objective == "lm" else prompt_loss(WORDS)
+    base = torch.cuda.memory_allocated(device) if device.startswith("cuda") else None
+    predicted = None
+    shape = PRESETS[case.model].config(**changes(case, smoke))
+    settings: dict[str, Any] = dict(batch_size=case.rows, max_length=case.tokens, objective=case.objective)
+    coded = case.dtype in ("int8", "nf4")
+    if case.method == "forward":
+        if not coded:
+            predicted = predict(shape, dtype=getattr(torch, case.dtype), **settings)
+        with torch.no_grad():
+            loss(model, data)
+            with measure(model, data, device=device) as found:
+                loss(model, data)
+    else:
+        if case.checkpointing:
+            checkpoint_activations(model)
+        select = case.select or METHODS[case.method].trained(case.paradigm)
+        method = method_of(case)
+        if not coded:
+            more = dict(checkpointing=case.checkpointing, select=select, dtype=getattr(torch, case.dtype))
+            predicted = predict(shape, method, **settings, **more)
+        engine = Engine(model, method, lr=1e-6, loss=loss, select=select)
+        engine.step([data])  # makes the optimizer's state and the libraries' workspaces
+        held = [tensor for tensors in kept(engine).values() for tensor in tensors]
+        with measure(model, data, *held, device=device) as found:
+            for _ in range(3):
+                engine.step([data])
+    row: dict[str, Any] = {
+        "counter": found.counter,
+        "peak_bytes": found.peak_bytes,
+        "reserved_bytes": found.reserved_bytes,
+        "weights_and_batch_bytes": base,
+        "predicted_bytes": None if predicted is None else predicted.peak_bytes,
+        "predicted_phase": None if predicted is None else predicted.phase,
+    }
+    if predicted is not None:
+        row["predicted_over_measured"] = predicted.peak_bytes / found.peak_bytes
+    return row
+
+
+def kernels(step: Any, cuda: bool) -> int:
+    """Kernels that a call launches (operations, on the host)."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=kinds) as found:
+        step()
+    launches = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx")
+    events = found.key_averages()
+    if cuda:
+        return sum(event.count for event in events if event.key in launches)
+    return sum(event.count for event in events if event.key.startswith("aten::"))
+
+
+def times(case: Case, device: str, smoke: bool) -> Iterator[dict[str, Any]]:
+    """Ratios in paired rounds, and launches, growing: whatever is done when the time is up is kept."""
+    import copy
+
+    import torch
+    from speed import FO, FWD, ZO, engine, paired
+
+    from zolr.models import prompt_loss
+
+    rounds = 3 if smoke else ROUNDS
+    plain = model_of(case, device, smoke)
+    data, loss = batch_of(case, plain.config.vocab_size, device), prompt_loss(WORDS)
+    row: dict[str, Any] = {"ratios": {}, "launches": {}}
+
+    def two_forwards() -> None:
+        with torch.no_grad():
+            for _ in range(2):
+                loss(plain, data).mean().item()
+
+    full = optimizer = None
+
+    def adamw() -> None:
+        assert full is not None and optimizer is not None
+        loss(full, data).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    two_forwards()
+    row["launches"]["two forwards"] = kernels(two_forwards, device.startswith("cuda"))
+    wanted = [("zo", ZO), ("fo", {name: parts for name, parts in FO.items()}), ("fwd", FWD)]
+    for kind, group in wanted:
+        for name, parts in group.items():
+            if kind == "fo" and full is None:
+                full = copy.deepcopy(plain).train()
+                optimizer = torch.optim.AdamW(full.parameters(), lr=1e-6, fused=device.startswith("cuda"))
+            reference, against = (adamw, "AdamW, fused") if kind == "fo" else (two_forwards, "two forwards")
+            label = f"{kind} {name}"
+            try:
+                run = engine(plain, *parts)
+                found = paired(lambda run=run: run.step([data]), reference, rounds)
+                row["ratios"][label] = {"against": against, **found}
+                row["launches"][label] = kernels(lambda run=run: run.step([data]), device.startswith("cuda"))
+                del run
+            except Exception as error:  # one way of stepping that fails here is one entry
+                row["ratios"][label] = {"failed": reason(error)}
+            yield row
+
+
+def reason(error: BaseException) -> str:
+    """One line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def worker(case: Case, device: str, smoke: bool) -> None:
+    """Run one case; the last line of stdout that begins with a brace is its row."""
+    import warnings
+
+    warnings.simplefilter("ignore")
+    if device == "cpu":
+        import torch
+
+        torch.set_num_threads(1)
+    try:
+        rows = times(case, device, smoke) if case.kind == "time" else [memory(case, device, smoke)]
+        for row in rows:
+            print(json.dumps(row), flush=True)
+    except NotAvailable as error:
+        print(json.dumps({"failed": str(error)}), flush=True)
+    except Exception as error:
+        print(json.dumps({"failed": reason(error)}), flush=True)
+
+
+# --- in the process that starts them ------------------------------------------------------------------------------
+
+
+def ran(case: Case, device: str, smoke: bool, seconds: float) -> dict[str, Any]:
+    """The row of a case, or why there is none."""
+    command = [sys.executable, __file__, "--worker", json.dumps(asdict(case)), "--device", device]
+    command += ["--smoke"] if smoke else []
+    start, code, errors = time.monotonic(), 0, ""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=max(1.0, seconds))
+        out, errors, code = done.stdout, done.stderr, done.returncode
+    except subprocess.TimeoutExpired as late:
+        out = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
+        code = -1
+    lines = [line for line in out.splitlines() if line.startswith("{")]
+    row: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+    if code == -1:
+        row["cut_after_s"] = round(seconds)
+    if not lines:
+        last = (errors.strip().splitlines() or ["it said nothing"])[-1]
+        row["failed"] = "out of time" if code == -1 else f"exit code {code}: {last[:300]}"
+    return {**asdict(case), **row, "seconds": round(time.monotonic() - start, 1)}
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures hold for."""
+    import torch
+
+    found: dict[str, Any] = {
+        "device": device,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    for name in ("transformers", "torchao", "bitsandbytes", "triton"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    if device.startswith("cuda"):
+        numbers = torch.cuda.get_device_properties(device)
+        found |= {"name": numbers.name, "memory_bytes": numbers.total_memory, "cuda": torch.version.cuda}
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            answer = subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout
+            found["driver"] = answer.strip().splitlines()[0] if answer.strip() else None
+        except (OSError, subprocess.TimeoutExpired):
+            found["driver"] = None
+    return found
+
+
+def shown(name: str, row: dict[str, Any]) -> str:
+    """A row for people."""
+    if "failed" in row:
+        return f"{name}: {row['failed']}"
+    if row["kind"] == "time":
+        done = [f"{k} {v['ratio']:.3f}" for k, v in row["ratios"].items() if "ratio" in v]
+        return f"{name}: {'; '.join(done)}"
+    ratio = row.get("predicted_over_measured")
+    more = f", predicted / measured {ratio:.3f}" if ratio else ""
+    return f"{name}: {row['peak_bytes'] / 1e9:.3f} GB{more}"
+
+
+def main() -> None:
+    """Run the cases that fit into the time."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--smoke", action="store_true", help="tiny models: whether everything runs")
+    parser.add_argument("--seconds", type=float, default=460, help="for all cases together")
+    parser.add_argument("--case-seconds", type=float, default=75, help="for one case at most")
+    parser.add_argument("--lanes", type=int, default=3, help="memory cases that run at once")
+    parser.add_argument("--only", default="", help="a part of the names of the cases to run")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    parser.add_argument(
+        "--output", type=Path, help="by default benchmarks/results/gpu.json, or gpu-smoke.json"
+    )
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(Case(**json.loads(options.worker)), options.device, options.smoke)
+        return
+    chosen = [case for case in cases() if options.only in case.name]
+    if options.smoke:
+        chosen = [replace(case, rows=4, tokens=12) for case in chosen]
+    if options.list:
+        print("\n".join(case.name for case in chosen))
+        return
+    output = options.output or RESULTS / ("gpu-smoke.json" if options.smoke else "gpu.json")
+    end = time.monotonic() + options.seconds
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    found: dict[str, Any] = {"conditions": machine(options.device), "smoke": options.smoke, "rows": {}}
+
+    def one(case: Case) -> None:
+        left = end - time.monotonic()
+        row = asdict(case) | {"failed": "left out: no time left"}
+        if left > 5:
+            row = ran(case, options.device, options.smoke, min(left, options.case_seconds))
+        found["rows"][case.name] = row
+        print(shown(case.name, row), flush=True)
+        output.parent.mkdir(exist_ok=True)
+        output.write_text(json.dumps(found, indent=1) + "\n")  # what is known so far survives everything
+
+    block: list[Case] = []
+    for case in [*chosen, None]:
+        if case is not None and case.kind == "memory":
+            block.append(case)
+            continue
+        with ThreadPoolExecutor(max(1, options.lanes)) as lanes:
+            list(lanes.map(one, block))
+        block = []
+        if case is not None:
+            one(case)  # alone: what else runs would be in its times
+
+
+if __name__ == "__main__":
+    main()

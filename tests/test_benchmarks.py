@@ -1,0 +1,102 @@
+"""The benchmarks run: every line of the one for GPUs on tiny models, and rows that cannot be filled say why."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def ran(script: str, *arguments: object, path: Path | None = None) -> str:
+    """Standard output of a benchmark on one thread."""
+    folders = [str(path)] if path else []
+    where = os.pathsep.join([*folders, str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": where, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def smoke(tmp_path: Path, only: str, *more: object) -> dict[str, dict[str, Any]]:
+    # a machine with a GPU need not have the data sets' library
+    (tmp_path / "datasets.py").write_text("raise ImportError('there is no datasets here')\n")
+    output = tmp_path / "gpu.json"
+    arguments = ("--device", "cpu", "--smoke", "--lanes", 1, "--only", only, "--output", output)
+    ran("gpu.py", *arguments, *more, path=tmp_path)
+    found = json.loads(output.read_text())
+    assert found["smoke"] is True and found["conditions"]["device"] == "cpu"
+    return found["rows"]
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_on_tiny_models_without_a_gpu(tmp_path: Path) -> None:
+    rows = smoke(tmp_path, "opt-1.3b", "--case-seconds", 300, "--seconds", 800)
+    memory = {row["method"] + row["paradigm"]: row for row in rows.values() if row["kind"] == "memory"}
+    assert set(memory) == {"forward", "stiefelzo", "mezozo", "stiefelfo"}
+    for row in memory.values():
+        assert "failed" not in row, row
+        assert 0.9 < row["predicted_over_measured"] < 1.1 and row["peak_bytes"] > 0
+    (timed,) = (row for row in rows.values() if row["kind"] == "time")
+    assert len(timed["ratios"]) == len(timed["launches"]) - 1 >= 9
+    for name, row in timed["ratios"].items():
+        assert row["lower"] <= row["ratio"] <= row["upper"] and timed["launches"][name] > 0
+
+
+@pytest.mark.slow
+def test_a_case_that_cannot_be_run_is_one_row(tmp_path: Path) -> None:
+    (row,) = smoke(tmp_path, "int8, 64 x 128, stiefel zo").values()
+    assert row.get("peak_bytes", 0) > 0 or "not available" in row["failed"]
+    (row,) = smoke(tmp_path, "float32, 64 x 128, mezo zo", "--case-seconds", 1).values()
+    assert row["failed"] == "out of time" and row["cut_after_s"] == 1
+    (row,) = smoke(tmp_path, "float32, 64 x 128, mezo zo", "--seconds", 1).values()
+    assert row["failed"].startswith("left out")
+
+
+def test_the_cases_are_told_apart_and_the_first_ones_matter_most() -> None:
+    names = ran("gpu.py", "--list").splitlines()
+    assert len(names) == len(set(names)) > 30
+    assert names[1] == "memory, roberta-large, float32, 64 x 128, stiefel zo"
+    from zolr.methods import METHODS
+
+    for row in METHODS.values():
+        for paradigm in row.paradigms:
+            assert f"memory, roberta-large, float32, 64 x 128, {row.name} {paradigm}" in names
+
+
+@pytest.mark.slow
+def test_the_speed_benchmark_keeps_ratios_and_shares(tmp_path: Path) -> None:
+    tiny = (
+        "--layers",
+        1,
+        "--batch-size",
+        2,
+        "--length",
+        8,
+        "--rounds",
+        2,
+        "--output",
+        tmp_path / "speed.json",
+    )
+    ran("speed.py", *tiny, "--only", "stiefel, attention, rank 16")
+    ran("speed.py", *tiny, "--profile")
+    (case,) = json.loads((tmp_path / "speed.json").read_text()).values()
+    assert {"zo stiefel, attention, rank 16 (default) / two forwards"} < set(case["rows"])
+    shares = case["profile"]["shares"]
+    assert shares["two plain forwards"] == 1 and shares["whole step"] > 0
+
+
+@pytest.mark.slow
+def test_peers_that_are_not_there_are_rows_that_say_so(tmp_path: Path) -> None:
+    tiny = ("--layers", 1, "--vocabulary", 300, "--batch-size", 2, "--length", 8, "--rounds", 2)
+    ran("peers.py", *tiny, "--only", "zo", "--output", tmp_path / "peers.json")
+    (case,) = json.loads((tmp_path / "peers.json").read_text()).values()
+    ours = case["rows"]["zolr stiefel zo"]
+    assert ours["ratio"] > 0 and ours["peak_bytes"] > case["conditions"]["weights_bytes"]
+    for row in case["rows"].values():
+        assert ("failed" in row) != ("ratio" in row)

@@ -1,0 +1,188 @@
+"""`--memory-budget`: the pick is the fastest that fits, nothing given is overruled, and below the floor nothing runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Run
+
+from zolr.cli.budget import PASS_ROWS, SIZE, Way, plan, told, verdict, ways
+from zolr.errors import BudgetError, UsageError
+
+EVERYTHING = {*SIZE, "checkpointing", "signs", "realization"}
+ASKED = Way(16, 2)
+
+
+def peak(way: Way) -> int:
+    """A model of 1,000 bytes whose rows take 100, fewer where they are computed again, twice that for both signs."""
+    row = 30 if way.checkpointing else 100
+    row *= 2 if way.signs == "together" else 1
+    return 1000 + row * way.batch_size + (0 if way.realization == "side" else 50)
+
+
+def test_every_way_takes_the_same_examples_and_the_fastest_comes_first() -> None:
+    for paradigm in ("fo", "zo", "fwd"):
+        found = ways(ASKED, paradigm, EVERYTHING)
+        assert {way.batch_size * way.accumulate for way in found} == {32}
+        assert [way.cost for way in found] == sorted(way.cost for way in found)
+        assert len(found) == len(set(found)) and found[0] == Way(32, 1)
+        assert any(way.checkpointing for way in found) == (paradigm == "fo")
+        assert any(way.signs == "together" for way in found) == (paradigm == "zo")
+
+
+@pytest.mark.parametrize("given", [*sorted(EVERYTHING), None])
+@pytest.mark.parametrize("paradigm", ["fo", "zo", "fwd"])
+def test_what_is_given_stays(given: str | None, paradigm: str) -> None:
+    free = EVERYTHING - {given}
+    for way in ways(ASKED, paradigm, free):
+        for name in {given} & EVERYTHING | (set(SIZE) if given in SIZE else set()):
+            assert getattr(way, name) == getattr(ASKED, name)
+    assert ways(ASKED, paradigm, ()) == [ASKED]
+
+
+@pytest.mark.parametrize("paradigm", ["fo", "zo", "fwd"])
+@pytest.mark.parametrize("free", [EVERYTHING, set(SIZE), {"checkpointing", "signs"}, set()])
+def test_the_pick_is_the_fastest_that_fits(paradigm: str, free: set[str]) -> None:
+    found = ways(ASKED, paradigm, free)
+    floor, top = min(map(peak, found)), max(map(peak, found))
+    for budget in range(floor - 60, top + 60, 20):
+        fitting = [way for way in found if peak(way) <= budget]
+        asked: list[Way] = []
+
+        def counted(way: Way, asked: list[Way] = asked) -> int:
+            asked.append(way)
+            return peak(way)
+
+        if not fitting:
+            with pytest.raises(BudgetError):
+                plan(counted, ASKED, paradigm, free, budget)
+            continue
+        picked = plan(counted, ASKED, paradigm, free, budget)
+        assert picked.way.cost == min(way.cost for way in fitting)
+        assert picked.peak == peak(picked.way) <= budget
+        assert len(asked) == len(set(asked)) <= 16
+        if picked.faster is not None:
+            way, size = picked.faster
+            assert way.cost < picked.way.cost and size > budget
+
+
+def test_below_the_floor_the_error_names_what_would_fit() -> None:
+    mib = 2**20
+    floor = min(peak(way) for way in ways(ASKED, "fo", EVERYTHING))
+    with pytest.raises(BudgetError) as error:
+        plan(lambda way: peak(way) * mib, ASKED, "fo", EVERYTHING, (floor - 1) * mib)
+    assert error.value.exit_code == 7
+    assert f"--memory-budget {floor}MiB would do" in str(error.value)
+    assert "--batch-size 1 --accumulate 32 --checkpointing --realization side" in str(error.value)
+    assert "--paradigm zo" in str(error.value)
+    # the smallest budget that is named is enough
+    assert plan(lambda way: peak(way) * mib, ASKED, "fo", EVERYTHING, floor * mib).peak == floor * mib
+
+
+def test_the_error_names_what_would_fit_if_less_were_given() -> None:
+    budget = peak(Way(8, 4))
+    with pytest.raises(BudgetError, match="within the budget --batch-size 32 .*--checkpointing.* would fit"):
+        plan(lambda way: peak(way) + 10**6 * (not way.checkpointing), Way(32, 1), "fo", (), 2100)
+    with pytest.raises(BudgetError, match=r"within the budget --batch-size 8 --accumulate 4 .*would fit"):
+        plan(lambda way: peak(way) + 10**6 * way.checkpointing, ASKED, "fo", (), budget)
+
+
+def test_ways_that_cannot_be_predicted_are_left_out_with_their_reason() -> None:
+    def peak_at(way: Way) -> int:
+        if way.signs == "together":
+            raise UsageError("realization 'inplace' holds one sign at a time")
+        return peak(way)
+
+    picked = plan(peak_at, ASKED, "zo", EVERYTHING, 1300)
+    assert picked.way.signs == "sequence"
+    assert all("--signs together" in line and "holds one sign" in line for line in picked.skipped)
+    assert picked.skipped and set(picked.skipped) <= set(told(picked, "zo", 1300))
+
+    def never(way: Way) -> int:
+        raise UsageError("no rule")
+
+    with pytest.raises(UsageError, match="nothing to choose; .*no rule"):
+        plan(never, ASKED, "zo", EVERYTHING, 1300)
+
+
+def test_more_passes_cost_more_and_so_does_recomputing() -> None:
+    assert Way(32, 1).cost < Way(16, 2).cost < Way(1, 32).cost == 32 * (1 + PASS_ROWS)
+    assert Way(32, 1).cost < Way(32, 1, checkpointing=True).cost < Way(1, 32).cost
+
+
+def test_a_measured_peak_over_the_budget_is_told() -> None:
+    assert verdict(2**30, 2**30, "live tensors") is None and verdict(1, None, "") is None
+    assert "is over --memory-budget 1.00 GiB" in str(verdict(2**30, 2**31, "live tensors"))
+
+
+def finetune(zolr: Run, *more: object) -> tuple[int, str, str]:
+    given: list[object] = ["--k", 3, "--steps", 2, "--eval-rows", 4, "--max-length", 16, "--threads", 1]
+    return zolr("finetune", *given, *more, "--json")
+
+
+def test_a_run_keeps_its_budget(zolr: Run, tmp_path: Path) -> None:
+    def run(name: str, *more: object) -> tuple[dict[str, Any], str]:
+        output = ("--paradigm", "fo", "--lr", 1e-3, "--output", tmp_path / name)
+        code, out, err = finetune(zolr, *output, *more)
+        assert code == 0, err
+        return json.loads(out), err
+
+    free, _ = run("free", "--batch-size", 16)
+    assert "within_budget" not in free
+    budget = int(0.8 * free["peak_bytes_predicted"])
+    tight, said = run("tight", "--memory-budget", f"{budget}B")
+    assert "memory budget" in said and "would take" in said
+    assert tight["peak_bytes_predicted"] <= budget == tight["memory_budget_bytes"]
+    assert tight["peak_bytes_measured"] <= budget and tight["within_budget"] is True
+    used = tight["settings"]
+    assert used["batch_size"] * used["accumulate"] == 16
+    # the config of the run says what was picked, and repeats it
+    again = zolr(
+        "finetune", "--config", tmp_path / "tight" / "config.toml", "--output", tmp_path / "again", "--json"
+    )
+    assert json.loads(again[1])["settings"] == used
+
+
+def test_a_budget_that_nothing_fits_ends_before_training(zolr: Run, tmp_path: Path) -> None:
+    code, out, err = finetune(
+        zolr, "--paradigm", "fo", "--memory-budget", "1MiB", "--output", tmp_path / "run"
+    )
+    assert (code, out) == (7, "") and not (tmp_path / "run").exists()
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "would do" in line and "the least is" in line
+    code, _, err = finetune(zolr, "--memory-budget", "4", "--output", tmp_path / "run")
+    assert code == 2 and "--memory-budget '4' is no amount of memory" in err
+
+
+def test_a_size_that_was_given_is_never_changed(zolr: Run, tmp_path: Path) -> None:
+    given = ("--paradigm", "fo", "--batch-size", 16, "--no-checkpointing", "--output", tmp_path / "run")
+    code, _, err = finetune(zolr, *given, "--memory-budget", "20MiB", "--dry-run")
+    assert code in (0, 7) and "--batch-size 16 --accumulate 1 --no-checkpointing" in err
+    code, _, err = finetune(zolr, *given, "--memory-budget", "6MiB", "--dry-run")
+    assert code == 7 and "the least is" in err and "--batch-size 16 --accumulate 1 --no-checkpointing" in err
+
+
+def test_pretraining_keeps_its_budget(zolr: Run, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "\n\n".join(f"The {i}th sentence of a text that has {i} more of them." for i in range(900))
+    )
+    shape = ("--hidden-size", 32, "--layers", 2, "--heads", 2, "--train-tokenizer", "--vocab-size", 300)
+    given: tuple[object, ...] = ("--data", text, *shape, "--steps", 2, "--length", 32, "--threads", 1)
+
+    def run(name: str, *more: object) -> tuple[int, str, str]:
+        return zolr("pretrain", *given, "--output", tmp_path / name, "--json", *more)
+
+    code, out, err = run("free")
+    assert code == 0, err
+    free = json.loads(out)
+    assert free["peak_bytes_predicted"] == pytest.approx(free["peak_bytes_measured"], rel=0.01)
+    budget = int(0.6 * free["peak_bytes_predicted"])
+    code, out, err = run("tight", "--memory-budget", f"{budget}B")
+    assert code == 0 and "memory budget" in err, err
+    tight = json.loads(out)
+    assert tight["within_budget"] is True and tight["peak_bytes_measured"] <= budget
+    assert tight["settings"]["batch_size"] * tight["settings"]["accumulate"] == 32
+    code, out, err = run("none", "--memory-budget", "100KiB")
+    assert code == 7 and "would do" in err

@@ -1,0 +1,229 @@
+"""Laws of prediction and measurement: to the byte for every method, no growth over steps, no drift of what is not moved."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+
+from zolr.engine import Engine
+from zolr.memory import LiveBytes, kept, predict
+from zolr.methods import METHODS, Method, compose
+from zolr.models import build, checkpoint_activations, lm_loss, prompt_loss
+
+PAIRS = [(name, paradigm) for name, row in METHODS.items() for paradigm in row.paradigms]
+FAMILIES = {
+    "roberta": dict(intermediate_size=72, num_attention_heads=2),
+    "llama": dict(intermediate_size=80, num_attention_heads=2),
+    "gpt2": dict(n_head=2),
+}
+ROWS, TOKENS = 5, 13  # odd on purpose: nothing is a multiple of anything
+
+
+def config(family: str, **changes: Any) -> PreTrainedConfig:
+    numbers = dict(vocab_size=211, hidden_size=48, num_hidden_layers=2, pad_token_id=0, eos_token_id=1)
+    return AutoConfig.for_model(family, **{**numbers, "bos_token_id": 1, **FAMILIES[family], **changes})
+
+
+def short(method: Method, window: int = 3) -> Method:
+    """The method with short windows, and nothing left to choose."""
+    estimator: Any = method.estimator
+    if getattr(estimator, "eps", 1.0) is None:
+        estimator = replace(estimator, eps=1e-3)
+    return replace(method, estimator=estimator, refresh_every=method.refresh_every and window)
+
+
+def batches(objective: str, rows: int, tokens: int, count: int) -> list[dict[str, torch.Tensor]]:
+    numbers = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(count):
+        ids = torch.randint(3, 200, (rows, tokens), generator=numbers)
+        mask = torch.ones_like(ids)
+        mask[:, -1] = 0  # padding, as predictions take it; without any, real masks are dropped
+        labels = torch.zeros(rows, dtype=torch.long)
+        prompt = dict(input_ids=ids, attention_mask=mask, positions=torch.ones_like(labels), labels=labels)
+        found.append(dict(input_ids=ids, labels=ids.clone()) if objective == "lm" else prompt)
+    return found
+
+
+def measured(shape: PreTrainedConfig, method: Method, settings: dict[str, Any], steps: int) -> LiveBytes:
+    """Live bytes of real steps on real weights."""
+    model = build(shape, dropout=0.0, dtype=settings["dtype"])
+    if settings["checkpointing"]:
+        checkpoint_activations(model)
+    size = settings["batch_size"], settings["max_length"], settings["accumulation"]
+    data = batches(settings["objective"], *size)
+    loss: Any = lm_loss if settings["objective"] == "lm" else prompt_loss((3, 4))
+    with LiveBytes() as live:
+        live.track(model, *data)
+        engine = Engine(model, method, lr=1e-3, loss=loss, select=settings["select"], guard=False)
+        for _ in range(steps):
+            engine.step(data)
+    return live
+
+
+def agrees(shape: PreTrainedConfig, method: Method, settings: dict[str, Any], steps: int) -> None:
+    predicted = predict(shape, method, **settings)
+    assert predicted.peak_bytes == pytest.approx(measured(shape, method, settings, steps).peak, rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["roberta", "llama"])
+@pytest.mark.parametrize(("name", "paradigm"), PAIRS)
+@pytest.mark.parametrize("low", [False, True])
+def test_every_method_is_predicted_to_the_percent(family: str, name: str, paradigm: str, low: bool) -> None:
+    """With one micro-batch in float32, and with four in bfloat16 and activations recomputed where there are any."""
+    row = METHODS[name]
+    learns = row.build(paradigm).projector.learns_from == "gradients"
+    settings = dict(
+        batch_size=ROWS,
+        max_length=TOKENS,
+        dtype=torch.bfloat16 if low else torch.float32,
+        objective="lm" if family == "llama" else "prompt",
+        accumulation=4 if low else 1,
+        checkpointing=low and paradigm == "fo",
+        select=row.trained(paradigm),
+    )
+    # a spectrum is full after a few windows; other methods hold all they ever will after one
+    agrees(config(family), short(row.build(paradigm), 2 if learns else 3), settings, 13 if learns else 5)
+
+
+@pytest.mark.parametrize("select", ["attention", "norm", "all"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_forward_mode_is_predicted_whatever_is_trained(family: str, select: str) -> None:
+    """Tangents of weights that are not trained are zeros which nobody writes down."""
+    settings = dict(batch_size=ROWS, max_length=TOKENS, dtype=torch.float32, objective="prompt")
+    settings |= dict(accumulation=1, checkpointing=False, select=select)
+    agrees(config(family), short(compose("stiefel", "fwd")), settings, 5)
+
+
+@pytest.mark.parametrize("paradigm", ["fo", "zo"])
+def test_a_spectrum_is_predicted_as_what_it_is(paradigm: str) -> None:
+    """What `dependent` keeps beyond the bases of `stiefel` is in the figures."""
+    size = dict(batch_size=2, max_length=5)
+    learned = predict(config("roberta"), compose("dependent", paradigm, rank=4), **size)
+    plain = predict(config("roberta"), compose("stiefel", paradigm, rank=4), **size)
+    assert learned.coords_bytes > plain.coords_bytes
+    assert not any("Stiefel" in line or "taken to be" in line for line in learned.assumptions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("paradigm", ["zo", "fo"])
+def test_a_middle_sized_model_is_predicted_to_the_percent(paradigm: str) -> None:
+    shape = config("roberta", vocab_size=20000, hidden_size=384, num_hidden_layers=6)
+    shape.intermediate_size, shape.num_attention_heads = 1536, 6
+    settings = dict(batch_size=15, max_length=61, dtype=torch.float32, objective="prompt", accumulation=1)
+    settings |= dict(checkpointing=False, select=METHODS["stiefel"].trained(paradigm))
+    agrees(shape, short(compose("stiefel", paradigm), 2), settings, 5)
+
+
+@pytest.mark.parametrize(("name", "paradigm"), [("stiefel", "zo"), ("stiefel", "fo"), ("dependent", "fo")])
+def test_live_bytes_do_not_grow_from_step_10_to_step_1000(name: str, paradigm: str) -> None:
+    """Sixty windows later a run holds what it held: what a step leaves behind is gone."""
+    method = short(compose(name, paradigm, rank=2), 16)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 3))
+    x, y = torch.randn(7, 12), torch.randint(3, (7,))
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    engine = Engine(model, method, lr=1e-3, loss=loss)
+    with LiveBytes() as live:
+        live.track(model, x, y)
+        live.track(*(tensor for part in kept(engine).values() for tensor in part))
+        at = {}
+        for step in range(1, 1001):
+            engine.step([(x, y)])
+            if step in (10, 170, 1000):
+                at[step] = live.live
+    # a spectrum fills up in its first windows, all else is there at step 10
+    first = 170 if name == "dependent" else 10
+    assert at[1000] <= at[first], at
+    assert engine.variables[0].window > 50
+
+
+# --- precision ----------------------------------------------------------------------------------------------------
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def steps_without_movement(dtype: torch.dtype, realization: Any, method: str) -> float:
+    """Relative change of the weights after 2,000 steps of which each probes and moves nothing."""
+    torch.manual_seed(0)
+    model = nn.Linear(24, 16, bias=False).to(dtype)
+    nn.init.normal_(model.weight, std=0.04)
+    before = model.weight.detach().clone()
+    x = torch.randn(4, 24)
+
+    def flat(model: nn.Module, batch: Any) -> torch.Tensor:
+        # every probe is evaluated, and its loss says nothing
+        return (model(batch.to(model.weight.dtype)).float() * 0).mean()
+
+    parts = dict(projector=None if method == "mezo" else "stiefel")
+    engine = Engine(
+        model,
+        compose(method, "zo", eps=1e-3, refresh_every=None if method == "mezo" else 200, **parts),
+        lr=1e-6,
+        loss=flat,
+        realization=realization,
+    )
+    for _ in range(2000):
+        assert not engine.step([x]).skipped
+    after = engine.detach().weight.detach()
+    return float((after.double() - before.double()).norm() / before.double().norm())
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize(
+    ("method", "realization"), [("stiefel", "side"), ("stiefel", "rebuild"), ("mezo", "rebuild")]
+)
+def test_weights_do_not_drift_where_nothing_moves(dtype: str, method: str, realization: str) -> None:
+    assert steps_without_movement(DTYPES[dtype], realization, method) == 0.0
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_the_walk_in_place_drifts_where_nothing_moves(dtype: str) -> None:
+    """MeZO's walk as published rounds at every visit, by a share of a unit in the last place: the coarser, the further."""
+    drift = steps_without_movement(DTYPES[dtype], "inplace", "stiefel")
+    assert torch.finfo(DTYPES[dtype]).eps < drift < 1.0
+
+
+def test_a_master_in_float32_takes_the_drift_of_the_walk_back() -> None:
+    """Weights below float32 that are trained whole are written anew from their master at every step."""
+    assert steps_without_movement(torch.bfloat16, "inplace", "mezo") == 0.0
+
+
+OVERFLOWS = pytest.mark.xfail(
+    reason="torch's forward derivative of layer norm overflows float16", strict=True
+)
+
+
+@pytest.mark.parametrize(
+    ("paradigm", "dtype"),
+    [
+        *((paradigm, dtype) for paradigm in ("zo", "fo") for dtype in ("bfloat16", "float16")),
+        ("fwd", "bfloat16"),
+        pytest.param("fwd", "float16", marks=OVERFLOWS),
+    ],
+)
+def test_low_precision_weights_have_float32_coordinates_and_losses(paradigm: str, dtype: str) -> None:
+    model = build(config("roberta"), dropout=0.0, dtype=DTYPES[dtype])
+    losses: list[torch.dtype] = []
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        value = prompt_loss((3, 4))(model, batch)
+        losses.append(value.dtype)
+        return value
+
+    engine = Engine(model, short(compose("stiefel", paradigm), 2), lr=1e-3, loss=loss)
+    for _ in range(3):
+        assert not engine.step(batches("prompt", ROWS, TOKENS, 2)).skipped
+    assert set(losses) == {torch.float32}
+    for variable in engine.variables:
+        assert variable.value.dtype == torch.float32 and variable.weight.dtype == DTYPES[dtype]
+    for tensor in kept(engine)["optimizer"]:
+        assert not tensor.is_floating_point() or tensor.dtype == torch.float32
+    trained = engine.detach()
+    assert all(p.dtype == DTYPES[dtype] for p in trained.parameters())

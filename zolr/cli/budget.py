@@ -1,0 +1,233 @@
+"""`--memory-budget`: the fastest way to take the same steps whose predicted peak fits, or an error that says what would."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import product
+
+from zolr.errors import BudgetError, UsageError
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+DECIMAL_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+# What ways cost in time, roughly, on a CPU (benchmarks/speed.py): only their order matters
+RECOMPUTED = 1.45  # 0.87 against 0.60 of an AdamW step
+PASS_ROWS = (
+    2.0  # what every pass costs besides its rows, in rows: two halves of 16 rows take 1.12 of the whole
+)
+SIDE = 1.05  # products with factors where a rebuilt weight would be faster; assumed
+TOGETHER = 1.14  # both signs in one pass against two: 1.15 against 1.01 of two forwards
+
+SIZE = ("batch_size", "accumulate")  # one choice: their product, the examples of a step, stays
+
+
+def bytes_of(amount: str, flag: str = "--budget") -> int:
+    """Bytes of an amount of memory such as 4GiB, 4GB, 4096MiB or 3.5G (without the B, units are binary ones).
+
+    Raises:
+        UsageError: it is none.
+
+    >>> bytes_of("4GiB"), bytes_of("4 GB"), bytes_of("3.5G")
+    (4294967296, 4000000000, 3758096384)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?b?)|(b))\s*", amount, re.IGNORECASE)
+    size = 0
+    if found is not None:
+        number, unit, ending, _ = found.groups()
+        units = DECIMAL_UNITS if (ending or "").upper() == "B" else UNITS
+        size = int(float(number) * units[(unit or "").upper()])
+    if size < 1:
+        raise UsageError(
+            f"{flag} '{amount}' is no amount of memory; give a number above zero and a unit, such as 4GiB, 4GB or 4096MiB"
+        )
+    return size
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to take a step: everything here changes its time and its memory, and not what it computes.
+
+    Args:
+        batch_size: examples of a micro-batch.
+        accumulate: micro-batches of a step.
+        checkpointing: activations are computed again in the backward pass.
+        signs: of a forward-only probe, "sequence" or "together".
+        realization: how a perturbation reaches a weight, "auto" or "side".
+    """
+
+    batch_size: int
+    accumulate: int = 1
+    checkpointing: bool = False
+    signs: str = "sequence"
+    realization: str = "auto"
+
+    @property
+    def cost(self) -> float:
+        """Time of a step, up to a factor that all ways of a method share."""
+        factor = RECOMPUTED if self.checkpointing else 1.0
+        factor *= TOGETHER if self.signs == "together" else 1.0
+        factor *= SIDE if self.realization == "side" else 1.0
+        return factor * self.accumulate * (self.batch_size + PASS_ROWS)
+
+    @property
+    def rest(self) -> tuple[bool, str, str]:
+        """All but the size."""
+        return self.checkpointing, self.signs, self.realization
+
+    def flags(self, paradigm: str) -> str:
+        """The way as flags of the command line, those that mean something under a paradigm."""
+        words = [f"--batch-size {self.batch_size}", f"--accumulate {self.accumulate}"]
+        if paradigm == "fo":
+            words.append("--checkpointing" if self.checkpointing else "--no-checkpointing")
+        if paradigm == "zo":
+            words.append(f"--signs {self.signs}")
+        return " ".join([*words, f"--realization {self.realization}"])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The way that was picked.
+
+    Args:
+        way: the fastest that fits.
+        peak: its predicted peak in bytes.
+        faster: the next faster way and its peak, which does not fit; None where the fastest of all does.
+        skipped: ways that cannot be predicted or taken, and why, one line each.
+    """
+
+    way: Way
+    peak: int
+    faster: tuple[Way, int] | None = None
+    skipped: tuple[str, ...] = ()
+
+
+def ways(asked: Way, paradigm: str, free: Collection[str]) -> list[Way]:
+    """All ways to take the step of `asked` that change none but the `free` fields, the fastest first.
+
+    Args:
+        asked: settings as given, and as they would be without a budget.
+        paradigm: "fo", "zo" or "fwd".
+        free: names of fields that nobody has given; the size counts as free if both of its parts are.
+    """
+    examples = asked.batch_size * asked.accumulate
+    sizes = [(size, examples // size) for size in range(1, examples + 1) if examples % size == 0]
+    if not set(SIZE) <= set(free):
+        sizes = [(asked.batch_size, asked.accumulate)]
+
+    def choices(name: str, *values: object) -> Sequence[object]:
+        return values if name in free and values else [getattr(asked, name)]
+
+    checkpointing = choices("checkpointing", *([False, True] if paradigm == "fo" else []))
+    signs = choices("signs", *(["sequence", "together"] if paradigm == "zo" else []))
+    realization = choices("realization", "auto", "side")
+    found = [
+        replace(asked, batch_size=size, accumulate=parts, checkpointing=c, signs=s, realization=r)
+        for (size, parts), c, s, r in product(sizes, checkpointing, signs, realization)
+    ]
+    return sorted(found, key=lambda way: way.cost)
+
+
+def plan(
+    peak_at: Callable[[Way], int], asked: Way, paradigm: str, free: Collection[str], budget: int
+) -> Plan:
+    """The fastest way whose predicted peak fits the budget, in few predictions.
+
+    Args:
+        peak_at: predicted peak of a way in bytes, not falling as the batch grows; UsageError for one that cannot be.
+        asked, paradigm, free: as for `ways`.
+        budget: bytes.
+
+    Raises:
+        BudgetError: none fits; the message names the nearest that would, and the smallest budget that would do.
+    """
+    known: dict[Way, int] = {}
+    skipped: dict[tuple[bool, str, str], str] = {}
+
+    def peak(way: Way) -> int | None:
+        if way.rest in skipped:
+            return None
+        if way not in known:
+            try:
+                known[way] = peak_at(way)
+            except UsageError as error:
+                skipped[way.rest] = f"{way.flags(paradigm)} is left out: {error}"
+                return None
+        return known[way]
+
+    best = _fastest(ways(asked, paradigm, free), peak, budget)
+    if best is not None:
+        tried = [(way, size) for way, size in known.items() if way.cost < best.cost]
+        faster = max(tried, key=lambda pair: pair[0].cost) if tried else None
+        return Plan(best, known[best], faster, tuple(skipped.values()))
+    if not known:
+        raise UsageError(
+            f"no way can be predicted, so --memory-budget has nothing to choose; {next(iter(skipped.values()))}"
+        )
+    least = min(known, key=lambda way: known[way])
+    text = (
+        f"no way to take this step fits into --memory-budget {_size(budget)}: the least is {_size(known[least])} with "
+        f"{least.flags(paradigm)}, so --memory-budget {-(-known[least] // 2**20)}MiB would do"
+    )
+    everything = [f.name for f in fields(Way)]
+    if not set(everything) <= set(free):
+        near = _fastest(ways(asked, paradigm, everything), peak, budget)
+        if near is not None:
+            raise BudgetError(
+                f"{text}; within the budget {near.flags(paradigm)} would fit ({_size(known[near])})"
+            )
+    others = "a smaller model, --dtype bfloat16, shorter rows"
+    raise BudgetError(
+        f"{text}; use {others}{', --paradigm zo' if paradigm == 'fo' else ''}, or a larger budget"
+    )
+
+
+def _fastest(found: Sequence[Way], peak: Callable[[Way], int | None], budget: int) -> Way | None:
+    """The first of the ways, fastest first, that fits: of each kind the largest batch, found by halving."""
+    fitting: list[Way] = []
+    for rest in dict.fromkeys(way.rest for way in found):
+        kind = sorted((way for way in found if way.rest == rest), key=lambda way: way.batch_size)
+        low, high = -1, len(kind)
+        guess = high - 1  # the largest may fit
+        while high - low > 1:
+            size = peak(kind[guess])
+            if size is not None and size <= budget:
+                low = guess
+            else:
+                high = guess
+            guess = (low + high) // 2
+        if low >= 0:
+            fitting.append(kind[low])
+        elif kind:
+            peak(kind[0])  # the floor of this kind, for the error
+    return min(fitting, key=lambda way: way.cost, default=None)
+
+
+def told(plan: Plan, paradigm: str, budget: int) -> list[str]:
+    """What was picked and why, one line each."""
+    lines = [
+        f"memory budget {_size(budget)}: {plan.way.flags(paradigm)}, predicted peak of a step {_size(plan.peak)}"
+    ]
+    if plan.faster is None:
+        lines[0] += ", the fastest way there is"
+    else:
+        way, peak = plan.faster
+        lines[0] += f"; the next faster way tried, {way.flags(paradigm)}, would take {_size(peak)}"
+    return [*lines, *plan.skipped]
+
+
+def verdict(budget: int, measured: int | None, counter: str) -> str | None:
+    """A warning where the measured peak is over the budget."""
+    if measured is None or measured <= budget:
+        return None
+    return (
+        f"warning: the measured peak, {_size(measured)} ({counter}), is over --memory-budget {_size(budget)}: the prediction "
+        f"was too low; give a budget that is smaller by {measured / budget - 1:.1%}"
+    )
+
+
+def _size(count: int) -> str:
+    from zolr.cli.screen import size
+
+    return size(count)
