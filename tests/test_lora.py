@@ -185,8 +185,8 @@ def test_a_missing_package_is_named_with_the_extra_that_has_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "peft", None)
-    failed(zolr("finetune", "--method", "lora"), 2, r"needs the package peft.*pip install 'zolr\[peers\]'")
-    failed(zolr("compare", "--methods", "adamw,lora"), 2, r"pip install 'zolr\[peers\]'")
+    failed(zolr("finetune", "--method", "lora"), 2, r"needs the package peft.*pip install 'zolr\[lora\]'")
+    failed(zolr("compare", "--methods", "adamw,lora"), 2, r"pip install 'zolr\[lora\]'")
     assert list(tmp_path.iterdir()) == []
     code, out, _ = zolr("estimate", "--method", "lora,mezo", "--batch-size", 1, "--max-length", 4, "--json")
     lora, mezo = json.loads(out)["methods"]

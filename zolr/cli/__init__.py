@@ -4,6 +4,7 @@ A verb `name` is the file `name.py` with `register(app)`, which adds one command
 """
 
 import gc
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# on a machine without CUDA torchao, where it is installed, says at every start what it cannot load
+_QUIET_LOGGERS = ("torchao", "torch.utils._pytree")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,6 +95,8 @@ def _app(arguments: list[str]) -> typer.Typer:
         if verb == asked:
             for name, value in _QUIET.items():
                 os.environ.setdefault(name, value)
+            for name in _QUIET_LOGGERS:
+                logging.getLogger(name).setLevel(logging.ERROR)
             import_module(f"zolr.cli.{verb}").register(app)
         else:
             app.command(verb, help=summary)(lambda: None)

@@ -22,7 +22,7 @@ REQUIRED = (
 )
 EXTRAS = {
     "plot": ("matplotlib",),
-    "peers": ("peft",),
+    "lora": ("peft",),
     "quant": ("bitsandbytes", "torchao"),
     "track": ("tensorboard", "trackio"),
 }

@@ -307,6 +307,11 @@ class Finetune(Writing, Holding, Machine, Schedule, Composition, DataChoice, Mod
             raise UsageError(
                 f"--device-map {self.device_map} moves plain weights only; leave out --quantize {self.quantize}"
             )
+        if self.device_map is not None and self.memory_budget is not None:
+            raise UsageError(
+                f"--memory-budget {self.memory_budget} goes by predictions, and there is none for --device-map "
+                f"{self.device_map}; leave one of them out"
+            )
         if self.holds and self.weight_decay:
             raise UsageError(
                 f"--weight-decay {self.weight_decay} would have to write the weights, which are held; leave it out"
@@ -659,6 +664,9 @@ class Job:
     @cached_property
     def predicted(self) -> int | None:
         """Peak bytes of a step on the longest examples, as predicted without running one; None where that fails."""
+        if self.settings.device_map is not None:
+            self.notes.append("note: no memory prediction for weights that are away between two uses")
+            return None
         try:
             return self._peak(self.settings)
         except Exception as error:  # an operation that fake tensors cannot run must not stop a run that works
