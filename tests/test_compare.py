@@ -72,7 +72,8 @@ def test_every_method_spends_the_same_forwards(zolr: Run, tmp_path: Path) -> Non
     text = table.read_text()
     assert text.count("\n| `") == 4 and "| `adamw + checkpointing` |" in text and "240 forward passes" in text
     assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 20_000
-    # the resolved settings repeat the run without its budget
+    # the resolved settings repeat the run without its budget, and no way of taking steps was changed for it
+    assert "memory-budget" not in (out / "adamw-fo" / "config.toml").read_text()
     code, printed, err = zolr(
         "finetune", "--config", out / "adamw-fo" / "config.toml", "--output", tmp_path / "again", "--json"
     )

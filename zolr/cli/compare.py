@@ -74,7 +74,7 @@ class Report(Settings):
 
 
 @dataclass(frozen=True)
-class Compare(Report, Machine, Schedule, Contest, DataChoice, ModelChoice):
+class Compare(Report, Contest, Machine, Schedule, DataChoice, ModelChoice):
     """Settings of `zolr compare`."""
 
 
@@ -172,7 +172,7 @@ def _check_same_workload(competitors: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _terms(settings: Compare, competitors: Mapping[str, Mapping[str, Any]]) -> Terms:
-    from zolr.cli.estimate import bytes_of
+    from zolr.cli.budget import bytes_of
 
     budget = None
     if settings.memory_budget is not None:
@@ -228,6 +228,7 @@ def _plans(
 
     known = {f.name for kind in (Machine, Schedule, DataChoice, ModelChoice) for f in fields(kind)}
     shared = {name: getattr(settings, name) for name in known}
+    shared["memory_budget"] = None  # the budget decides which methods run, and changes none of them
     if terms.equal is not None and terms.equal[0] == "steps":
         shared["steps"] = int(terms.equal[1])
     plans: dict[str, Finetune | ZolrError] = {}
