@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from zolr import lora
 from zolr.engine import Engine
 from zolr.memory import LiveBytes, kept, predict
 from zolr.methods import METHODS, Method, compose
@@ -50,7 +51,11 @@ def batches(objective: str, rows: int, tokens: int, count: int) -> list[dict[str
 
 def measured(shape: PreTrainedConfig, method: Method, settings: dict[str, Any], steps: int) -> LiveBytes:
     """Live bytes of real steps on real weights."""
-    model = build(shape, dropout=0.0, dtype=settings["dtype"])
+    model, select = build(shape, dropout=0.0, dtype=settings["dtype"]), settings["select"]
+    if settings.get("adapter"):
+        pytest.importorskip("peft")
+        lora.wrap(model, settings["adapter"])
+        select = lora.trained
     if settings["checkpointing"]:
         checkpoint_activations(model)
     size = settings["batch_size"], settings["max_length"], settings["accumulation"]
@@ -58,7 +63,7 @@ def measured(shape: PreTrainedConfig, method: Method, settings: dict[str, Any], 
     loss: Any = lm_loss if settings["objective"] == "lm" else prompt_loss((3, 4))
     with LiveBytes() as live:
         live.track(model, *data)
-        engine = Engine(model, method, lr=1e-3, loss=loss, select=settings["select"], guard=False)
+        engine = Engine(model, method, lr=1e-3, loss=loss, select=select, guard=False)
         for _ in range(steps):
             engine.step(data)
     return live
@@ -83,7 +88,8 @@ def test_every_method_is_predicted_to_the_percent(family: str, name: str, paradi
         objective="lm" if family == "llama" else "prompt",
         accumulation=4 if low else 1,
         checkpointing=low and paradigm == "fo",
-        select=row.trained(paradigm),
+        select="all" if row.adapter else row.trained(paradigm),
+        adapter=row.adapter,
     )
     # a spectrum is full after a few windows; other methods hold all they ever will after one
     agrees(config(family), short(row.build(paradigm), 2 if learns else 3), settings, 13 if learns else 5)
