@@ -263,7 +263,7 @@ _ROWS = (
         "released code (side, scale a = 0.25, kept moments; embeddings, head and vectors by plain AdamW at the unscaled rate); "
         "moments are float32 whatever the weights are",
         "dense gradients: one alive at a time, but all of them while micro-batches accumulate; no clipping",
-        lr={"fo": 2.5e-4},
+        lr={"fo": 5e-4},
     ),
     Row(
         "sgd",
