@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zolr.subspaces import Subspace, rebuild
+from zolr.residuals import Residual, State, Step, Window
+from zolr.subspaces import Full, Subspace, rebuild
 from zolr.variables import Variable
 
 
@@ -21,6 +22,9 @@ class Core:
         subspace: None before the first gradient.
         window: subspaces before this one; -1 before the first.
         due: the next gradient begins a window.
+        whole: the coordinates are the weight's whole space in this window (see `residuals.Residual.whole`).
+        age: steps of this window so far.
+        kept: what the residual keeps from step to step.
     """
 
     def __init__(self, variable: Variable) -> None:
@@ -29,27 +33,38 @@ class Core:
         self.subspace: Subspace | None = None
         self.window = -1
         self.due = True
+        self.whole = False
+        self.age = 0
+        self.kept: State = {}
 
-    def open(self, subspace: Subspace) -> None:
+    @property
+    def space(self) -> Subspace | None:
+        """What the coordinates are coordinates of."""
+        return Full(self.variable.shape) if self.whole else self.subspace
+
+    def open(self, subspace: Subspace, whole: bool = False) -> None:
         """Begin a window; `value` stays the same Parameter where its shape does."""
-        self.subspace = self.variable.without_frozen_row(subspace)
-        if self.value.shape != subspace.coords_shape:
-            zeros = self.variable.value.new_zeros(subspace.coords_shape)
-            self.value = nn.Parameter(zeros, requires_grad=False)
+        self.subspace, self.whole = self.variable.without_frozen_row(subspace), whole
+        shape = self.variable.shape if whole else subspace.coords_shape
+        if self.value.shape != shape:
+            self.value = nn.Parameter(self.variable.value.new_zeros(shape), requires_grad=False)
         self.window += 1
+        self.age = 0
         self.due = False
 
-    def project(self, gradient: Tensor) -> Tensor:
-        """The gradient in the coordinates."""
-        assert self.subspace is not None  # the engine opens a window before the first use
-        return self.subspace.project(gradient)
-
     @torch.no_grad()
-    def fold(self, scale: float) -> None:
-        """`W += scale * lift(value)`, `value <- 0`."""
-        assert self.subspace is not None
-        self.variable.value.data.addmm_(*self.subspace.outer(self.value.data), alpha=scale)
+    def move(self, gradient: Tensor, residual: Residual, step: Step, lr: float, scale: float) -> None:
+        """Move the weight by its gradient `(m, n)`; `value` is zero before and after.
+
+        Args:
+            step: see `residuals.Residual`.
+        """
+        assert self.subspace is not None  # the engine opens a window before the first use
+        if lr:
+            window = Window(self.subspace, self.whole, lr, scale, self.age)
+            residual(self.variable.value.data, gradient, window, step, self.kept)
         self.value.data.zero_()
+        self.age += 1
 
     def state(self) -> dict[str, Any]:
         """Tensors, numbers and strings from which `load` continues."""
@@ -59,11 +74,16 @@ class Core:
             "tensors": {} if subspace is None else subspace.tensors(),
             "window": self.window,
             "due": self.due,
+            "whole": self.whole,
+            "age": self.age,
+            "kept": {name: tensor.clone() for name, tensor in self.kept.items()},
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
+        device = self.variable.value.device
         if state["tensors"]:
-            tensors = {k: t.to(self.variable.value.device) for k, t in state["tensors"].items()}
-            self.open(rebuild(state["subspace"], tensors))
-        self.window, self.due = state["window"], state["due"]
+            tensors = {k: t.to(device) for k, t in state["tensors"].items()}
+            self.open(rebuild(state["subspace"], tensors), state["whole"])
+        self.window, self.due, self.age = state["window"], state["due"], state["age"]
+        self.kept = {name: tensor.to(device, copy=True) for name, tensor in state["kept"].items()}

@@ -298,7 +298,7 @@ class Engine:
     def subspace(self, variable: Variable) -> Subspace:
         """The space that these coordinates are in; all of it where a dense method has not met a gradient yet."""
         core = self._cores.get(variable.name)
-        return variable.subspace if core is None or core.subspace is None else core.subspace
+        return variable.subspace if core is None or core.space is None else core.space
 
     def _drawn(self, variable: Variable, key: Key | None = None) -> Any:
         """The subspace of the next window, or the one that another key names."""
@@ -335,18 +335,41 @@ class Engine:
 
     def _renew(self, variable: Variable, core: Core, gradient: Tensor) -> None:
         """Open the next window of a weight whose dense gradient is at hand."""
-        if core.subspace is not None:
-            self._learn(variable, core.subspace)
+        if core.space is not None:
+            self._learn(variable, core.space)
+        key = self.key.fold_in("subspace", core.window + 1, variable.name)
         new = self._projector(variable).draw(
             variable.shape,
-            self.key.fold_in("subspace", core.window + 1, variable.name),
+            key,
             like=variable.value.data,
             gradient=gradient,
             previous=core.subspace,
             spectrum=self._spectra.get(variable.name),
+            momentum=None if core.whole else self._first_moment(core.value),
         )
-        with self._transported(variable, core.subspace, new):
-            core.open(new)
+        whole = self.method.residual.whole(key.fold_in("whole"))
+        old, before = core.space, dict(self.optimizer.state.get(core.value, {}))
+        with self._transported(variable, old, Full(variable.shape) if whole else new):
+            core.open(new, whole)
+        if old is not None and core.space is not None:
+            after = self.optimizer.state.get(core.value, {})
+            settings = self._group_of(core.value)
+            self.method.residual.carried(core.kept, (old, before), (core.space, after), settings)
+
+    def _first_moment(self, value: nn.Parameter) -> Tensor | None:
+        """Mean gradient in the coordinates, as the optimizer keeps it; None where it keeps none."""
+        state, degrees = self.optimizer.state.get(value, {}), self.method.optimizer.degrees or {}
+        name = next((n for n in state if degrees.get(n) == 1), None)
+        if name is None or state[name] is None:
+            return None
+        betas = self._group_of(value).get("betas")
+        if betas is None or "step" not in state:
+            return state[name]
+        return state[name] / (1 - betas[0] ** float(state["step"]))
+
+    def _group_of(self, value: nn.Parameter) -> dict[str, Any]:
+        """The optimizer's settings for a value."""
+        return next(g for g in self.optimizer.param_groups if any(p is value for p in g["params"]))
 
     @contextmanager
     def _transported(self, variable: Variable, old: Subspace | None, new: Subspace) -> Iterator[None]:
@@ -356,10 +379,13 @@ class Engine:
         before = self.trained(variable)
         state = self.optimizer.state.pop(before, {})
         if state:
-            state = self.method.transport(state, self.method.optimizer.degrees, change)
+            settings = self._group_of(before)
+            state = self.method.transport(state, self.method.optimizer.degrees, change, settings)
         yield
         after = self.trained(variable)
         self._replace(before, after)
+        if before.shape != after.shape and change is None:
+            state = {}  # nothing says how it reads in a space of another shape
         if state:
             self.optimizer.state[after] = state
 
@@ -587,30 +613,39 @@ class Engine:
             if self._dropped:
                 return
             gradient = variable.mask(gradient)
-            core = self._cores.get(variable.name)
-            if core is not None:
+            core, residual = self._cores.get(variable.name), self.method.residual
+            if core is None:
+                self._observe(variable, gradient)
+                self._decay(variable, lr)
+                self._step_alone(variable.value, gradient)
+            else:
+                gradient = residual.receive(gradient, core.kept)
                 if core.due:
                     self._renew(variable, core, gradient)
-                gradient = core.project(gradient)
-            self._observe(variable, gradient)
-            self._decay(variable, lr)
-            value = self.trained(variable)
-            value.grad = gradient
-            groups = self.optimizer.param_groups
-            own = next(g for g in groups if any(p is value for p in g["params"]))
-            # the optimizer sees this value alone: visiting all others for each one would be quadratic
-            self.optimizer.param_groups = [{**own, "params": [value]}]
-            try:
-                self.optimizer.step()
-            finally:
-                self.optimizer.param_groups = groups
-                value.grad = None
-            if core is not None:
-                core.fold(self.method.scale)
+
+                def step(coords: Tensor) -> Tensor:
+                    self._observe(variable, coords)
+                    self._step_alone(core.value, coords)
+                    return core.value.data
+
+                self._decay(variable, lr)
+                core.move(gradient, residual, step, lr, self.method.scale)
             variable.moved = True
             variable.commit()
 
         return emit
+
+    def _step_alone(self, value: nn.Parameter, gradient: Tensor) -> None:
+        """One step of the optimizer on one value; visiting all others for each one would be quadratic."""
+        groups = self.optimizer.param_groups
+        own = self._group_of(value)
+        value.grad = gradient
+        self.optimizer.param_groups = [{**own, "params": [value]}]
+        try:
+            self.optimizer.step()
+        finally:
+            self.optimizer.param_groups = groups
+            value.grad = None
 
     # ---- learning rate -------------------------------------------------------------------------------------------
 

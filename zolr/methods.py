@@ -18,6 +18,8 @@ from zolr.projectors.identity import Identity
 from zolr.projectors.stiefel import Stiefel
 from zolr.projectors.svd import Svd
 from zolr.projectors.two_sided import TwoSidedHaar
+from zolr.residuals import RESIDUALS, Residual
+from zolr.residuals.drop import Drop
 from zolr.transports import TRANSPORTS, Transport
 from zolr.transports.align import Align
 from zolr.transports.keep import Keep
@@ -39,6 +41,7 @@ class Method:
         scale: factor on what a dense method lifts (GaLore's alpha).
         projects: matrices that have a subspace: "all", or categories joined by "+" (see `engine.selection`); others
             have their whole space, as vectors do.
+        residual: what a dense method does with the part of a gradient that the subspace does not hold.
 
     Raises:
         UsageError: parts that cannot work together.
@@ -52,6 +55,7 @@ class Method:
     dense: bool = False
     scale: float = 1.0
     projects: str = "all"
+    residual: Residual = field(default_factory=Drop)
 
     def __post_init__(self) -> None:
         every = self.refresh_every
@@ -75,6 +79,11 @@ class Method:
             )
         if self.dense and self.paradigm != "fo":
             raise UsageError(f"paradigm '{self.paradigm}' gives no dense gradient; use --paradigm fo")
+        if self.residual.dense and not self.dense:
+            raise UsageError(
+                f"residual '{key_of(RESIDUALS, self.residual)}' needs dense gradients, which this method never forms; "
+                "use residual 'drop', or a dense method such as 'galore'"
+            )
         if isinstance(self.transport, Align) and self.optimizer.degrees is None:
             raise UsageError(
                 f"transport 'align' does not know the state of optimizer '{self.optimizer.name}'; "
@@ -353,6 +362,7 @@ def compose(
     sides: int | None = None,
     directions: str | None = None,
     signs: str | None = None,
+    residual: str | None = None,
 ) -> Method:
     """A row of METHODS with some of its parts or settings replaced.
 
@@ -413,6 +423,12 @@ def compose(
     )
     if optimizer is not None and optimizer != result.optimizer.name:
         result = replace(result, optimizer=OptimizerRule(optimizer))
+    if residual is not None:
+        part = _lookup("residual", RESIDUALS, residual)()
+        # what needs dense gradients gets them where the paradigm has any; the method refuses it elsewhere
+        result = replace(
+            result, residual=part, dense=result.dense or (part.dense and result.paradigm == "fo")
+        )
     if transport is not None:
         result = replace(result, transport=_lookup("transport", TRANSPORTS, transport)())
     if refresh_every is not None:

@@ -46,6 +46,7 @@ class Projector(Protocol):
         gradient: Tensor | None = None,
         previous: Subspace | None = None,
         spectrum: Spectrum | None = None,
+        momentum: Tensor | None = None,
     ) -> Subspace:
         """Draw the subspace of one weight for one window.
 
@@ -56,6 +57,7 @@ class Projector(Protocol):
             gradient: dense gradient `(m, n)`, for projectors that need one.
             previous: the subspace of the window before.
             spectrum: what was learned, for projectors that learn; None before that.
+            momentum: mean gradient in the coordinates of `previous`, where a dense method's optimizer keeps one.
         """
         ...
 

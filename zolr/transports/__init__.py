@@ -13,7 +13,13 @@ class Transport(Protocol):
 
     needs_change: ClassVar[bool]  # whether the map between the two subspaces must be computed for it
 
-    def __call__(self, state: State, degrees: Mapping[str, int] | None, change: Change | None) -> State:
+    def __call__(
+        self,
+        state: State,
+        degrees: Mapping[str, int] | None,
+        change: Change | None,
+        settings: Mapping[str, Any],
+    ) -> State:
         """The state to start the new window with.
 
         Args:
@@ -21,6 +27,7 @@ class Transport(Protocol):
             degrees: homogeneity of each state tensor in the gradient (1 first moments, 2 second moments, 0 counters);
                 None for an optimizer that is not in the table of `zolr.optim`.
             change: how old coordinates read in the new subspace; None when they do not.
+            settings: the optimizer's settings for this value (betas and the like).
 
         Returns:
             The new state; an empty one makes the optimizer start afresh.

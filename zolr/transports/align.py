@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from zolr.errors import UsageError
 from zolr.subspaces import Change
@@ -23,7 +23,13 @@ class Align:
 
     needs_change: ClassVar[bool] = True
 
-    def __call__(self, state: State, degrees: Mapping[str, int] | None, change: Change | None) -> State:
+    def __call__(
+        self,
+        state: State,
+        degrees: Mapping[str, int] | None,
+        change: Change | None,
+        settings: Mapping[str, Any],
+    ) -> State:
         """The state in the new coordinates.
 
         Raises:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from zolr.subspaces import Change
 from zolr.transports import State
@@ -14,6 +14,12 @@ class Keep:
 
     needs_change: ClassVar[bool] = False
 
-    def __call__(self, state: State, degrees: Mapping[str, int] | None, change: Change | None) -> State:
+    def __call__(
+        self,
+        state: State,
+        degrees: Mapping[str, int] | None,
+        change: Change | None,
+        settings: Mapping[str, Any],
+    ) -> State:
         """The state itself."""
         return state
