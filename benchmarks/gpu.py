@@ -52,6 +52,7 @@ class Case:
         objective: "prompt" or "lm".
         rows, tokens: of the batch.
         select: weights to train; empty for the method's own.
+        compile: the loss is compiled (recorded CUDA graphs, under zo).
     """
 
     kind: str
@@ -64,6 +65,7 @@ class Case:
     rows: int = 64
     tokens: int = 128
     select: str = ""
+    compile: bool = False
 
     @property
     def name(self) -> str:
@@ -72,6 +74,7 @@ class Case:
         words += [f"{self.method} {self.paradigm}".strip()] if self.method else []
         words += ["checkpointing"] if self.checkpointing else []
         words += [self.select] if self.select else []
+        words += ["compiled"] if self.compile else []
         return ", ".join(words)
 
 
@@ -92,6 +95,7 @@ def cases() -> list[Case]:
         ),
         replace(large, method="stiefel", paradigm="fo", dtype="bfloat16", checkpointing=True),
         replace(large, method="forward", dtype="bfloat16"),
+        replace(large, method="stiefel", paradigm="zo", dtype="bfloat16", compile=True),
     ]
     causal = Case("memory", "opt-1.3b", rows=16, tokens=256)
     models = [
@@ -113,8 +117,9 @@ def cases() -> list[Case]:
         if dtype in ("float32", "bfloat16") or (row.name == "stiefel" and paradigm != "fwd")
     ]
     timing = [
-        Case("time", "roberta-large"),
+        Case("time", "roberta-large", dtype="bfloat16", rows=16, tokens=64),
         Case("time", "roberta-large", dtype="bfloat16"),
+        Case("time", "roberta-large"),
         Case("time", "opt-1.3b", dtype="bfloat16", rows=16, tokens=256),
     ]
     # timing comes in the middle: it runs alone, and rows after it are those that may be left out
@@ -216,12 +221,15 @@ def memory(case: Case, device: str, smoke: bool) -> dict[str, Any]:
         if not coded:
             more = dict(checkpointing=case.checkpointing, select=select, dtype=getattr(torch, case.dtype))
             predicted = predict(shape, method, **settings, **more)
-        engine = Engine(model, method, lr=1e-6, loss=loss, select=select)
-        engine.step([data])  # makes the optimizer's state and the libraries' workspaces
+        engine = Engine(model, method, lr=1e-6, loss=loss, select=select, compile=case.compile)
+        for _ in range(1 + 2 * case.compile):
+            engine.step([data])  # makes the optimizer's state and the libraries' workspaces
         held = [tensor for tensors in kept(engine).values() for tensor in tensors]
         with measure(model, data, *held, device=device) as found:
             for _ in range(3):
                 engine.step([data])
+        if case.compile and (why := engine._fast.failed):  # type: ignore[union-attr]
+            raise NotAvailable(f"not compiled: {why}")
     row: dict[str, Any] = {
         "counter": found.counter,
         "peak_bytes": found.peak_bytes,
@@ -249,19 +257,38 @@ def kernels(step: Any, cuda: bool) -> int:
     return sum(event.count for event in events if event.key.startswith("aten::"))
 
 
+def waits(step: Any, cuda: bool) -> int | None:
+    """How often a call waits for the device."""
+    import warnings
+
+    import torch
+
+    if not cuda:
+        return None
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in found)
+
+
 def times(case: Case, device: str, smoke: bool) -> Iterator[dict[str, Any]]:
-    """Ratios in paired rounds, and launches, growing: whatever is done when the time is up is kept."""
+    """Ratios in paired rounds, launches and waits, growing: whatever is done when the time is up is kept."""
     import copy
 
     import torch
     from speed import FO, FWD, ZO, engine, paired
 
+    from zolr.compiled import Compiled
     from zolr.models import prompt_loss
 
-    rounds = 3 if smoke else ROUNDS
+    rounds, cuda = 3 if smoke else ROUNDS, device.startswith("cuda")
     plain = model_of(case, device, smoke)
     data, loss = batch_of(case, plain.config.vocab_size, device), prompt_loss(WORDS)
-    row: dict[str, Any] = {"ratios": {}, "launches": {}}
+    row: dict[str, Any] = {"ratios": {}, "launches": {}, "waits": {}}
 
     def two_forwards() -> None:
         with torch.no_grad():
@@ -276,25 +303,36 @@ def times(case: Case, device: str, smoke: bool) -> Iterator[dict[str, Any]]:
         optimizer.step()
         optimizer.zero_grad()
 
+    def seen(label: str, step: Any, reference: Any, against: str) -> None:
+        row["ratios"][label] = {"against": against, **paired(step, reference, rounds)}
+        row["launches"][label], row["waits"][label] = kernels(step, cuda), waits(step, cuda)
+
     two_forwards()
-    row["launches"]["two forwards"] = kernels(two_forwards, device.startswith("cuda"))
-    wanted = [("zo", ZO), ("fo", {name: parts for name, parts in FO.items()}), ("fwd", FWD)]
-    for kind, group in wanted:
-        for name, parts in group.items():
-            if kind == "fo" and full is None:
-                full = copy.deepcopy(plain).train()
-                optimizer = torch.optim.AdamW(full.parameters(), lr=1e-6, fused=device.startswith("cuda"))
-            reference, against = (adamw, "AdamW, fused") if kind == "fo" else (two_forwards, "two forwards")
-            label = f"{kind} {name}"
-            try:
-                run = engine(plain, *parts)
-                found = paired(lambda run=run: run.step([data]), reference, rounds)
-                row["ratios"][label] = {"against": against, **found}
-                row["launches"][label] = kernels(lambda run=run: run.step([data]), device.startswith("cuda"))
-                del run
-            except Exception as error:  # one way of stepping that fails here is one entry
-                row["ratios"][label] = {"failed": reason(error)}
-            yield row
+    row["launches"]["two forwards"] = kernels(two_forwards, cuda)
+    row["waits"]["two forwards"] = waits(two_forwards, cuda)
+    default = next(iter(ZO))
+    wanted: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [("zo", default, ZO[default], {})]
+    if cuda:
+        wanted.append(("zo", default, ZO[default], {"compile": True}))
+    wanted += [("fo", name, parts, {}) for name, parts in FO.items()]
+    wanted.append(("fo", next(iter(FO)), FO[next(iter(FO))], {"guard": False}))
+    wanted += [("zo", name, parts, {}) for name, parts in ZO.items() if name != default]
+    wanted += [("fwd", name, parts, {}) for name, parts in FWD.items()]
+    for kind, name, parts, more in wanted:
+        if kind == "fo" and full is None:
+            full = copy.deepcopy(plain).train()
+            optimizer = torch.optim.AdamW(full.parameters(), lr=1e-6, fused=cuda)
+        reference, against = (adamw, "AdamW, fused") if kind == "fo" else (two_forwards, "two forwards")
+        label = f"{kind} {name}" + "".join(f", {key} {value}" for key, value in more.items())
+        try:
+            run = engine(plain, *parts, **more)
+            seen(label, lambda run=run: run.step([data]), reference, against)
+            if isinstance(run._fast, Compiled) and run._fast.failed:
+                row["ratios"][label]["failed"] = run._fast.failed
+            del run
+        except Exception as error:  # one way of stepping that fails here is one entry
+            row["ratios"][label] = {"failed": reason(error)}
+        yield row
 
 
 def reason(error: BaseException) -> str:
@@ -392,7 +430,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny models: whether everything runs")
     parser.add_argument("--seconds", type=float, default=460, help="for all cases together")
     parser.add_argument("--case-seconds", type=float, default=75, help="for one case at most")
-    parser.add_argument("--lanes", type=int, default=3, help="memory cases that run at once")
+    parser.add_argument("--lanes", type=int, default=4, help="memory cases that run at once")
     parser.add_argument("--only", default="", help="a part of the names of the cases to run")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument(

@@ -94,14 +94,19 @@ def paired(step: Callable[[], Any], reference: Callable[[], Any], rounds: int) -
 
 
 def engine(
-    plain: torch.nn.Module, parts: dict[str, Any], train: str, checkpointing: bool = False
+    plain: torch.nn.Module, parts: dict[str, Any], train: str, checkpointing: bool = False, **more: Any
 ) -> zolr.Engine:
-    """An engine on a copy of the model; the rate is so small that nothing happens to the weights."""
+    """An engine on a copy of the model; the rate is so small that nothing happens to the weights.
+
+    Args:
+        more: settings of the engine.
+    """
     net = copy.deepcopy(plain)
     if checkpointing:
         checkpoint_activations(net)
-    more = {"eps": 1e-3} if parts.get("paradigm") == "zo" or parts["method"] in ("mezo", "lozo") else {}
-    return zolr.Engine(net, zolr.compose(**parts, **more), lr=1e-6, loss=prompt_loss(WORDS), select=train)
+    eps = {"eps": 1e-3} if parts.get("paradigm") == "zo" or parts["method"] in ("mezo", "lozo") else {}
+    method = zolr.compose(**parts, **eps)
+    return zolr.Engine(net, method, lr=1e-6, loss=prompt_loss(WORDS), select=train, **more)
 
 
 def rows(options: argparse.Namespace, plain: torch.nn.Module) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ FLOORS: dict[str, int] = {
             ("errors", "keys"),
             ("subspaces", "probes", "spectra", "held"),
             ("variables", "projectors", "estimators", "transports", "residuals", "optim"),
-            ("methods", "tuning", "dense", "engine"),
+            ("methods", "tuning", "dense", "compiled", "engine"),
             ("tasks", "models", "lora", "memory", "checkpoints", "training", "adapters"),
             ("cli",),
         )

@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from math import prod
+from math import isfinite, prod, sqrt
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from zolr.compiled import Compiled
 from zolr.dense import Core
 from zolr.errors import UsageError
 from zolr.estimators import Estimate, mean_loss, rows_of, same_noise
@@ -102,6 +103,15 @@ def selection(model: nn.Module, select: str | Callable[[str, nn.Parameter], bool
     return lambda name, _: kinds.get(name) in wanted
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What the host knows of a step: mean loss, root mean square of the slopes, and whether all of it is finite."""
+
+    loss: float
+    slope: float | None
+    finite: bool
+
+
 class _NonFinite(Exception):
     """The loss of a streamed step is not finite."""
 
@@ -127,6 +137,7 @@ class Engine:
             stays beside them as thin factors, from which `adapters.write` makes a LoRA adapter. Quantized and offloaded
             weights are held in any case.
         hold_rank: rank at most of what is kept beside a held matrix; a refresh beyond it drops the smallest part.
+        compile: compile the loss (see `zolr.compiled`); where that fails, a warning says why and it runs as it is.
         check: a batch; if given, the attached model is compared with dense weights on it before training.
 
     Raises:
@@ -158,6 +169,7 @@ class Engine:
         guard: bool = True,
         hold: bool | Callable[[str, nn.Parameter], bool] = False,
         hold_rank: int = RANK,
+        compile: bool = False,
         check: Any = None,
     ) -> None:
         if lr is not None and not 0 < lr < float("inf"):
@@ -193,6 +205,7 @@ class Engine:
         self._check_rank(model, lambda name, p: predicate(name, p) and self._projected(name, p))
         self.variables = attach(model, predicate, realization, hold=hold, cap=hold_rank)
         self.trained_share = sum(v.weight.numel() for v in self.variables) / total
+        self._fast = Compiled(self._loss_of, self.variables) if compile else self._loss_of
         self._told = False  # that held weights have lost something
         self.base_lr = lr
         self._schedule = schedule
@@ -460,10 +473,9 @@ class Engine:
             forwards += self._try_signs(batches)
         key = self.key.fold_in("step", self.step_count)
         with self._cautious() as lr:
-            estimate, finite = self._advance(batches, key, lr)
+            seen = self._advance(batches, key, lr)
         forwards += self.method.estimator.forwards(len(batches))
-        slopes = estimate.slopes
-        slope = None if slopes is None or not self.guard else float(slopes.square().mean().sqrt())
+        slope, finite = seen.slope, seen.finite
         if finite:
             self.step_count += 1
             if self._caution is not None and slope is not None:
@@ -472,7 +484,7 @@ class Engine:
                 self._scheduler.step()
             self._follow_schedule()
         return Info(
-            loss=float(estimate.loss) if self.guard else float("nan"),
+            loss=seen.loss,
             slope=slope,
             lr=lr,
             skipped=not finite,
@@ -494,10 +506,10 @@ class Engine:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
 
-    def _advance(self, batches: Sequence[Any], key: Key, lr: float) -> tuple[Estimate, bool]:
+    def _advance(self, batches: Sequence[Any], key: Key, lr: float) -> "_Seen":
         """Estimate and apply; what was seen, and whether it was applied."""
         received: list[tuple[Variable, Tensor]] = []
-        loss: Callable[[Any], Any] = self._loss_of
+        loss: Callable[[Any], Any] = self._fast
         if self.streams:
             emit: Callable[[Variable, Tensor], None] = self._stream(lr)
             if self.method.paradigm == "fo" and self.guard:
@@ -509,10 +521,10 @@ class Engine:
             estimate = self._estimate(loss, batches, emit, key)
         except _NonFinite:
             estimate, received = Estimate(torch.tensor(float("nan"))), []
-        finite = self._finite(estimate, [gradient for _, gradient in received])
-        if finite and not self.streams:
+        seen = self._judged(estimate, [gradient for _, gradient in received])
+        if seen.finite and not self.streams:
             self._apply(received, lr)
-        return estimate, finite
+        return seen
 
     def _try_signs(self, batches: Sequence[Any]) -> int:
         """Evaluate both signs together and in sequence once, and go on in sequence where they differ."""
@@ -537,18 +549,19 @@ class Engine:
             torch.manual_seed(key.fold_in("dropout").integer() >> 1)
             return estimator(loss, batches, self.variables, emit, key)
 
-    def _finite(self, estimate: Estimate, gradients: Sequence[Tensor]) -> bool:
-        """Whether the step may be applied: one answer from the device for the loss and all gradients together."""
+    def _judged(self, estimate: Estimate, gradients: Sequence[Tensor]) -> "_Seen":
+        """What a step saw, and whether it may be applied: all of it in the one wait for the device of a step."""
         if not self.guard:
-            return True
-        if self._dropped:
-            return False
+            return _Seen(float("nan"), None, True)
         parts = [estimate.loss.double().reshape(1)]
         if estimate.slopes is not None:  # gradients are these numbers times finite directions
             parts.append(estimate.slopes.double())
-        elif gradients:
+        elif gradients and not self._dropped:
             parts.append(nn.utils.get_total_norm(gradients).double().reshape(1))
-        return bool(torch.isfinite(torch.cat(parts)).all())
+        loss, *rest = torch.cat(parts).tolist()
+        slope = None if estimate.slopes is None else sqrt(sum(s * s for s in rest) / len(rest))
+        finite = not self._dropped and all(map(isfinite, (loss, *rest)))
+        return _Seen(loss, slope, finite)
 
     def _guarded(self, loss: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def checked(batch: Any) -> Any:

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -712,6 +711,9 @@ def encode(model: nn.Module, batch: Batch) -> Tensor:
     return model.base_model(**_inputs(model, batch)).last_hidden_state  # type: ignore[operator]
 
 
+_CACHES: dict[type[nn.Module], bool] = {}
+
+
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     names = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
     inputs: dict[str, Any] = {name: batch[name] for name in names if name in batch}
@@ -722,10 +724,11 @@ def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     return inputs
 
 
-@cache
 def _caches(cls: type[nn.Module]) -> bool:
     """Whether a model may keep keys and values for the next token."""
-    return "use_cache" in inspect.signature(cls.forward).parameters
+    if cls not in _CACHES:  # a plain dict, which torch.compile reads where it warns of functools.cache
+        _CACHES[cls] = "use_cache" in inspect.signature(cls.forward).parameters
+    return _CACHES[cls]
 
 
 def head(model: nn.Module, hidden: Tensor) -> Tensor:

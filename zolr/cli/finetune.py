@@ -54,6 +54,8 @@ PARTS = (
 
 RANK = 128  # `held.RANK`, without torch, which --help must not import
 
+EVEN = 16  # tokens that lengths are rounded up to for a compiled loss, which wants few shapes
+
 OBJECTIVES = ("loss", "accuracy", "f1")
 MAY_CHANGE = ("steps", "device", "threads")  # on --resume; anything else would make it another run
 
@@ -176,6 +178,11 @@ class Schedule(Settings):
     data_seed: int = flag(0, "Seed of splits and order of the data.", "Training")
     group_by_length: bool = flag(
         False, "Batches of examples of like length: faster where padding is much of a batch.", "Training"
+    )
+    compile: bool = flag(
+        False,
+        "Compile the loss: recorded CUDA graphs for forward passes (zo), torch.compile elsewhere. Pads batches to whole 16s.",
+        "Training",
     )
     checkpointing: bool | None = flag(
         None, "Recompute activations in the backward pass (fo).", "Memory", shown="no, or as the budget asks"
@@ -534,6 +541,7 @@ class Job:
             batch_size=self.step_size,
             micro_batch_size=self.batch_size,
             by_length=settings.group_by_length,
+            pad_to_multiple=EVEN if settings.compile else None,
             seed=settings.data_seed,
             pad_id=self.work.pad_id,
         )
@@ -554,6 +562,7 @@ class Job:
             realization=settings.realization,
             hold=self._hold if settings.holds else False,
             hold_rank=settings.hold_rank,
+            compile=settings.compile,
             # families whose forward we know need no proof that the coordinates reach the loss; it costs a pass per weight
             check=None if models.splits(self.work.model) else self._moved(self.batches(0)[0]),
         )

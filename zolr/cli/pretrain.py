@@ -130,6 +130,11 @@ class Course(Settings):
     compute: Literal["float32", "bfloat16"] = flag(
         "float32", "Precision of matrix products; weights keep --dtype, losses are float32.", "Memory"
     )
+    compile: bool = flag(
+        False,
+        "Compile the loss: recorded CUDA graphs for forward passes (zo), torch.compile elsewhere.",
+        "Training",
+    )
     checkpointing: bool | None = flag(
         None, "Recompute activations in the backward pass (fo).", "Memory", shown="no, or as the budget asks"
     )
@@ -303,6 +308,7 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
         schedule=schedule(settings),
         clip=settings.clip,
         realization=settings.realization,
+        compile=settings.compile,
     )
     shown.print(
         f"{stream.tokens:,} tokens to train on, {valid.tokens:,} held out, vocabulary {len(tokenizer):,}\n"

@@ -139,7 +139,8 @@ class Spsa:
                     return mean_loss(loss, batches)
 
             rewind()
-            points = torch.tensor(scales, dtype=variables[0].value.dtype, device=variables[0].value.device)
+            # filled on the device: a copy from the host would wait for it
+            points = torch.stack([variables[0].value.new_full((), scale) for scale in scales])
             return list(torch.func.vmap(moved, randomness="same")(points).unbind())
         values = []
         for scale in scales:

@@ -1,0 +1,135 @@
+"""Compiled losses equal plain ones, fall back with a reason, and a step waits for the device once."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import zolr
+from zolr.compiled import Compiled
+
+WAITS = (
+    "item",
+    "tolist",
+    "__bool__",
+    "__float__",
+    "__int__",
+    "__index__",
+    "cpu",
+    "numpy",
+    "nonzero",
+    "equal",
+)
+
+
+class Waiting(TorchFunctionMode):
+    """Counts calls that wait for the device; torch's optimizers read step counters, which are on the host."""
+
+    def __init__(self, engine: zolr.Engine) -> None:
+        super().__init__()
+        self.count, self.optimizing = 0, False
+        engine.optimizer.register_step_pre_hook(lambda *_: setattr(self, "optimizing", True))
+        engine.optimizer.register_step_post_hook(lambda *_: setattr(self, "optimizing", False))
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += getattr(func, "__name__", "") in WAITS and not self.optimizing
+        return func(*args, **(kwargs or {}))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(12, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def batch(rows: int = 6) -> tuple[Tensor, Tensor]:
+    numbers = torch.Generator().manual_seed(rows)
+    return torch.randn(rows, 12, generator=numbers), torch.randint(3, (rows,), generator=numbers)
+
+
+ONE_WAIT = [("stiefel", "zo"), ("lozo", "zo"), ("subzero", "zo"), ("stiefel", "fo"), ("adamw", "fo")]
+
+
+@pytest.mark.parametrize(("name", "paradigm"), ONE_WAIT)
+def test_a_step_waits_for_the_device_once(name, paradigm):
+    more = ({"eps": 1e-3} if paradigm == "zo" else {}) | ({"rank": 2} if name != "adamw" else {})
+    engine = zolr.Engine(Net(), zolr.compose(name, paradigm, **more), lr=1e-3, loss=loss)
+    with Waiting(engine) as first:
+        engine.step([batch()])
+    with Waiting(engine) as second:
+        engine.step([batch(), batch(4)])
+    assert (first.count, second.count) == (1, 1)
+
+
+@pytest.mark.parametrize(("name", "paradigm"), ONE_WAIT)
+def test_without_a_guard_a_step_never_waits(name, paradigm):
+    more = ({"eps": 1e-3} if paradigm == "zo" else {}) | ({"rank": 2} if name != "adamw" else {})
+    engine = zolr.Engine(Net(), zolr.compose(name, paradigm, **more), lr=1e-3, loss=loss, guard=False)
+    with Waiting(engine) as seen:
+        engine.step([batch()])
+    assert seen.count == 0
+
+
+def trained(paradigm: str, compile: bool, net: nn.Module | None = None) -> tuple[list[float], zolr.Engine]:
+    more = {"eps": 1e-3} if paradigm == "zo" else {}
+    method = zolr.compose("stiefel", paradigm, rank=2, refresh_every=3, **more)
+    net = net or Net()
+    engine = zolr.Engine(net, method, lr=1e-2, loss=loss, compile=compile)
+    data = tuple(part.to(next(net.parameters()).device) for part in batch())
+    return [engine.step([data]).loss for _ in range(7)], engine
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("paradigm", ["zo", "fo"])
+def test_compiled_losses_equal_plain_ones_over_refreshes(paradigm):
+    plain, _ = trained(paradigm, False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", module="torch")
+        fast, engine = trained(paradigm, True)
+    assert isinstance(engine._fast, Compiled) and not engine._fast.failed
+    assert fast == pytest.approx(plain, rel=1e-5)
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_and_says_why(monkeypatch):
+    def broken(*_, **__):
+        def call(*_):
+            raise RuntimeError("no compiler\non this machine")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    plain, _ = trained("zo", False)
+    with pytest.warns(UserWarning, match="as it is, not compiled: RuntimeError: no compiler$"):
+        fast, engine = trained("zo", True)
+    assert fast == plain
+
+
+def test_an_error_of_the_loss_itself_is_the_users(monkeypatch):
+    def wrong(model, batch):
+        raise ValueError("labels are missing")
+
+    monkeypatch.setattr(torch, "compile", lambda f: f)
+    engine = zolr.Engine(Net(), zolr.compose("stiefel", "fo", rank=2), lr=1e-2, loss=wrong, compile=True)
+    with pytest.raises(ValueError, match="labels are missing"):
+        engine.step([batch()])
+
+
+def test_a_compiled_engine_exports_a_plain_copy(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f: f)
+    _, engine = trained("zo", True)
+    _, other = trained("zo", False)
+    a, b = engine.export(), other.export()
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert type(copy.deepcopy(a).first) is nn.Linear
