@@ -450,12 +450,23 @@ class Engine:
         """
         if not batches:
             raise UsageError("a step needs at least one batch")
-        training = self.model.training
-        self.model.train(self.method.paradigm == "fo")
-        try:
+        wanted = self.method.paradigm == "fo"
+        before = self.model.training
+        with self._mode(wanted, before):
             return self._step(batches)
+
+    @contextmanager
+    def _mode(self, wanted: bool, before: bool) -> Iterator[None]:
+        """The model in training mode or not inside the context; nothing is touched where it is so already."""
+        modules = list(self.model.modules())
+        if all(module.training is wanted for module in modules):
+            yield
+            return
+        self.model.train(wanted)
+        try:
+            yield
         finally:
-            self.model.train(training)
+            self.model.train(before)
 
     def _step(self, batches: Sequence[Any]) -> Info:
         forwards = 0

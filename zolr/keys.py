@@ -26,9 +26,8 @@ def name_hash(name: str) -> int:
 def _multiply(constant: int, words: Tensor) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of `constant * words`, in int64 without overflow of the high part."""
     high = (constant * (words >> 16) + ((constant * (words & 0xFFFF)) >> 16)) >> 16
-    return high & _MASK, (
-        constant * words
-    ) & _MASK  # int64 wraps modulo 2**64, which keeps the low word exact
+    # int64 wraps modulo 2**64, which keeps the low word exact; the high one is below 2**32 as it stands
+    return high, (constant * words) & _MASK
 
 
 def philox(counters: Tensor, key: int) -> Tensor:

@@ -711,7 +711,7 @@ def encode(model: nn.Module, batch: Batch) -> Tensor:
     return model.base_model(**_inputs(model, batch)).last_hidden_state  # type: ignore[operator]
 
 
-_CACHES: dict[type[nn.Module], bool] = {}
+_CACHES: dict[Any, bool] = {}
 
 
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
@@ -724,7 +724,7 @@ def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     return inputs
 
 
-def _caches(cls: type[nn.Module]) -> bool:
+def _caches(cls: Any) -> bool:
     """Whether a model may keep keys and values for the next token."""
     if cls not in _CACHES:  # a plain dict, which torch.compile reads where it warns of functools.cache
         _CACHES[cls] = "use_cache" in inspect.signature(cls.forward).parameters

@@ -93,17 +93,25 @@ class Layout:
             parts.append(counters(space.name, 0, space.size, self.device))
             offset += len(parts[-1]) * SIGNS_PER_COUNTER
         self.length = offset
+        self._cuts = [
+            (
+                s.name,
+                s.shape,
+                tuple(prod(s.shape[i + 1 :]) for i in range(len(s.shape))),
+                self.offsets[s.name],
+            )
+            for s in self.spaces
+            if not s.blocked
+        ]
         self.counters = torch.cat(parts) if parts else None
         self.size = sum(space.size for space in self.spaces)
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """Cut a flat draw `(..., length)` into one tensor a space."""
+        """Cut a flat draw `(length,)` into one tensor a space."""
+        offset = flat.storage_offset()
         return {
-            s.name: flat[..., self.offsets[s.name] : self.offsets[s.name] + s.size].reshape(
-                flat.shape[:-1] + s.shape
-            )
-            for s in self.spaces
-            if not s.blocked
+            name: flat.as_strided(shape, strides, offset + start)
+            for name, shape, strides, start in self._cuts
         }
 
 
@@ -152,9 +160,9 @@ class Probe:
 
     def __call__(self, name: str, rows: slice = slice(None)) -> Tensor:
         """The part of the direction in one space, float32; `rows` picks a block along its first axis."""
-        if name in self._parts:
-            part = self._parts[name]
-            return part[rows] if part.dim() else part
+        part = self._parts.get(name)
+        if part is not None:
+            return part if rows == slice(None) or not part.dim() else part[rows]
         shape = self._shapes[name]
         if self.law != "rademacher":
             return self._host_draw(name, shape, rows)

@@ -8,7 +8,7 @@ written between folds.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import MethodType
 from typing import Any, Literal
 
@@ -129,6 +129,7 @@ class Variable:
         self._point: Tensor | None = None
         self._rows: tuple[Callable[[slice], Tensor], float] | None = None
         self._plain = True
+        self._space: tuple[Subspace, Space] | None = None
         if self.held and len(self.shape) == 2:
             m, n = self.shape
             self.stack = Stack((m, n), cap, weight.data)
@@ -161,7 +162,7 @@ class Variable:
     @property
     def is_full(self) -> bool:
         """Whether the coordinates are the weight itself."""
-        return isinstance(self.subspace, Full)
+        return type(self.subspace) is Full
 
     @property
     def offloaded(self) -> bool:
@@ -176,8 +177,10 @@ class Variable:
     @property
     def space(self) -> Space:
         """The coordinates as a space that probes are drawn in."""
-        shape = self.subspace.coords_shape
-        return Space(self.name, shape, blocked=self.is_full and len(shape) > 1)
+        if self._space is None or self._space[0] is not self.subspace:  # asked for many times a step
+            shape = self.subspace.coords_shape
+            self._space = self.subspace, Space(self.name, shape, blocked=self.is_full and len(shape) > 1)
+        return self._space[1]
 
     # ---- windows -------------------------------------------------------------------------------------------------
 
@@ -551,7 +554,7 @@ def _attached(cls: type[nn.Module]) -> type[nn.Module]:
     """A subclass of `cls` that evaluates its bound weights at their variables' points."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] | None = None
         side: tuple[Variable, Kind, Tensor | None] | None = None
         bindings: dict[str, tuple[Variable, Kind]] = self.__dict__[_BINDINGS]
         for name, (variable, kind) in bindings.items():
@@ -564,11 +567,13 @@ def _attached(cls: type[nn.Module]) -> type[nn.Module]:
             else:
                 dense = variable.dense(point)
                 if dense is not None:
+                    tensors = tensors or {}
                     tensors[name] = dense
+        run = partial(compute, self, cls.forward) if side is None else partial(_with_side, cls, self, side)
+        if tensors is None:
+            return run(*args, **kwargs)
         with _shadowed(self, tensors):
-            if side is None:
-                return compute(self, cls.forward, *args, **kwargs)
-            return _with_side(cls, self, side, *args, **kwargs)
+            return run(*args, **kwargs)
 
     return type(
         cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "_zolr_original": cls}
@@ -606,14 +611,14 @@ def _with_side(
     if variable._plain and not torch.is_grad_enabled() and out.is_contiguous():
         rows = x.reshape(-1, x.shape[-1])
         if stack is None:
-            factors = variable.subspace.factors(rows, point.to(x.dtype))
+            factors = variable.subspace.factors(rows, _as(point, x.dtype))
         else:  # one product for the window and the stack: they read x and write out once
             live = _widened(variable.subspace, x.dtype).outer(point.to(x.dtype))
             left = torch.cat([live[0], stack.left.to(x.dtype)], dim=1)  # (m, r + k)
             factors = rows @ torch.cat([live[1].mT, stack.right.to(x.dtype)], dim=1), left.mT
         assert factors is not None  # Full subspaces never take the side path
         # under autocast the output is narrower than the factors, and in-place products do not cast
-        out.view(-1, out.shape[-1]).addmm_(*(factor.to(out.dtype) for factor in factors))
+        out.view(-1, out.shape[-1]).addmm_(_as(factors[0], out.dtype), _as(factors[1], out.dtype))
         return out
     if stack is None:
         return out + variable.subspace.apply(x, point.to(x.dtype))
@@ -775,21 +780,14 @@ def shifted(
     plain: bool = True,
 ) -> Iterator[None]:
     """Evaluate the model with every variable moved by `scale * direction(name)`."""
-    at_once: list[Variable] = []
-    if plain and not isinstance(scale, Tensor):
+    if not plain or isinstance(scale, Tensor):
+        at_once, others = [], list(variables)
+    else:
         at_once = [v for v in variables if not v.space.blocked and v.realization != "inplace"]
+        others = [v for v in variables if v.space.blocked or v.realization == "inplace"]
+    before = [(v._point, v._rows, v._plain) for v in at_once]
     with ExitStack() as stack:
-        if at_once:
-            values = [v.value.detach() for v in at_once]
-            shifts = [v.mask(direction(v.name).to(v.value.dtype)) for v in at_once]
-            # one call for all: on a GPU each launch of its own costs as much as the sums themselves
-            points = torch._foreach_add(values, shifts, alpha=scale)  # pyright: ignore
-            for variable, point in zip(at_once, points, strict=True):
-                stack.enter_context(variable.at(point))
-        done = set(map(id, at_once))
-        for variable in variables:
-            if id(variable) in done:
-                continue
+        for variable in others:
             name = variable.name
             if variable.space.blocked:
                 dtype = variable.value.dtype
@@ -797,4 +795,35 @@ def shifted(
             else:
                 shift = direction(name).to(variable.value.dtype)
             stack.enter_context(variable.shifted(shift, scale, plain=plain))
-        yield
+        try:
+            for variable, point in zip(at_once, _moved(at_once, direction, scale), strict=True):
+                variable._point, variable._rows, variable._plain = point, None, True
+            yield
+        finally:
+            for variable, kept in zip(at_once, before, strict=True):
+                variable._point, variable._rows, variable._plain = kept
+
+
+def _moved(
+    variables: Sequence[Variable], direction: Callable[..., Tensor], scale: float | Tensor
+) -> list[Tensor]:
+    """`value + scale * direction(name)` of every variable, in the dtype that its weight is computed with.
+
+    One call for all: on a GPU a launch for each would cost as much as the sums themselves.
+    """
+    if not variables:
+        return []
+    values = [v.value.detach() for v in variables]
+    shifts = [v.mask(_as(direction(v.name), v.value.dtype)) for v in variables]
+    points = list(torch._foreach_add(values, shifts, alpha=scale))  # pyright: ignore
+    narrow = [i for i, v in enumerate(variables) if v.weight.dtype.itemsize < points[i].dtype.itemsize]
+    if narrow:
+        rounded = [torch.empty_like(points[i], dtype=variables[i].weight.dtype) for i in narrow]
+        torch._foreach_copy_(rounded, [points[i] for i in narrow])  # pyright: ignore
+        for i, point in zip(narrow, rounded, strict=True):
+            points[i] = point
+    return points
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

@@ -117,6 +117,27 @@ def combine(variable: Variable, directions: Sequence[Callable[..., Tensor]], wei
     return gradient
 
 
+def combined(
+    variables: Sequence[Variable], directions: Sequence[Callable[..., Tensor]], weights: Tensor
+) -> Iterator[tuple[Variable, Tensor]]:
+    """Every variable with `sum_i weights[i] * z_i` in its coordinates; those as large as a weight one at a time."""
+    small = [v for v in variables if not v.space.blocked]
+    ready: dict[str, Tensor] = {}
+    for dtype in {v.value.dtype for v in small}:
+        own = [v for v in small if v.value.dtype == dtype]
+        sums: list[Tensor] | None = None
+        for direction, weight in zip(directions, weights.to(dtype).unbind(), strict=True):
+            parts = [direction(v.name).to(dtype) for v in own]
+            # one call for all: on a GPU a launch for each would cost as much as the products themselves
+            scaled = list(torch._foreach_mul(parts, weight))  # pyright: ignore
+            sums = scaled if sums is None else list(torch._foreach_add(sums, scaled))  # pyright: ignore
+        assert sums is not None
+        ready |= {v.name: total for v, total in zip(own, sums, strict=True)}
+    for variable in variables:
+        found = ready.pop(variable.name, None)
+        yield variable, combine(variable, directions, weights) if found is None else found
+
+
 def check_probes(probes: int) -> None:
     """Refuse a number of probes that means nothing."""
     if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zolr.errors import UsageError
-from zolr.estimators import Emit, Estimate, Loss, check_eps, check_probes, combine, mean_loss, same_noise
+from zolr.estimators import Emit, Estimate, Loss, check_eps, check_probes, combined, mean_loss, same_noise
 from zolr.keys import Key
 from zolr.probes import LAWS, Probe, orthonormal
 from zolr.variables import Variable, layout, shifted
@@ -95,8 +95,8 @@ class Spsa:
                 else:
                     slopes.append((values[0] - base) / eps)
         weights = torch.stack(slopes) / len(slopes)
-        for variable in variables:
-            emit(variable, combine(variable, directions, weights))
+        for variable, gradient in combined(variables, directions, weights):
+            emit(variable, gradient)
         return Estimate(torch.stack(losses).mean(), torch.stack(slopes))
 
     @torch.no_grad()
