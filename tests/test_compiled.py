@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 import zolr
 from zolr.compiled import Compiled
+from zolr.errors import UsageError
 
 WAITS = (
     "item",
@@ -40,13 +41,14 @@ class Waiting(TorchFunctionMode):
 
 
 class Net(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.second = nn.Linear(12, 16), nn.Linear(16, 3)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+        return self.second(self.dropout(torch.tanh(self.first(x))))
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -81,9 +83,13 @@ def test_without_a_guard_a_step_never_waits(name, paradigm):
     assert seen.count == 0
 
 
-def trained(paradigm: str, compile: bool, net: nn.Module | None = None) -> tuple[list[float], zolr.Engine]:
-    more = {"eps": 1e-3} if paradigm == "zo" else {}
-    method = zolr.compose("stiefel", paradigm, rank=2, refresh_every=3, **more)
+def trained(
+    paradigm: str, compile: bool, net: nn.Module | None = None, name: str = "stiefel"
+) -> tuple[list[float], zolr.Engine]:
+    more = ({"eps": 1e-3} if paradigm == "zo" else {}) | (
+        {"rank": 2, "refresh_every": 3} if name != "adamw" else {}
+    )
+    method = zolr.compose(name, paradigm, **more)
     net = net or Net()
     engine = zolr.Engine(net, method, lr=1e-2, loss=loss, compile=compile)
     data = tuple(part.to(next(net.parameters()).device) for part in batch())
@@ -124,6 +130,26 @@ def test_an_error_of_the_loss_itself_is_the_users(monkeypatch):
     engine = zolr.Engine(Net(), zolr.compose("stiefel", "fo", rank=2), lr=1e-2, loss=wrong, compile=True)
     with pytest.raises(ValueError, match="labels are missing"):
         engine.step([batch()])
+
+
+def test_a_dense_method_is_not_compiled():
+    with pytest.raises(UsageError, match="takes its gradients one by one; leave compile out"):
+        trained("fo", True, name="galore")
+
+
+def test_steady_subspaces_keep_their_memory_and_saved_states_do_not_follow(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f: f)
+    _, engine = trained("zo", True)
+    variable = next(v for v in engine.variables if not v.is_full)
+    subspace, saved = variable.subspace, engine.state_dict()
+    basis = subspace.tensors()["basis"].clone()
+    engine.refresh()
+    assert variable.subspace is subspace and not torch.equal(subspace.tensors()["basis"], basis)
+    assert torch.equal(saved["variables"][variable.name]["tensors"]["basis"], basis)
+    engine.load_state_dict(saved)
+    _, plain = trained("zo", False)
+    assert torch.equal(subspace.tensors()["basis"], basis)
+    assert engine.step([batch()]).loss == plain.step([batch()]).loss
 
 
 def test_a_compiled_engine_exports_a_plain_copy(monkeypatch):

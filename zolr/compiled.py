@@ -1,15 +1,13 @@
-"""Losses that run compiled: recorded CUDA graphs for forward passes, torch.compile for everything else.
+"""Losses that run compiled: recorded CUDA graphs on a GPU, torch.compile elsewhere.
 
-A forward of a large model on a few short rows takes less time on a GPU than the host needs to launch it. A recorded
-graph launches the same kernels in one call, so its losses are those of the plain forward; torch.compile makes kernels
-of its own.
+A pass of a large model over a few short rows takes less time on a GPU than the host needs to launch it. A recorded graph
+launches the same kernels in one call, so its losses are those of the plain pass; torch.compile makes kernels of its own.
 """
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -18,58 +16,49 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from zolr.variables import Variable
 
-GRAPHS = 16  # batch shapes that are recorded in one window; others run as they are
+GRAPHS = 16  # batch shapes that are recorded; others run as they are
 
 Loss = Callable[[Any], Any]
 
 
-@dataclass(frozen=True)
-class Recording:
-    """One recorded forward.
-
-    Args:
-        graph: what is replayed.
-        inputs: the batch's tensors that it reads.
-        points: the coordinates that it reads.
-        output: the loss that it writes, in any of its three forms.
-        subspaces: what it was recorded in; held, so that their memory stays theirs.
-    """
-
-    graph: Any
-    inputs: list[Tensor]
-    points: list[Tensor]
-    output: Any
-    subspaces: tuple[Any, ...]
+Recording = Callable[
+    [list[Tensor], list[Tensor]], Any
+]  # tensors of a batch, points -> loss in any of its forms
 
 
 class Compiled:
     """A loss of one batch, compiled on the way; where that fails, the plain loss and one warning that says why.
 
-    Under autograd, and on a CPU, the loss goes through torch.compile. Without autograd on a GPU it is recorded as a CUDA
-    graph the second time that a shape of batch comes, once for every window, and replayed from then on.
+    On a GPU the forward pass, and under autograd the backward pass too, is recorded as a CUDA graph the second time that
+    a shape of batch comes, and replayed from then on. On a CPU the loss goes through torch.compile.
 
     Args:
         loss: of one batch; a scalar mean, a `(sum, count)` pair, or per-example losses.
-        variables: what the loss depends on besides the batch, at its current points.
+        variables: what the loss depends on besides the batch, at its current points. They are made steady: a new
+            subspace then takes the memory of the old one, and a recording outlives the window.
+        training: whether the model is in training mode.
     """
 
-    def __init__(self, loss: Loss, variables: Sequence[Variable]) -> None:
-        self.loss, self.variables = loss, variables
+    def __init__(self, loss: Loss, variables: Sequence[Variable], training: Callable[[], bool]) -> None:
+        self.loss, self.variables, self.training = loss, variables, training
+        self._owned: tuple[tuple[Any, Any], ...] | None = None  # subspaces and values that recordings read
+        for variable in variables:
+            variable.steady = True
         self.failed = ""  # why the plain loss is used
         self._fused: Loss | None = None
         self._recordings: dict[Any, Recording] = {}
         self._seen: set[Any] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Compiled":
-        return Compiled(copy.deepcopy(self.loss, memo), copy.deepcopy(self.variables, memo))
+        loss, variables = copy.deepcopy(self.loss, memo), copy.deepcopy(self.variables, memo)
+        return Compiled(loss, variables, copy.deepcopy(self.training, memo))
 
     def __call__(self, batch: Any) -> Any:
         """The loss of one batch at the variables' current points."""
         # tangents and vmap axes pass by Python, and so does who counts the memory of every operation
         if self.failed or any(not v.plain for v in self.variables) or _is_watched():
             return self.loss(batch)
-        recorded = self.variables[0].value.is_cuda and not torch.is_grad_enabled()
-        return self._replayed(batch) if recorded else self._compiled(batch)
+        return self._replayed(batch) if self.variables[0].value.is_cuda else self._compiled(batch)
 
     def _give_up(self, error: Exception) -> None:
         self.failed = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
@@ -100,51 +89,83 @@ class Compiled:
         leaves, structure = tree_flatten(batch)
         points = [v.shifted_to for v in self.variables]
         key = (
+            torch.is_grad_enabled(),
+            self.training(),
             str(structure),
             tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves),
             tuple(None if p is None else p.shape for p in points),
             tuple(v.decay for v in self.variables),
-            tuple(v.moved for v in self.variables),
+            # only a forward at the values themselves leaves out what has not moved
+            tuple(p is None and v.moved for v, p in zip(self.variables, points, strict=True))
+            if not torch.is_grad_enabled()
+            else None,
         )
-        subspaces = tuple(v.subspace for v in self.variables)
+        owned = tuple((v.subspace, v.value) for v in self.variables)
+        if self._owned is None or any(
+            a is not c or b is not d for (a, b), (c, d) in zip(owned, self._owned, strict=True)
+        ):
+            self._recordings.clear()  # they read memory that is no longer that of the variables
+            self._owned = owned
         found = self._recordings.get(key)
-        if found is not None and any(a is not b for a, b in zip(found.subspaces, subspaces, strict=True)):
-            self._recordings.clear()  # a new window: no recording will be right again
-            found = None
         if found is None and key not in self._seen:  # libraries make their workspaces in a plain run
             self._seen.add(key)
             return self.loss(batch)
         if found is None and len(self._recordings) >= GRAPHS:
             return self.loss(batch)
         if found is None:
+            record = self._record_both if torch.is_grad_enabled() else self._record
+            noise = torch.cuda.get_rng_state()  # trying the pass out draws from it
             try:
-                found = self._record(leaves, structure, points, subspaces)
+                found = record(leaves, structure, points)
+                torch.cuda.set_rng_state(noise)
             except RuntimeError as error:  # an operation that waits for the device, for one
                 torch.cuda.synchronize()
                 value = self.loss(batch)
                 self._give_up(error)
                 return value
             self._recordings[key] = found
-        given = [x for x in leaves if isinstance(x, Tensor)] + [p for p in points if p is not None]
-        torch._foreach_copy_(found.inputs + found.points, given, non_blocking=True)  # pyright: ignore[reportPrivateImportUsage]
-        found.graph.replay()
-        return tree_map_only(Tensor, torch.clone, found.output)
+        return found([x for x in leaves if isinstance(x, Tensor)], [p for p in points if p is not None])
 
-    def _record(
-        self, leaves: list[Any], structure: Any, points: list[Tensor | None], subspaces: tuple[Any, ...]
-    ) -> Recording:
+    def _record(self, leaves: list[Any], structure: Any, points: list[Tensor | None]) -> Recording:
         """Record one forward around copies of what may be elsewhere the next time."""
         own = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
         copies = [None if p is None else p.clone() for p in points]
         graph = torch.cuda.CUDAGraph()
+        with self._at(copies), torch.cuda.graph(graph):
+            output = self.loss(tree_unflatten(own, structure))
+        read = [x for x in own if isinstance(x, Tensor)] + [p for p in copies if p is not None]
+
+        def replay(given: list[Tensor], moved: list[Tensor]) -> Any:
+            torch._foreach_copy_(read, given + moved, non_blocking=True)  # pyright: ignore
+            graph.replay()
+            return tree_map_only(Tensor, torch.clone, output)
+
+        return replay
+
+    def _record_both(self, leaves: list[Any], structure: Any, points: list[Tensor | None]) -> Recording:
+        """Record a forward and its backward, by the values themselves: their memory stays where it is."""
+        values = [v.value for v in self.variables]
+        places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+        assert all(point is None for point in points)  # backprop differentiates at the values
+
+        def run(*tensors: Tensor) -> Any:
+            own = list(leaves)
+            for i, tensor in zip(places, tensors[len(values) :], strict=True):
+                own[i] = tensor
+            with self._at(tensors[: len(values)]):
+                return self.loss(tree_unflatten(own, structure))
+
+        sample = (*values, *(leaves[i].clone() for i in places))
+        both: Any = torch.cuda.make_graphed_callables(run, sample, allow_unused_input=True)
+        return lambda given, moved: both(*values, *given)
+
+    @contextmanager
+    def _at(self, points: Sequence[Tensor | None]) -> Iterator[None]:
         with ExitStack() as stack:
-            for variable, point in zip(self.variables, copies, strict=True):
+            for variable, point in zip(self.variables, points, strict=True):
                 if point is not None:
                     stack.enter_context(variable.at(point))
-            with torch.cuda.graph(graph):
-                output = self.loss(tree_unflatten(own, structure))
-        inputs = [x for x in own if isinstance(x, Tensor)]
-        return Recording(graph, inputs, [p for p in copies if p is not None], output, subspaces)
+            yield
 
 
 def _is_watched() -> bool:

@@ -205,7 +205,12 @@ class Engine:
         self._check_rank(model, lambda name, p: predicate(name, p) and self._projected(name, p))
         self.variables = attach(model, predicate, realization, hold=hold, cap=hold_rank)
         self.trained_share = sum(v.weight.numel() for v in self.variables) / total
-        self._fast = Compiled(self._loss_of, self.variables) if compile else self._loss_of
+        if compile and method.dense:
+            raise UsageError(
+                "compile records the backward pass as a whole, and a dense method takes its gradients one by one; "
+                "leave compile out"
+            )
+        self._fast = Compiled(self._loss_of, self.variables, self._trains) if compile else self._loss_of
         self._told = False  # that held weights have lost something
         self.base_lr = lr
         self._schedule = schedule
@@ -547,6 +552,9 @@ class Engine:
         self._untried = False
         return 4 * len(batches)
 
+    def _trains(self) -> bool:
+        return self.model.training
+
     def _loss_of(self, batch: Any) -> Any:
         return self._loss(self.model, batch)
 
@@ -795,7 +803,7 @@ class Engine:
                 if v.is_full and v.weight.dtype == v.dtype and not v.held
                 else v.value.data.clone(),
                 "subspace": type(v.subspace).__name__,
-                "tensors": v.subspace.tensors(),
+                "tensors": {name: tensor.clone() for name, tensor in v.subspace.tensors().items()},
                 "window": v.window,
                 "decay": v.decay,
                 "moved": v.moved,

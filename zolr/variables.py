@@ -83,6 +83,7 @@ class Variable:
         decay: product of `1 - lr * weight_decay` since the window began; it multiplies the weight in the forward.
         held: the weight is never written (see `zolr.held`): a fold goes to `stack`, and a Full value is a copy.
         stack: what a held matrix has been moved by in closed windows.
+        steady: subspaces of one kind and size follow each other in the same memory.
 
     Args:
         sites: where the weight is used.
@@ -130,6 +131,7 @@ class Variable:
         self._rows: tuple[Callable[[slice], Tensor], float] | None = None
         self._plain = True
         self._space: tuple[Subspace, Space] | None = None
+        self.steady = False
         if self.held and len(self.shape) == 2:
             m, n = self.shape
             self.stack = Stack((m, n), cap, weight.data)
@@ -190,7 +192,7 @@ class Variable:
         The caller folds the old window first.
         """
         shared = self.is_full
-        self.subspace = self.without_frozen_row(subspace)
+        self.subspace = self._settled(self.without_frozen_row(subspace))
         weight = self.weight
         if self.is_full:
             self.value = nn.Parameter(self._whole())
@@ -201,6 +203,18 @@ class Variable:
         self.moved = False
         self.decay = 1.0
         self.window += 1
+
+    def _settled(self, subspace: Subspace) -> Subspace:
+        """The subspace, in the memory of the one before where the variable is steady and both are alike."""
+        old = self.subspace
+        if not self.steady or type(old) is not type(subspace) or self.is_full:
+            return subspace
+        before, after = old.tensors(), subspace.tensors()
+        if any(before[name].shape != tensor.shape for name, tensor in after.items()):
+            return subspace
+        for name, tensor in after.items():
+            before[name].copy_(tensor)
+        return old
 
     @contextmanager
     def within(self, subspace: Subspace) -> Iterator[None]:
@@ -276,11 +290,10 @@ class Variable:
         self.moved = False
         self.decay = 1.0
 
-    @torch.no_grad()
     def commit(self) -> None:
         """Copy a float32 master of a Full subspace into its low-precision weight."""
         if self.is_full and not self.held and self.weight.dtype != self.dtype:
-            self.weight.data.copy_(self.value.t() if self.transposed else self.value)
+            self.weight.data.copy_(self.value.data.t() if self.transposed else self.value.data)
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
