@@ -410,6 +410,14 @@ def test_every_projector_can_be_predicted(projector):
     assert predicted.peak_bytes > predicted.weights_bytes
 
 
+def test_attaching_low_precision_weights_makes_no_copies_of_them():
+    model = torch.nn.Sequential(*(torch.nn.Linear(256, 256, bias=False) for _ in range(4))).bfloat16()
+    with LiveBytes() as live:
+        weights = live.track(model)
+        Engine(model, compose("stiefel", "zo", rank=4, eps=1e-3), lr=1e-3, loss=lambda m, x: m(x).mean())
+    assert weights < live.peak < 1.2 * weights  # float32 masters would be twice the weights
+
+
 def test_own_losses_are_predicted():
     def in_bfloat16(model, batch):
         with torch.autocast("cpu", torch.bfloat16):

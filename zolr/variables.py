@@ -130,6 +130,7 @@ class Variable:
         self._point: Tensor | None = None
         self._rows: tuple[Callable[[slice], Tensor], float] | None = None
         self._plain = True
+        self._value: nn.Parameter | None = None
         self._space: tuple[Subspace, Space] | None = None
         self.steady = False
         if self.held and len(self.shape) == 2:
@@ -139,7 +140,17 @@ class Variable:
             self.value = nn.Parameter(weight.new_zeros(m, 0, dtype=self.dtype), requires_grad=False)
             return
         self.subspace = Full(self.shape)
-        self.value = nn.Parameter(self._whole(), requires_grad=False)
+
+    @property
+    def value(self) -> nn.Parameter:
+        """The trained coordinates; a copy of a whole weight is made when it is first asked for."""
+        if self._value is None:
+            self._value = nn.Parameter(self._whole(), requires_grad=False)
+        return self._value
+
+    @value.setter
+    def value(self, value: nn.Parameter) -> None:
+        self._value = value
 
     def __repr__(self) -> str:
         return (
@@ -196,7 +207,7 @@ class Variable:
         weight = self.weight
         if self.is_full:
             self.value = nn.Parameter(self._whole())
-        elif self.value.shape == subspace.coords_shape and not shared:
+        elif not shared and self.value.shape == subspace.coords_shape:
             self.value.data.zero_()  # the same Parameter, so that optimizers keep knowing it
         else:
             self.value = nn.Parameter(weight.new_zeros(subspace.coords_shape, dtype=self.dtype))
