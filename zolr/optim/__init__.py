@@ -71,7 +71,7 @@ class OptimizerRule:
         vectors = [v for v in values if v.dim() != 2]
         inner = [_construct(entry.cls, matrices, lr, settings)] if matrices else []
         if vectors:
-            inner.append(_construct(entry.matrices_only, vectors, lr, {}))
+            inner.append(_construct(entry.matrices_only, vectors, lr, {"fused": True}))
         if apart:
             inner.append(_construct(entry.matrices_only, tables, lr, dict(entry.tables)))
         return inner[0] if len(inner) == 1 else ByShape(inner)
@@ -99,14 +99,15 @@ class Entry:
 OPTIMIZERS: dict[str, Entry] = {
     "sgd": Entry(torch.optim.SGD, degrees={"momentum_buffer": 1}),
     "momentum": Entry(torch.optim.SGD, {"momentum": 0.9, "dampening": 0.9}, {"momentum_buffer": 1}),
-    "adamw": Entry(torch.optim.AdamW, {}, ADAM_DEGREES),
+    # fused: one kernel, and no temporaries as large as all values together, which foreach has
+    "adamw": Entry(torch.optim.AdamW, {"fused": True}, ADAM_DEGREES),
     "adafactor": Entry(torch.optim.Adafactor, {}, None),
     "muon": Entry(
         torch.optim.Muon,
         {"adjust_lr_fn": "match_rms_adamw"},
         {"momentum_buffer": 1, **ADAM_DEGREES},
         matrices_only=torch.optim.AdamW,
-        tables={"betas": (0.9, 0.95)},
+        tables={"betas": (0.9, 0.95), "fused": True},
     ),
 }
 
