@@ -207,6 +207,9 @@ def profile(options: argparse.Namespace, plain: torch.nn.Module) -> dict[str, fl
         "drawing the probe": lambda: Probe(layout(variables), "rademacher", key),
         "gradients from slopes": combining,
         "optimizer": update,
+        "before the first trained weight (the same for both signs)": lambda: plain.base_model.embeddings(
+            data["input_ids"]
+        ),
         "one wait for the device": lambda: bool(torch.isfinite(learned).all()),
         "drawing all bases (once in a window)": lambda: [own._drawn(v) for v in variables],
     }
