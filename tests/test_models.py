@@ -158,6 +158,57 @@ def test_chunked_loss_holds_one_chunk_of_logits():
     assert live.peak < weights + grads_and_chunks + (1 << 20) < weights * 2 + 4 * 128 * vocab * 4
 
 
+@pytest.mark.parametrize("family", sorted(models.HEADS))
+def test_states_in_rows_equal_whole_ones(family, monkeypatch):
+    """Feed-forward halves in parts of seven tokens and a rest; whatever family has none to divide stays as it is."""
+    model, batch = tiny(family, dtype=torch.float64), batch_of(VOCAB)
+    seen = []
+    for module in model.modules():
+        if not [*module.children()]:
+            module.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape))
+    with torch.no_grad():
+        whole, before = encode(model, batch), [dict(m.__dict__) for m in model.modules()]
+        seen.clear()
+        monkeypatch.setattr(models, "CHUNK_ENTRIES", 7 * 64)
+        width = getattr(model.config, "intermediate_size", None) or 64
+        divided = encode(model, batch)
+    torch.testing.assert_close(divided, whole)
+    assert [dict(m.__dict__) for m in model.modules()] == before
+    inside = [type(m).__name__ for m in model.modules() if models._feed_forward(type(m))]
+    if inside:
+        assert any(shape[:-1] == (7 * 64 // width,) for shape in seen)
+    assert inside or family not in {
+        "bert",
+        "roberta",
+        "electra",
+        "llama",
+        "gpt2",
+        "gpt_neox",
+        "qwen3",
+        "gemma2",
+    }
+    seen.clear()
+    torch.testing.assert_close(
+        encode(model, batch), whole
+    )  # with autograd, which keeps what is made: not divided
+    assert not any(shape[:-1] == (7 * 64 // width,) for shape in seen)
+
+
+def test_states_in_rows_take_less(monkeypatch):
+    from zolr.memory import LiveBytes
+
+    model = build(AutoConfig.for_model("roberta", **{**SMALL, "intermediate_size": 128}))
+    batch = batch_of(VOCAB, rows=8, tokens=32)
+    batch |= dict(labels=torch.zeros(8, dtype=torch.long))
+    peaks = []
+    for entries in (1 << 24, 32 * 128):
+        monkeypatch.setattr(models, "CHUNK_ENTRIES", entries)
+        with torch.no_grad(), LiveBytes() as live:
+            models.prompt_loss((3, 4))(model, batch)
+        peaks.append(live.peak)
+    assert peaks[0] - peaks[1] > 256 * 128 * 4
+
+
 @pytest.mark.parametrize("family", ["bert", "llama", "opt"])
 def test_prompt_losses_are_per_row(family):
     model, batch = tiny(family), batch_of(VOCAB)

@@ -52,7 +52,7 @@ DeviceMap = Literal["auto", "cpu", "disk"]
 CODES: dict[str, str] = {"int8": "torchao", "nf4": "bitsandbytes"}
 
 IGNORED = -100  # label of a token that does not count, as everywhere in torch and transformers
-CHUNK_ENTRIES = 1 << 24  # logits alive at once in `lm_loss`: 64 MiB in float32
+CHUNK_ENTRIES = 1 << 24  # logits alive at once in `lm_loss`, and widest states in `encode`: 64 MiB in float32
 
 DEMO = Path(__file__).parent / "demo" / "model"
 
@@ -709,7 +709,54 @@ def encode(model: nn.Module, batch: Batch) -> Tensor:
     Returns:
         `(b, t, h)` in the model's dtype.
     """
-    return model.base_model(**_inputs(model, batch)).last_hidden_state  # type: ignore[operator]
+    with _in_rows(model, batch["input_ids"].numel()):
+        return model.base_model(**_inputs(model, batch)).last_hidden_state  # type: ignore[operator]
+
+
+@contextmanager
+def _in_rows(model: nn.Module, tokens: int) -> Iterator[None]:
+    """Feed-forward halves of layers take a part of the tokens at a time where no autograd keeps what they make.
+
+    Their inner states, the widest of a layer, are most of what a large forward pass holds besides the weights. Covers
+    the families that have this half in a method (BERT and its kin) or a module (LLaMA, GPT-2 and theirs) of its own.
+    """
+    wide = _config(model).get_text_config()
+    width = getattr(wide, "intermediate_size", None) or 4 * getattr(wide, "hidden_size", 1)
+    rows = max(1, CHUNK_ENTRIES // width)
+    if torch.is_grad_enabled() or tokens <= rows:
+        yield
+        return
+
+    def divided(whole: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def feed_forward(x: Tensor) -> Tensor:
+            parts = [whole(part) for part in x.flatten(0, -2).split(rows)]
+            return torch.cat(parts).view(x.shape)
+
+        return feed_forward
+
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for module in model.modules():
+            name = _feed_forward(type(module))
+            if name is not None:
+                before.append((module.__dict__, name, module.__dict__.get(name)))
+                module.__dict__[name] = divided(getattr(module, name))
+        yield
+    finally:
+        for own, name, old in before:
+            if old is None:
+                del own[name]
+            else:  # of a hook that moves weights
+                own[name] = old
+
+
+@cache
+def _feed_forward(cls: type[nn.Module]) -> str | None:
+    """The method of a layer, or of a module in it, that maps every token by itself through wide inner states."""
+    if hasattr(cls, "feed_forward_chunk"):
+        return "feed_forward_chunk"
+    ours = cls.__module__.startswith("transformers.models.") and cls.__name__.endswith("MLP")
+    return "forward" if ours and len(inspect.signature(cls.forward).parameters) == 2 else None
 
 
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
@@ -820,7 +867,8 @@ def prompt_errors(label_ids: Tensor | Sequence[int]) -> Callable[[nn.Module, Bat
 
 def class_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits of a classifier, `(b, c)`, at least float32."""
-    return _wide(model(**_inputs(model, batch)).logits)
+    with _in_rows(model, batch["input_ids"].numel()):
+        return _wide(model(**_inputs(model, batch)).logits)
 
 
 def class_loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -251,7 +251,7 @@ def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
             adapter=plan.adapter,
             quantize=plan.quantize,
             hold=plan.holds,
-            hold_rank=plan.hold_rank,
+            hold_rank=plan.held_rank,
             profile=profile,
         )
 

@@ -52,7 +52,7 @@ PARTS = (
     "probes", "eps", "law", "sides", "directions", "signs",
 )  # fmt: skip
 
-RANK = 128  # `held.RANK`, without torch, which --help must not import
+RANK = 64  # `held.RANK`, without torch, which --help must not import
 
 OBJECTIVES = ("loss", "accuracy", "f1")
 MAY_CHANGE = ("steps", "device", "threads")  # on --resume; anything else would make it another run
@@ -210,8 +210,11 @@ class Holding(Settings):
     hold: bool = flag(
         False, "Leave the model as it is, and write what was learned as a LoRA adapter for peft.", "Memory"
     )
-    hold_rank: Annotated[int, Ge(1)] = flag(
-        RANK, "Rank at most of what is kept beside a weight that is not written.", "Memory"
+    hold_rank: Annotated[int, Ge(1)] | None = flag(
+        None,
+        "Rank at most of what is kept beside a weight that is not written.",
+        "Memory",
+        shown=f"four times --rank, at least {RANK}",
     )
 
     @property
@@ -340,6 +343,11 @@ class Finetune(Writing, Holding, Machine, Schedule, Composition, DataChoice, Mod
 
         parts = {f: getattr(self, f) for f in PARTS}
         return compose(self.method, self.paradigm, **parts)
+
+    @property
+    def held_rank(self) -> int:
+        """Rank at most of what is kept beside a held weight; below four windows' worth it would soon drop much."""
+        return self.hold_rank or max(RANK, 4 * getattr(self.composed().projector, "rank", 0))
 
     @property
     def usual_accumulation(self) -> int:
@@ -553,7 +561,7 @@ class Job:
             clip=settings.clip,
             realization=settings.realization,
             hold=self._hold if settings.holds else False,
-            hold_rank=settings.hold_rank,
+            hold_rank=settings.held_rank,
             # families whose forward we know need no proof that the coordinates reach the loss; it costs a pass per weight
             check=None if models.splits(self.work.model) else self._moved(self.batches(0)[0]),
         )
@@ -696,7 +704,7 @@ class Job:
             adapter=settings.adapter,
             quantize=settings.quantize,
             hold=settings.holds,
-            hold_rank=settings.hold_rank,
+            hold_rank=settings.held_rank,
         ).peak_bytes
 
     def train(
