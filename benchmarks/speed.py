@@ -25,7 +25,7 @@ import transformers
 
 import zolr
 from zolr.estimators import combine, mean_loss
-from zolr.models import build, checkpoint_activations, prompt_loss
+from zolr.models import Checkpointing, build, checkpoint_activations, prompt_loss
 from zolr.probes import Probe
 from zolr.variables import layout, shifted
 
@@ -46,6 +46,11 @@ ZO = {
 FO = {
     "stiefel, all weights, rank 32": (dict(method="stiefel", paradigm="fo"), "all", False),
     "stiefel, linear maps, rank 32": (dict(method="stiefel", paradigm="fo"), "linear", False),
+    "stiefel, all weights, selective checkpointing": (
+        dict(method="stiefel", paradigm="fo"),
+        "all",
+        "selective",
+    ),
     "stiefel, all weights, checkpointing": (dict(method="stiefel", paradigm="fo"), "all", True),
 }
 FWD = {"stiefel, attention, rank 16": (dict(method="stiefel", paradigm="fwd"), "attention")}
@@ -94,12 +99,11 @@ def paired(step: Callable[[], Any], reference: Callable[[], Any], rounds: int) -
 
 
 def engine(
-    plain: torch.nn.Module, parts: dict[str, Any], train: str, checkpointing: bool = False
+    plain: torch.nn.Module, parts: dict[str, Any], train: str, checkpointing: Checkpointing = False
 ) -> zolr.Engine:
     """An engine on a copy of the model; the rate is so small that nothing happens to the weights."""
     net = copy.deepcopy(plain)
-    if checkpointing:
-        checkpoint_activations(net)
+    checkpoint_activations(net, checkpointing)
     more = {"eps": 1e-3} if parts.get("paradigm") == "zo" or parts["method"] in ("mezo", "lozo") else {}
     return zolr.Engine(net, zolr.compose(**parts, **more), lr=1e-6, loss=prompt_loss(WORDS), select=train)
 

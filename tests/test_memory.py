@@ -203,6 +203,7 @@ PREDICTED = {
     "fo": ("stiefel", "fo", {}),
     "fo, decay and clip": ("stiefel", "fo", dict(weight_decay=0.1, clip=1.0)),
     "fo, checkpointing": ("stiefel", "fo", dict(checkpointing=True)),
+    "fo, selective checkpointing": ("stiefel", "fo", dict(checkpointing="selective")),
     "fo, two batches": ("rso", "fo", dict(accumulation=2)),
     "fo, classes": ("rso", "fo", dict(objective="classes")),
     "adamw": ("adamw", "fo", {}),
@@ -228,8 +229,7 @@ def test_predicted_peak_is_that_of_the_real_step(name):
 
     objective = settings.get("objective", "prompt")
     model = build(small(), kind="classes" if objective == "classes" else "lm", num_labels=2, dropout=0.0)
-    if settings.get("checkpointing"):
-        checkpoint_activations(model)
+    checkpoint_activations(model, settings.get("checkpointing", False))
     batches = []
     for _ in range(settings.get("accumulation", 1)):
         ids = torch.ones(rows, tokens, dtype=torch.long)
@@ -417,9 +417,68 @@ def test_checkpointing_and_low_precision_take_less():
     assert (
         predict(small(), compose("stiefel", "fo"), checkpointing=True, **size).peak_bytes < plain.peak_bytes
     )
+    kinds = [
+        predict(small(num_hidden_layers=8), compose("stiefel", "fo"), checkpointing=how, **size).peak_bytes
+        for how in (True, "selective", False)
+    ]
+    assert kinds == sorted(set(kinds))
     bf16 = predict(small(), compose("stiefel", "fo"), dtype=torch.bfloat16, **size)
     assert bf16.weights_bytes == pytest.approx(plain.weights_bytes / 2, rel=0.05)
     assert bf16.peak_bytes < 0.65 * plain.peak_bytes
+
+
+@pytest.mark.parametrize("family", ["roberta", "llama", "gpt2"])
+def test_autograd_keeps_no_input_of_a_trained_linear_map_that_nothing_else_needs(family):
+    """What a step in subspaces keeps for the way back is what a frozen model keeps, and `(tokens, r)` a linear map."""
+    rows, tokens, rank = 4, 32, 3
+    numbers = dict(vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=2)
+    numbers |= dict(intermediate_size=160, n_embd=48, n_layer=2, n_head=2)
+    ids = torch.randint(3, 60, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    batch = dict(input_ids=ids, positions=ids[:, 0] % tokens, labels=ids[:, 0] % 2)
+
+    def kept(train) -> int:
+        model = build(AutoConfig.for_model(family, **numbers), dropout=0.0)
+        run, engine = train(model)
+        known = LiveBytes()
+        known.track(model, batch)
+        if engine is not None:
+            known.track(*(v.value for v in engine.variables))
+            known.track(*(t for v in engine.variables for t in v.subspace.tensors().values()))
+        before = known.live
+
+        def keep(tensor):
+            known.track(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            run()
+        return known.peak - before
+
+    loss = prompt_loss((3, 4))
+
+    def frozen(model):  # the way back goes through every operation, and no matrix is trained
+        model.requires_grad_(False)
+        table = model.get_input_embeddings()
+        table.register_forward_hook(lambda m, args, out: out.detach().requires_grad_())
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.dim() == 1)
+        return lambda: loss(model, batch).mean().backward(), None
+
+    def dense(model):
+        return lambda: loss(model, batch).mean().backward(), None
+
+    def ours(model):
+        engine = Engine(model, compose("stiefel", "fo", rank=rank), lr=1e-6, loss=loss, guard=False)
+        engine.step([batch])
+        return lambda: engine.step([batch]), engine
+
+    linears = 6 if family != "llama" else 7
+    linears = 2 * (4 if family == "gpt2" else linears) + 2  # gpt2 has queries, keys and values in one; heads
+    room = linears * (512 + rows * tokens * rank * 4)
+    whole = rows * tokens * 48 * 4  # one input of a linear map
+    needed, least = kept(frozen), kept(ours)
+    assert least <= needed + room
+    assert kept(dense) > needed + room + whole
 
 
 @pytest.mark.parametrize(("name", "paradigm"), [(n, p) for n, row in METHODS.items() for p in row.paradigms])

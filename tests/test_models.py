@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from zolr import models
 from zolr.errors import DataError, UsageError
@@ -373,12 +374,35 @@ def test_tokenizers_pad_on_the_right():
         load_tokenizer("llama-60m")
 
 
-def test_checkpointed_activations_leave_gradients_unchanged():
-    model, batch = tiny("llama"), batch_of(VOCAB)
+@pytest.mark.parametrize("how", [True, "selective"])
+@pytest.mark.parametrize("family", ["llama", "roberta", "gpt2", "opt"])
+def test_checkpointed_activations_leave_gradients_unchanged(family, how):
+    """With dropout where the family has one: what is dropped is the same when a layer is computed again."""
+    model, batch = tiny(family), batch_of(VOCAB)
     model.train()
-    plain = torch.autograd.grad(lm_loss(model, batch)[0], list(model.parameters()))
-    models.checkpoint_activations(model)
-    again = torch.autograd.grad(lm_loss(model, batch)[0], list(model.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    layers: list = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    calls = [0, 0]
+    for i, layer in enumerate(layers):
+        first = next(m for m in layer.modules() if not [*m.children()])
+        first.register_forward_pre_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    used = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients():
+        calls[:] = [0, 0]
+        torch.manual_seed(3)
+        return torch.autograd.grad(lm_loss(model, batch)[0], used, allow_unused=True)
+
+    plain = gradients()
+    if family != "llama":
+        torch.manual_seed(4)
+        other = torch.autograd.grad(lm_loss(model, batch)[0], used[:1])[0]
+        assert not torch.equal(other, plain[0])  # dropout is there
+    models.checkpoint_activations(model, how)
+    again = gradients()
+    assert calls == ([2, 2] if how is True else [2, 1])
+    for a, b in zip(plain, again, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    with pytest.raises(UsageError, match="checkpointing 'half' is not known"):
+        models.checkpoint_activations(model, "half")
     with pytest.raises(UsageError, match="does not support activation checkpointing"):
         models.checkpoint_activations(torch.nn.Linear(2, 2))

@@ -33,6 +33,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -45,6 +46,7 @@ from zolr.held import keep_codes
 
 Batch = Mapping[str, Tensor]
 Kind = Literal["lm", "classes"]
+Checkpointing = bool | Literal["selective"]
 Codes = Literal["int8", "nf4"]
 DeviceMap = Literal["auto", "cpu", "disk"]
 
@@ -481,14 +483,22 @@ def load_tokenizer(name: str | os.PathLike[str], *, trust_remote_code: bool = Fa
     return tokenizer
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Keep only the input of each layer for backward and compute the rest again (non-reentrant checkpoints).
+def checkpoint_activations(model: nn.Module, how: Checkpointing = True) -> None:
+    """Keep only the inputs of layers for backward and compute the rest again (non-reentrant checkpoints).
 
     transformers does this in `train()` mode only: in eval mode the call has no effect.
+
+    Args:
+        how: True for all layers; "selective" for the first half of them, whose results would be kept longest: half of
+            the time of full recomputation, and half of its savings; False for none.
 
     Raises:
         UsageError: the model does not support it.
     """
+    if how is False:
+        return
+    if how not in (True, "selective"):
+        raise UsageError(f"checkpointing '{how}' is not known; use True, False or 'selective'")
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise UsageError(
             f"{type(model).__name__} does not support activation checkpointing; train without it"
@@ -501,6 +511,15 @@ def checkpoint_activations(model: nn.Module) -> None:
     # Reentrant checkpoints need inputs that require gradients; ours do not, and the gradient of the
     # embeddings' output that this would keep is as large as a layer's input
     loose.disable_input_require_grads()
+    if how == "selective":
+        layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if len(layers) < 2:
+            raise UsageError(
+                f"{type(model).__name__} has no layers that can be told apart; use checkpointing on or off"
+            )
+        # the last layers are the first on the way back: theirs is gone before anything is computed again
+        for layer in layers[(len(layers) + 1) // 2 :]:
+            layer.gradient_checkpointing = False
 
 
 def is_masked(model: nn.Module) -> bool:

@@ -177,8 +177,11 @@ class Schedule(Settings):
     group_by_length: bool = flag(
         False, "Batches of examples of like length: faster where padding is much of a batch.", "Training"
     )
-    checkpointing: bool | None = flag(
-        None, "Recompute activations in the backward pass (fo).", "Memory", shown="no, or as the budget asks"
+    checkpointing: bool | Literal["selective"] | None = flag(
+        None,
+        "Recompute activations in the backward pass (fo): on, off, or selective (those of half of the layers).",
+        "Memory",
+        shown="off, or as the budget asks",
     )
     memory_budget: str | None = flag(
         None,
@@ -331,7 +334,7 @@ class Finetune(Writing, Holding, Machine, Schedule, Composition, DataChoice, Mod
             self,
             method=self.method or "stiefel",
             paradigm=method.paradigm,
-            checkpointing=self.checkpointing if self.memory_budget else bool(self.checkpointing),
+            checkpointing=self.checkpointing if self.memory_budget else self.checkpointing or False,
             task=self.task or (None if self.data or self.model != "demo" else "questions"),
             steps=self.steps if self.steps or self.epochs else numbers.steps,
             eval_every=self.eval_every or min(numbers.eval_every, self.steps or numbers.eval_every),
@@ -536,6 +539,7 @@ class Job:
         self.truncated = truncation_share(self.train_set)
         self.notes = list(self.work.notes)
         self.select = settings.selection
+        self._peaks: dict[Finetune, int] = {}
         self.settings = settings = self._within_budget(self._sized(settings), settings)
         self.batches = TrainingBatches(
             self.train_set,
@@ -545,8 +549,7 @@ class Job:
             seed=settings.data_seed,
             pad_id=self.work.pad_id,
         )
-        if settings.checkpointing:
-            models.checkpoint_activations(self.work.model)
+        models.checkpoint_activations(self.work.model, settings.checkpointing or False)
         method = settings.composed()
         self.metric = "f1" if settings.objective == "f1" else task.metric
         self.engine: Engine = Engine(
@@ -605,7 +608,7 @@ class Job:
         asked = Way(
             settings.batch_size or 1,
             settings.accumulate or 1,
-            bool(settings.checkpointing),
+            settings.checkpointing or False,
             getattr(method.estimator, "signs", "sequence"),
             settings.realization,
         )
@@ -682,7 +685,12 @@ class Job:
             return None
 
     def _peak(self, settings: Finetune) -> int:
-        """Predicted peak bytes of a step with these settings."""
+        """Predicted peak bytes of a step with these settings; seconds the first time, and remembered."""
+        if settings not in self._peaks:
+            self._peaks[settings] = self._predict(settings)
+        return self._peaks[settings]
+
+    def _predict(self, settings: Finetune) -> int:
         import torch
 
         from zolr.memory import predict
@@ -696,7 +704,7 @@ class Job:
             objective="classes" if settings.head == "classes" else "prompt",
             num_labels=len(self.work.task.classes),
             accumulation=settings.accumulate or 1,
-            checkpointing=bool(settings.checkpointing),
+            checkpointing=settings.checkpointing or False,
             select=self.select,
             weight_decay=settings.weight_decay,
             clip=settings.clip,
