@@ -135,6 +135,7 @@ def load_model(
     quantize: Codes | None = None,
     device_map: DeviceMap | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
 ) -> nn.Module:
     """Load a model, in eval mode, from a folder, a preset's numbers, the packaged demo or the hub.
 
@@ -158,6 +159,8 @@ def load_model(
         device_map: keep weights away from the device between two uses: "cpu" in host memory, "disk" in
             `offload_folder`, "auto" as accelerate divides them over GPU, host memory and disk.
         offload_folder: where "disk" and "auto" write weights; not emptied.
+        max_memory: bytes, or amounts such as "10GiB", that weights may take by device (GPU number or "cpu"), for
+            device_map "auto"; what fits nowhere goes to disk. None takes what accelerate finds to be free.
 
     Raises:
         UsageError: the name is unknown, the model has no such kind, a package is missing, or settings contradict.
@@ -167,6 +170,8 @@ def load_model(
     _check_quantize(quantize)
     if device_map is not None:
         _check_device_map(device_map, quantize, offload_folder)
+    if max_memory is not None and device_map != "auto":
+        raise UsageError(f"max_memory is for device_map 'auto', and device_map is {device_map!r}; use 'auto'")
     if adapters.is_adapter(Path(label)):
         loaded = load_model(
             adapters.base_of(Path(label)),
@@ -181,6 +186,7 @@ def load_model(
             quantize=quantize,
             device_map=device_map,
             offload_folder=offload_folder,
+            max_memory=max_memory,
         )
         adapters.load(Path(label), loaded)
         return loaded
@@ -223,7 +229,7 @@ def load_model(
             options["quantization_config"] = _coding(quantize, dtype, _plain_maps(empty))
             options["device_map"] = {"": device}
         elif device_map == "auto":
-            options |= {"device_map": "auto", "offload_folder": offload_folder}
+            options |= {"device_map": "auto", "offload_folder": offload_folder, "max_memory": max_memory}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model, report = auto.from_pretrained(
