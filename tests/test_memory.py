@@ -281,6 +281,20 @@ def test_a_held_run_is_predicted_as_it_is_with_its_stacks_full(paradigm):
     assert peaks[0] < peaks[1]
 
 
+@pytest.mark.parametrize("paradigm", ["zo", "fo"])
+def test_attaching_copies_no_weights(paradigm):
+    """Masters in float32 are for weights that are trained as a whole; of others there is never one."""
+    model = build(small(), dtype=torch.bfloat16, dropout=0.0)
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    with LiveBytes() as live:
+        before = live.track(model)
+        method = compose("stiefel", paradigm, rank=2, eps=3e-3 if paradigm == "zo" else None)
+        engine = Engine(model, method, lr=1e-3, loss=prompt_loss((3, 4)), select="linear+embedding")
+    coordinates = sum(v.value.numel() * 4 + 2 * 2 * v.shape[1] + 1024 for v in engine.variables)
+    assert live.peak - before < coordinates + max(p.numel() for p in matrices) * 4
+    assert sum(p.numel() * 4 for p in matrices) > 2 * (live.peak - before)
+
+
 def test_predicted_parts_are_those_of_the_rows():
     weights = size_of(build(small()))
     adamw = predict(small(), compose("adamw"), batch_size=2, max_length=8)

@@ -129,6 +129,7 @@ class Variable:
         self._point: Tensor | None = None
         self._rows: tuple[Callable[[slice], Tensor], float] | None = None
         self._plain = True
+        self._value: nn.Parameter | None = None
         if self.held and len(self.shape) == 2:
             m, n = self.shape
             self.stack = Stack((m, n), cap, weight.data)
@@ -136,7 +137,18 @@ class Variable:
             self.value = nn.Parameter(weight.new_zeros(m, 0, dtype=self.dtype), requires_grad=False)
             return
         self.subspace = Full(self.shape)
-        self.value = nn.Parameter(self._whole(), requires_grad=False)
+        self._value = None  # a float32 master of all weights at once would be the peak of a bfloat16 run
+
+    @property
+    def value(self) -> nn.Parameter:
+        """The coordinates; see the class."""
+        if self._value is None:
+            self._value = nn.Parameter(self._whole(), requires_grad=False)
+        return self._value
+
+    @value.setter
+    def value(self, value: nn.Parameter) -> None:
+        self._value = value
 
     def __repr__(self) -> str:
         return (
@@ -191,7 +203,7 @@ class Variable:
         weight = self.weight
         if self.is_full:
             self.value = nn.Parameter(self._whole())
-        elif self.value.shape == subspace.coords_shape and not shared:
+        elif not shared and self.value.shape == subspace.coords_shape:
             self.value.data.zero_()  # the same Parameter, so that optimizers keep knowing it
         else:
             self.value = nn.Parameter(weight.new_zeros(subspace.coords_shape, dtype=self.dtype))
@@ -492,7 +504,7 @@ class Variables(list[Variable]):
         """The layout of one flat draw over all variables."""
         spaces = tuple(v.space for v in self)
         if self._built is None or self._built[0] != spaces:
-            self._built = spaces, Layout(spaces, self[0].value.device)
+            self._built = spaces, Layout(spaces, self[0].weight.device)
         return self._built[1]
 
 
