@@ -2,7 +2,8 @@
 
 Predicted from numbers alone: the engine's own step runs on tensors without data, so this needs neither
 weights nor a GPU. Run `python benchmarks/memory.py`, with `--json` for machines, or `--profile "zo stiefel"`
-to see what lives at the peak of one row.
+to see what lives at the peak of one row, and with `--activations` to see what autograd keeps for the way back
+in whole models.
 """
 
 import argparse
@@ -15,9 +16,13 @@ from typing import Any
 
 import torch
 import transformers
+from torch._subclasses import FakeTensorMode
 
-from zolr.memory import Prediction, predict
+from zolr.engine import Engine
+from zolr.memory import LiveBytes, Prediction, predict
+from zolr.memory import kept as held
 from zolr.methods import METHODS, Method, compose
+from zolr.models import build, lm_loss, prompt_loss
 
 GB = 1e9
 
@@ -48,17 +53,20 @@ class Case:
 
 
 CHECKPOINTING = (("checkpointing", True),)
+SELECTIVE = (("checkpointing", "selective"),)
 CASES = {
     "forward": Case(None),
     "zo stiefel": Case("stiefel", "zo", ranked=True, target=(1.03, "x")),
     "zo stiefel, signs together": Case("stiefel", "zo", (("signs", "together"),), ranked=True),
     "mezo": Case("mezo", "zo"),
     "fo stiefel": Case("stiefel", "fo", ranked=True),
+    "fo stiefel, selective checkpointing": Case("stiefel", "fo", SELECTIVE, ranked=True),
     "fo stiefel, checkpointing": Case("stiefel", "fo", CHECKPOINTING, ranked=True, target=(3.4, "GB")),
     "dependent zo": Case("dependent", "zo"),
     "dependent fo": Case("dependent", "fo"),
     "fwd stiefel": Case("stiefel", "fwd"),
     "adamw": Case("adamw", "fo"),
+    "adamw, selective checkpointing": Case("adamw", "fo", SELECTIVE),
     "adamw, checkpointing": Case("adamw", "fo", CHECKPOINTING),
 }
 
@@ -111,9 +119,9 @@ def table(options: argparse.Namespace) -> int:
             continue
         if len(rows) == 1:
             conditions(options, prediction)
-            print(f"{'row':28} {'peak GB':>8} {'x forward':>9} {'bases, coords':>13} {'optimizer':>9}  phase")
+            print(f"{'row':36} {'peak GB':>8} {'x forward':>9} {'bases, coords':>13} {'optimizer':>9}  phase")
         print(
-            f"{name:28} {prediction.peak_bytes / GB:8.3f} {prediction.ratio:9.3f} "
+            f"{name:36} {prediction.peak_bytes / GB:8.3f} {prediction.ratio:9.3f} "
             f"{prediction.coords_bytes / GB:13.3f} {prediction.optimizer_bytes / GB:9.3f}  "
             f"{prediction.phase:10} {rows[-1]['target']}",
             flush=True,
@@ -158,6 +166,54 @@ def conditions(options: argparse.Namespace, prediction: Prediction) -> None:
         print(f"- {line}")
 
 
+# presets and what is trained on them, for `--activations`
+WHOLE = {"roberta-base": "prompt", "roberta-large": "prompt", "llama-60m": "lm"}
+
+
+def saved(model: str, objective: str, method: str, options: argparse.Namespace) -> int:
+    """Bytes that autograd keeps between the forward and the backward pass of a step, besides what outlives the step."""
+    rows, tokens = options.batch_size, options.max_length
+    with FakeTensorMode():
+        net = build(model, dtype=getattr(torch, options.dtype), dropout=0.0)
+        ids = torch.zeros(rows, tokens, dtype=torch.long)
+        batch = {"input_ids": ids, "labels": ids if objective == "lm" else ids[:, 0]}
+        if objective == "prompt":
+            batch |= {"attention_mask": torch.ones_like(ids), "positions": ids[:, 0]}
+        loss = prompt_loss((3, 4)) if objective == "prompt" else lm_loss
+        rank = options.rank if method == "stiefel" else None
+        engine = Engine(net, compose(method, "fo", rank=rank), lr=1e-3, loss=loss, guard=False)
+        engine.step([batch])  # makes the values
+        kept = LiveBytes()
+        kept.track(net, batch, *(tensor for tensors in held(engine).values() for tensor in tensors))
+        before = kept.live
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept.track(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            engine.step([batch])
+    return kept.peak - before
+
+
+def activations(options: argparse.Namespace) -> int:
+    """Print what a step in subspaces keeps for the way back over what dense AdamW keeps, for whole models."""
+    print(
+        f"saved activations of a backprop step, {options.batch_size} x {options.max_length}, {options.dtype}"
+    )
+    print(f"{'model':16} {'loss':8} {'stiefel GB':>10} {'adamw GB':>10} {'ratio':>6}")
+    found = {}
+    for model, objective in WHOLE.items():
+        ours, theirs = (saved(model, objective, method, options) for method in ("stiefel", "adamw"))
+        found[model] = {"objective": objective, "stiefel": ours, "adamw": theirs, "ratio": ours / theirs}
+        print(
+            f"{model:16} {objective:8} {ours / GB:10.3f} {theirs / GB:10.3f} {ours / theirs:6.3f}", flush=True
+        )
+    if options.json:
+        print(json.dumps(found, indent=1))
+    return 0
+
+
 def profile(name: str, options: argparse.Namespace) -> None:
     """Print the largest storages alive at the peak of a row, equal ones together."""
     prediction = run(name, options, profile=True)
@@ -199,6 +255,9 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--output", type=Path, help="file that the rows are merged into, as JSON")
     parser.add_argument("--profile", metavar="ROW", help="list the live storages at the peak of one row")
+    parser.add_argument(
+        "--activations", action="store_true", help="what autograd keeps in whole models, against dense AdamW"
+    )
     parser.add_argument("--top", type=int, default=20, help="lines of the profile")
     options = parser.parse_args()
     for name in [*options.rows, *([options.profile] if options.profile else [])]:
@@ -208,7 +267,7 @@ def main() -> int:
     if options.profile:
         profile(options.profile, options)
         return 0
-    return table(options)
+    return activations(options) if options.activations else table(options)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python benchmarks/speed.py                           # 6 layers of width 768, batch 16 x 64, float32, one thread
     python benchmarks/speed.py --dtype bfloat16 --threads 2 --json
     python benchmarks/speed.py --profile                 # where the overhead of the default forward-only step goes
+    python benchmarks/speed.py --bases                   # ways to draw an orthonormal basis; printed, not kept
 
 Every row is the median over paired rounds of one process: the step and its reference are timed one after the other in
 each round, in alternating order, and the ratio is taken within the round. The quartiles of the ratio are printed beside it.
@@ -25,8 +26,11 @@ import transformers
 
 import zolr
 from zolr.estimators import combine, mean_loss
-from zolr.models import build, checkpoint_activations, prompt_loss
+from zolr.keys import Key
+from zolr.memory import LiveBytes
+from zolr.models import Checkpointing, build, checkpoint_activations, prompt_loss
 from zolr.probes import Probe
+from zolr.projectors import orthonormal
 from zolr.variables import layout, shifted
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
@@ -46,6 +50,11 @@ ZO = {
 FO = {
     "stiefel, all weights, rank 32": (dict(method="stiefel", paradigm="fo"), "all", False),
     "stiefel, linear maps, rank 32": (dict(method="stiefel", paradigm="fo"), "linear", False),
+    "stiefel, all weights, selective checkpointing": (
+        dict(method="stiefel", paradigm="fo"),
+        "all",
+        "selective",
+    ),
     "stiefel, all weights, checkpointing": (dict(method="stiefel", paradigm="fo"), "all", True),
 }
 FWD = {"stiefel, attention, rank 16": (dict(method="stiefel", paradigm="fwd"), "attention")}
@@ -94,7 +103,11 @@ def paired(step: Callable[[], Any], reference: Callable[[], Any], rounds: int) -
 
 
 def engine(
-    plain: torch.nn.Module, parts: dict[str, Any], train: str, checkpointing: bool = False, **more: Any
+    plain: torch.nn.Module,
+    parts: dict[str, Any],
+    train: str,
+    checkpointing: Checkpointing = False,
+    **more: Any,
 ) -> zolr.Engine:
     """An engine on a copy of the model; the rate is so small that nothing happens to the weights.
 
@@ -102,8 +115,7 @@ def engine(
         more: settings of the engine.
     """
     net = copy.deepcopy(plain)
-    if checkpointing:
-        checkpoint_activations(net)
+    checkpoint_activations(net, checkpointing)
     eps = {"eps": 1e-3} if parts.get("paradigm") == "zo" or parts["method"] in ("mezo", "lozo") else {}
     method = zolr.compose(**parts, **eps)
     return zolr.Engine(net, method, lr=1e-6, loss=prompt_loss(WORDS), select=train, **more)
@@ -239,6 +251,54 @@ def profile(options: argparse.Namespace, plain: torch.nn.Module) -> dict[str, fl
     return shares
 
 
+# (m, n) of weights and ranks, for `--bases`
+BASES = {(m, n): (16, 128) for m, n in ((768, 768), (1024, 4096), (4096, 11008))}
+
+
+def cholesky_qr(matrix: torch.Tensor) -> torch.Tensor:
+    """Orthonormal columns by two rounds of Gram and Cholesky: the Q of a QR whose R has a positive diagonal."""
+    for _ in range(2):
+        lower = torch.linalg.cholesky(matrix.mT @ matrix)
+        eye = torch.eye(lower.shape[0], dtype=lower.dtype)
+        matrix = matrix @ torch.linalg.solve_triangular(lower, eye, upper=False).mT
+    return matrix
+
+
+def bases(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Ways to an orthonormal basis `(n, r)`: time over that of QR, bytes besides the input, distance from orthonormal.
+
+    The first two turn normal numbers into a uniform basis; a range finder looks for that of a dense gradient `(m, n)`.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for (m, n), ranks in BASES.items():
+        gradient = Key(1).normal((m, n))
+        for rank in ranks:
+            draw = Key(0).normal((n, rank))
+            ways: dict[str, Callable[[], torch.Tensor]] = {
+                "QR": lambda draw=draw: orthonormal(draw),
+                "Cholesky, twice": lambda draw=draw: cholesky_qr(draw),
+                "range finder": lambda draw=draw, g=gradient: orthonormal(g.mT @ (g @ draw)),
+            }
+            expected = ways["QR"]()
+            for name, way in ways.items():
+                with LiveBytes() as live:
+                    before = live.track(draw, gradient)
+                    basis = way()
+                basis = basis.double()
+                off = float((basis.mT @ basis - torch.eye(rank)).abs().max())
+                row = paired(way, ways["QR"], options.rounds)
+                row |= {"transient_bytes": live.peak - before, "off_orthonormal": off}
+                same = float((basis - expected).abs().max())
+                found[f"{m} x {n}, rank {rank}, {name}"] = row
+                print(
+                    f"{m:5} x {n:5}  rank {rank:3}  {name:16} {row['ratio']:8.2f} of {row['reference_seconds'] * 1e3:7.2f} ms"
+                    f"  {row['transient_bytes'] / 1e6:6.2f} MB  off by {off:.1e}"
+                    + (f"  from QR {same:.1e}" if name != "range finder" else ""),
+                    flush=True,
+                )
+    return found
+
+
 def main() -> None:
     """Time all rows, print and keep them."""
     parser = argparse.ArgumentParser(
@@ -255,6 +315,7 @@ def main() -> None:
     parser.add_argument(
         "--profile", action="store_true", help="where the overhead of a forward-only step goes"
     )
+    parser.add_argument("--bases", action="store_true", help="ways to draw an orthonormal basis")
     parser.add_argument("--json", action="store_true", help="print the results as JSON too")
     parser.add_argument("--output", type=Path, default=RESULTS, help="file the results are merged into")
     options = parser.parse_args()
@@ -262,6 +323,9 @@ def main() -> None:
         parser.error("--rounds must be at least 2; figures that are kept need 9")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    if options.bases:
+        bases(options)
+        return
     plain = build(
         options.model, num_hidden_layers=options.layers, dtype=getattr(torch, options.dtype), dropout=0.0
     )

@@ -462,6 +462,41 @@ def test_tied_weights_stay_tied_while_they_are_away(way: Any, tmp_path: Path) ->
     assert close(outputs[0][0], outputs[1][0], 1e-4)
 
 
+@pytest.mark.parametrize("room", [0, 0.6])
+def test_a_run_on_weights_that_accelerate_divides_equals_one_on_plain_weights(
+    room: float, tmp_path: Path
+) -> None:
+    """Host memory for none, or for some, of the weights of a model; the others are on disk."""
+    base = tiny("llama", tmp_path / "base")
+    plain = models.load_model(base, dtype=torch.float64)
+    total = sum(p.numel() * 8 for p in plain.parameters())
+    away = models.load_model(
+        base,
+        dtype=torch.float64,
+        device_map="auto",
+        offload_folder=tmp_path / "away",
+        max_memory={"cpu": int(room * total) + 1},
+    )
+    gone = [name for name, p in away.named_parameters() if p.device.type == "meta"]
+    assert gone and (len(gone) < len(list(away.parameters()))) == (room > 0)
+    before = answers(away)
+    runs = [
+        Engine(model, method("zo"), lr=2e-2, loss=models.lm_loss, hold=True, select="attention")
+        for model in (plain, away)
+    ]
+    for _ in range(8):
+        infos = [run.step([lines()]) for run in runs]
+        assert infos[0].loss == pytest.approx(infos[1].loss, rel=1e-9)
+    assert close(answers(away), answers(plain), 1e-7) and not close(answers(away), before, 2e-2)
+    assert [name for name, p in away.named_parameters() if p.device.type == "meta"] == gone
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    adapters.write(folder, away, runs[1].variables, str(base))
+    assert close(answers(models.load_model(folder)).double(), answers(away), 1e-4)
+    with pytest.raises(UsageError, match="max_memory is for device_map 'auto'"):
+        models.load_model(base, max_memory={"cpu": 1})
+
+
 # ---- quantized weights -----------------------------------------------------------------------------------------------
 
 

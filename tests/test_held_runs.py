@@ -94,7 +94,7 @@ def test_a_quantized_run_from_end_to_end(
     result = check(zolr, tmp_path / "run", tmp_path)
     assert result == {key: value for key, value in json.loads(out).items() if key != "folder"}
     assert result["metrics"]["test"]["after"] != result["metrics"]["test"]["before"]
-    assert PACKAGES[how] in result["versions"] and result["held"]["rank"] == 128
+    assert PACKAGES[how] in result["versions"] and result["held"]["rank"] == 64
     assert result["peak_bytes_predicted"] > 0
     card = (tmp_path / "run" / "README.md").read_text()
     assert f"quantize='{how}'" in card and "library_name: peft" in card
@@ -171,6 +171,11 @@ def test_the_command_line_knows_the_default_rank_of_the_library() -> None:
     from zolr.cli import finetune
 
     assert finetune.RANK == held.RANK
+    ranks = {None: 64, 8: 64, 16: 64, 20: 80}  # of `stiefel` forward-only: 16
+    for rank, kept in ranks.items():
+        assert finetune.Finetune(paradigm="zo", rank=rank).held_rank == kept
+    assert finetune.Finetune(paradigm="fo").held_rank == 128
+    assert finetune.Finetune(paradigm="fo", hold_rank=9).held_rank == 9
 
 
 MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
@@ -220,7 +225,7 @@ def test_estimating_a_quantized_run(zolr: Run, how: str) -> None:
     expected = 3 * base if how == "int8" else (4 - 0.5 - 4 / 64) * base
     assert saved == pytest.approx(expected, rel=0.01)
     assert coded["peak_bytes"] < plain["peak_bytes"]
-    assert any("rank 128 beside every held matrix" in line for line in coded["assumptions"])
+    assert any("rank 64 beside every held matrix" in line for line in coded["assumptions"])
 
 
 @pytest.mark.parametrize("how", ["int8", "nf4"])

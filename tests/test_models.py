@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from zolr import models
 from zolr.errors import DataError, UsageError
@@ -156,6 +157,57 @@ def test_chunked_loss_holds_one_chunk_of_logits():
     weights = sum(p.numel() for p in model.parameters()) * 4
     grads_and_chunks = weights + vocab * 16 * 4 * 2 + 5 * chunk * vocab * 4
     assert live.peak < weights + grads_and_chunks + (1 << 20) < weights * 2 + 4 * 128 * vocab * 4
+
+
+@pytest.mark.parametrize("family", sorted(models.HEADS))
+def test_states_in_rows_equal_whole_ones(family, monkeypatch):
+    """Feed-forward halves in parts of seven tokens and a rest; whatever family has none to divide stays as it is."""
+    model, batch = tiny(family, dtype=torch.float64), batch_of(VOCAB)
+    seen = []
+    for module in model.modules():
+        if not [*module.children()]:
+            module.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape))
+    with torch.no_grad():
+        whole, before = encode(model, batch), [dict(m.__dict__) for m in model.modules()]
+        seen.clear()
+        monkeypatch.setattr(models, "CHUNK_ENTRIES", 7 * 64)
+        width = getattr(model.config, "intermediate_size", None) or 64
+        divided = encode(model, batch)
+    torch.testing.assert_close(divided, whole)
+    assert [dict(m.__dict__) for m in model.modules()] == before
+    inside = [type(m).__name__ for m in model.modules() if models._feed_forward(type(m))]
+    if inside:
+        assert any(shape[:-1] == (7 * 64 // width,) for shape in seen)
+    assert inside or family not in {
+        "bert",
+        "roberta",
+        "electra",
+        "llama",
+        "gpt2",
+        "gpt_neox",
+        "qwen3",
+        "gemma2",
+    }
+    seen.clear()
+    torch.testing.assert_close(
+        encode(model, batch), whole
+    )  # with autograd, which keeps what is made: not divided
+    assert not any(shape[:-1] == (7 * 64 // width,) for shape in seen)
+
+
+def test_states_in_rows_take_less(monkeypatch):
+    from zolr.memory import LiveBytes
+
+    model = build(AutoConfig.for_model("roberta", **{**SMALL, "intermediate_size": 128}))
+    batch = batch_of(VOCAB, rows=8, tokens=32)
+    batch |= dict(labels=torch.zeros(8, dtype=torch.long))
+    peaks = []
+    for entries in (1 << 24, 32 * 128):
+        monkeypatch.setattr(models, "CHUNK_ENTRIES", entries)
+        with torch.no_grad(), LiveBytes() as live:
+            models.prompt_loss((3, 4))(model, batch)
+        peaks.append(live.peak)
+    assert peaks[0] - peaks[1] > 256 * 128 * 4
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "opt"])
@@ -322,12 +374,35 @@ def test_tokenizers_pad_on_the_right():
         load_tokenizer("llama-60m")
 
 
-def test_checkpointed_activations_leave_gradients_unchanged():
-    model, batch = tiny("llama"), batch_of(VOCAB)
+@pytest.mark.parametrize("how", [True, "selective"])
+@pytest.mark.parametrize("family", ["llama", "roberta", "gpt2", "opt"])
+def test_checkpointed_activations_leave_gradients_unchanged(family, how):
+    """With dropout where the family has one: what is dropped is the same when a layer is computed again."""
+    model, batch = tiny(family), batch_of(VOCAB)
     model.train()
-    plain = torch.autograd.grad(lm_loss(model, batch)[0], list(model.parameters()))
-    models.checkpoint_activations(model)
-    again = torch.autograd.grad(lm_loss(model, batch)[0], list(model.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    layers: list = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    calls = [0, 0]
+    for i, layer in enumerate(layers):
+        first = next(m for m in layer.modules() if not [*m.children()])
+        first.register_forward_pre_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    used = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients():
+        calls[:] = [0, 0]
+        torch.manual_seed(3)
+        return torch.autograd.grad(lm_loss(model, batch)[0], used, allow_unused=True)
+
+    plain = gradients()
+    if family != "llama":
+        torch.manual_seed(4)
+        other = torch.autograd.grad(lm_loss(model, batch)[0], used[:1])[0]
+        assert not torch.equal(other, plain[0])  # dropout is there
+    models.checkpoint_activations(model, how)
+    again = gradients()
+    assert calls == ([2, 2] if how is True else [2, 1])
+    for a, b in zip(plain, again, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    with pytest.raises(UsageError, match="checkpointing 'half' is not known"):
+        models.checkpoint_activations(model, "half")
     with pytest.raises(UsageError, match="does not support activation checkpointing"):
         models.checkpoint_activations(torch.nn.Linear(2, 2))

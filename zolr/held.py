@@ -19,7 +19,7 @@ from zolr.probes import row_blocks
 
 PROBES = 64  # vectors that the size of a coded weight is estimated from; the error is about 1 / sqrt(64 m)
 
-RANK = 128  # of the sum that is kept beside a held weight, unless said otherwise
+RANK = 64  # of the sum that is kept beside a held weight, unless said otherwise
 
 _BITSANDBYTES = ("Linear8bitLt", "Linear4bit", "LinearNF4", "LinearFP4")
 

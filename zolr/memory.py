@@ -36,6 +36,7 @@ from zolr.errors import BudgetError, UsageError
 from zolr.held import RANK
 from zolr.methods import Adapter, Method
 from zolr.models import (
+    Checkpointing,
     Codes,
     build,
     checkpoint_activations,
@@ -381,7 +382,7 @@ def predict(
     loss: Loss | None = None,
     num_labels: int = 2,
     accumulation: int = 1,
-    checkpointing: bool = False,
+    checkpointing: Checkpointing = False,
     signs: Literal["sequence", "together"] | None = None,
     select: str | Callable[[str, nn.Parameter], bool] = "all",
     realization: Any = "auto",
@@ -409,7 +410,7 @@ def predict(
         loss: of the model and a batch of the objective, where a run wraps the usual loss (autocast, ...).
         num_labels: classes of objective "classes".
         accumulation: micro-batches a step.
-        checkpointing: keep the inputs of layers only and compute the rest again in backward.
+        checkpointing: keep the inputs of layers only and compute the rest again in backward; "selective": of half of them.
         signs: of a forward-only probe, "sequence" or "together"; None as the method says.
         select, realization, weight_decay, clip, hold, hold_rank: as for `Engine`.
         quantize: as for `load_model`.
@@ -455,8 +456,7 @@ def predict(
 
     def step(method: Method) -> tuple[LiveBytes, int, int, int]:
         net = fresh() if adapter is None else wrapped(adapter)
-        if checkpointing:
-            checkpoint_activations(net)
+        checkpoint_activations(net, checkpointing)
         with _FakeLiveBytes(profile=profile) as live:
             live.track(net, *batches)
             live.label("weights", *net.parameters(), *net.buffers())

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -44,6 +46,7 @@ from zolr.held import keep_codes
 
 Batch = Mapping[str, Tensor]
 Kind = Literal["lm", "classes"]
+Checkpointing = bool | Literal["selective"]
 Codes = Literal["int8", "nf4"]
 DeviceMap = Literal["auto", "cpu", "disk"]
 
@@ -51,7 +54,7 @@ DeviceMap = Literal["auto", "cpu", "disk"]
 CODES: dict[str, str] = {"int8": "torchao", "nf4": "bitsandbytes"}
 
 IGNORED = -100  # label of a token that does not count, as everywhere in torch and transformers
-CHUNK_ENTRIES = 1 << 24  # logits alive at once in `lm_loss`: 64 MiB in float32
+CHUNK_ENTRIES = 1 << 24  # logits alive at once in `lm_loss`, and widest states in `encode`: 64 MiB in float32
 
 DEMO = Path(__file__).parent / "demo" / "model"
 
@@ -132,6 +135,7 @@ def load_model(
     quantize: Codes | None = None,
     device_map: DeviceMap | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
 ) -> nn.Module:
     """Load a model, in eval mode, from a folder, a preset's numbers, the packaged demo or the hub.
 
@@ -155,6 +159,8 @@ def load_model(
         device_map: keep weights away from the device between two uses: "cpu" in host memory, "disk" in
             `offload_folder`, "auto" as accelerate divides them over GPU, host memory and disk.
         offload_folder: where "disk" and "auto" write weights; not emptied.
+        max_memory: bytes, or amounts such as "10GiB", that weights may take by device (GPU number or "cpu"), for
+            device_map "auto"; what fits nowhere goes to disk. None takes what accelerate finds to be free.
 
     Raises:
         UsageError: the name is unknown, the model has no such kind, a package is missing, or settings contradict.
@@ -164,6 +170,8 @@ def load_model(
     _check_quantize(quantize)
     if device_map is not None:
         _check_device_map(device_map, quantize, offload_folder)
+    if max_memory is not None and device_map != "auto":
+        raise UsageError(f"max_memory is for device_map 'auto', and device_map is {device_map!r}; use 'auto'")
     if adapters.is_adapter(Path(label)):
         loaded = load_model(
             adapters.base_of(Path(label)),
@@ -178,6 +186,7 @@ def load_model(
             quantize=quantize,
             device_map=device_map,
             offload_folder=offload_folder,
+            max_memory=max_memory,
         )
         adapters.load(Path(label), loaded)
         return loaded
@@ -220,7 +229,7 @@ def load_model(
             options["quantization_config"] = _coding(quantize, dtype, _plain_maps(empty))
             options["device_map"] = {"": device}
         elif device_map == "auto":
-            options |= {"device_map": "auto", "offload_folder": offload_folder}
+            options |= {"device_map": "auto", "offload_folder": offload_folder, "max_memory": max_memory}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model, report = auto.from_pretrained(
@@ -480,14 +489,22 @@ def load_tokenizer(name: str | os.PathLike[str], *, trust_remote_code: bool = Fa
     return tokenizer
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Keep only the input of each layer for backward and compute the rest again (non-reentrant checkpoints).
+def checkpoint_activations(model: nn.Module, how: Checkpointing = True) -> None:
+    """Keep only the inputs of layers for backward and compute the rest again (non-reentrant checkpoints).
 
     transformers does this in `train()` mode only: in eval mode the call has no effect.
+
+    Args:
+        how: True for all layers; "selective" for the first half of them, whose results would be kept longest: half of
+            the time of full recomputation, and half of its savings; False for none.
 
     Raises:
         UsageError: the model does not support it.
     """
+    if how is False:
+        return
+    if how not in (True, "selective"):
+        raise UsageError(f"checkpointing '{how}' is not known; use True, False or 'selective'")
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise UsageError(
             f"{type(model).__name__} does not support activation checkpointing; train without it"
@@ -500,6 +517,15 @@ def checkpoint_activations(model: nn.Module) -> None:
     # Reentrant checkpoints need inputs that require gradients; ours do not, and the gradient of the
     # embeddings' output that this would keep is as large as a layer's input
     loose.disable_input_require_grads()
+    if how == "selective":
+        layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if len(layers) < 2:
+            raise UsageError(
+                f"{type(model).__name__} has no layers that can be told apart; use checkpointing on or off"
+            )
+        # the last layers are the first on the way back: theirs is gone before anything is computed again
+        for layer in layers[(len(layers) + 1) // 2 :]:
+            layer.gradient_checkpointing = False
 
 
 def is_masked(model: nn.Module) -> bool:
@@ -708,7 +734,54 @@ def encode(model: nn.Module, batch: Batch) -> Tensor:
     Returns:
         `(b, t, h)` in the model's dtype.
     """
-    return model.base_model(**_inputs(model, batch)).last_hidden_state  # type: ignore[operator]
+    with _in_rows(model, batch["input_ids"].numel()):
+        return model.base_model(**_inputs(model, batch)).last_hidden_state  # type: ignore[operator]
+
+
+@contextmanager
+def _in_rows(model: nn.Module, tokens: int) -> Iterator[None]:
+    """Feed-forward halves of layers take a part of the tokens at a time where no autograd keeps what they make.
+
+    Their inner states, the widest of a layer, are most of what a large forward pass holds besides the weights. Covers
+    the families that have this half in a method (BERT and its kin) or a module (LLaMA, GPT-2 and theirs) of its own.
+    """
+    wide = _config(model).get_text_config()
+    width = getattr(wide, "intermediate_size", None) or 4 * getattr(wide, "hidden_size", 1)
+    rows = max(1, CHUNK_ENTRIES // width)
+    if torch.is_grad_enabled() or tokens <= rows or torch.compiler.is_compiling():
+        yield
+        return
+
+    def divided(whole: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def feed_forward(x: Tensor) -> Tensor:
+            parts = [whole(part) for part in x.flatten(0, -2).split(rows)]
+            return torch.cat(parts).view(x.shape)
+
+        return feed_forward
+
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for module in model.modules():
+            name = _feed_forward(type(module))
+            if name is not None:
+                before.append((module.__dict__, name, module.__dict__.get(name)))
+                module.__dict__[name] = divided(getattr(module, name))
+        yield
+    finally:
+        for own, name, old in before:
+            if old is None:
+                del own[name]
+            else:  # of a hook that moves weights
+                own[name] = old
+
+
+@cache
+def _feed_forward(cls: type[nn.Module]) -> str | None:
+    """The method of a layer, or of a module in it, that maps every token by itself through wide inner states."""
+    if hasattr(cls, "feed_forward_chunk"):
+        return "feed_forward_chunk"
+    ours = cls.__module__.startswith("transformers.models.") and cls.__name__.endswith("MLP")
+    return "forward" if ours and len(inspect.signature(cls.forward).parameters) == 2 else None
 
 
 _CACHES: dict[Any, bool] = {}
@@ -823,7 +896,8 @@ def prompt_errors(label_ids: Tensor | Sequence[int]) -> Callable[[nn.Module, Bat
 
 def class_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits of a classifier, `(b, c)`, at least float32."""
-    return _wide(model(**_inputs(model, batch)).logits)
+    with _in_rows(model, batch["input_ids"].numel()):
+        return _wide(model(**_inputs(model, batch)).logits)
 
 
 def class_loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -534,7 +534,7 @@ class Variables(list[Variable]):
         """The layout of one flat draw over all variables."""
         spaces = tuple(v.space for v in self)
         if self._built is None or self._built[0] != spaces:
-            self._built = spaces, Layout(spaces, self[0].value.device)
+            self._built = spaces, Layout(spaces, self[0].weight.device)
         return self._built[1]
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
+from typing import Literal
 
 from zolr.errors import BudgetError, UsageError
 
@@ -13,12 +14,19 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 DECIMAL_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 # What ways cost in time, roughly, on a CPU (benchmarks/speed.py): only their order matters
-RECOMPUTED = 1.45  # 0.87 against 0.60 of an AdamW step
+RECOMPUTED = {False: 1.0, "selective": 1.23, True: 1.45}  # all: 0.87 against 0.60 of an AdamW step
 PASS_ROWS = (
     2.0  # what every pass costs besides its rows, in rows: two halves of 16 rows take 1.12 of the whole
 )
 SIDE = 1.05  # products with factors where a rebuilt weight would be faster; assumed
 TOGETHER = 1.14  # both signs in one pass against two: 1.15 against 1.01 of two forwards
+
+Checkpointing = bool | Literal["selective"]
+CHECKPOINTING = {
+    False: "--no-checkpointing",
+    "selective": "--checkpointing selective",
+    True: "--checkpointing",
+}
 
 SIZE = ("batch_size", "accumulate")  # one choice: their product, the examples of a step, stays
 
@@ -52,27 +60,27 @@ class Way:
     Args:
         batch_size: examples of a micro-batch.
         accumulate: micro-batches of a step.
-        checkpointing: activations are computed again in the backward pass.
+        checkpointing: activations are computed again in the backward pass; "selective": those of half of the layers.
         signs: of a forward-only probe, "sequence" or "together".
         realization: how a perturbation reaches a weight, "auto" or "side".
     """
 
     batch_size: int
     accumulate: int = 1
-    checkpointing: bool = False
+    checkpointing: Checkpointing = False
     signs: str = "sequence"
     realization: str = "auto"
 
     @property
     def cost(self) -> float:
         """Time of a step, up to a factor that all ways of a method share."""
-        factor = RECOMPUTED if self.checkpointing else 1.0
+        factor = RECOMPUTED[self.checkpointing]
         factor *= TOGETHER if self.signs == "together" else 1.0
         factor *= SIDE if self.realization == "side" else 1.0
         return factor * self.accumulate * (self.batch_size + PASS_ROWS)
 
     @property
-    def rest(self) -> tuple[bool, str, str]:
+    def rest(self) -> tuple[Checkpointing, str, str]:
         """All but the size."""
         return self.checkpointing, self.signs, self.realization
 
@@ -80,7 +88,7 @@ class Way:
         """The way as flags of the command line, those that mean something under a paradigm."""
         words = [f"--batch-size {self.batch_size}", f"--accumulate {self.accumulate}"]
         if paradigm == "fo":
-            words.append("--checkpointing" if self.checkpointing else "--no-checkpointing")
+            words.append(CHECKPOINTING[self.checkpointing])
         if paradigm == "zo":
             words.append(f"--signs {self.signs}")
         return " ".join([*words, f"--realization {self.realization}"])
@@ -119,9 +127,10 @@ def ways(asked: Way, paradigm: str, free: Collection[str]) -> list[Way]:
     def choices(name: str, *values: object) -> Sequence[object]:
         return values if name in free and values else [getattr(asked, name)]
 
-    checkpointing = choices("checkpointing", *([False, True] if paradigm == "fo" else []))
+    checkpointing = choices("checkpointing", *(RECOMPUTED if paradigm == "fo" else []))
     signs = choices("signs", *(["sequence", "together"] if paradigm == "zo" else []))
-    realization = choices("realization", "auto", "side")
+    # on the way back the side path is what "auto" takes, and tangents take no other
+    realization = choices("realization", *(["auto", "side"] if paradigm == "zo" else []))
     found = [
         replace(asked, batch_size=size, accumulate=parts, checkpointing=c, signs=s, realization=r)
         for (size, parts), c, s, r in product(sizes, checkpointing, signs, realization)
@@ -143,7 +152,7 @@ def plan(
         BudgetError: none fits; the message names the nearest that would, and the smallest budget that would do.
     """
     known: dict[Way, int] = {}
-    skipped: dict[tuple[bool, str, str], str] = {}
+    skipped: dict[tuple[Checkpointing, str, str], str] = {}
 
     def peak(way: Way) -> int | None:
         if way.rest in skipped:
@@ -184,10 +193,14 @@ def plan(
 
 
 def _fastest(found: Sequence[Way], peak: Callable[[Way], int | None], budget: int) -> Way | None:
-    """The first of the ways, fastest first, that fits: of each kind the largest batch, found by halving."""
-    fitting: list[Way] = []
+    """The first of the ways, fastest first, that fits: of each kind the largest batch, found by halving.
+
+    What is no faster than a way that fits is not asked about.
+    """
+    best: Way | None = None
     for rest in dict.fromkeys(way.rest for way in found):
-        kind = sorted((way for way in found if way.rest == rest), key=lambda way: way.batch_size)
+        kind = [way for way in found if way.rest == rest and (best is None or way.cost < best.cost)]
+        kind.sort(key=lambda way: way.batch_size)
         low, high = -1, len(kind)
         guess = high - 1  # the largest may fit
         while high - low > 1:
@@ -198,10 +211,10 @@ def _fastest(found: Sequence[Way], peak: Callable[[Way], int | None], budget: in
                 high = guess
             guess = (low + high) // 2
         if low >= 0:
-            fitting.append(kind[low])
-        elif kind:
+            best = kind[low]
+        elif kind and best is None:
             peak(kind[0])  # the floor of this kind, for the error
-    return min(fitting, key=lambda way: way.cost, default=None)
+    return best
 
 
 def told(plan: Plan, paradigm: str, budget: int) -> list[str]:

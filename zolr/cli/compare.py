@@ -122,7 +122,7 @@ def run(settings: Compare) -> None:
         shown.print(f"{number}/{len(plans)} {names[name]} ...", markup=False)
         row: dict[str, Any] = {"name": name, "label": names[name]}
         row |= {"method": competitors[name]["method"], "paradigm": competitors[name]["paradigm"]}
-        row["checkpointing"] = bool(isinstance(plan, Finetune) and plan.checkpointing)
+        row["checkpointing"] = (isinstance(plan, Finetune) and plan.checkpointing) or False
         if isinstance(plan, Finetune):
             place = root / re.sub(r"[^\w.=+-]+", "-", name)
             row |= _raced(replace(plan, output=str(place)), terms)
@@ -303,7 +303,7 @@ def labels(competitors: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
             name += f":{own['paradigm']}"
         for key, value in own.items():
             if key == "checkpointing" and value:
-                name += " + checkpointing"
+                name += " + selective checkpointing" if value == "selective" else " + checkpointing"
             elif key not in ("method", "paradigm", "checkpointing") and (steps or key != "steps"):
                 name += f" {spelled(key)}={value}"
         return name

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
+import typer.core
 
 from zolr.errors import UsageError
 
@@ -144,7 +145,33 @@ def add(
         "token_normalize_func": spelled,
         "help_option_names": ["--help", "-h"],
     }  # --batch_size is --batch-size
-    app.command(verb, context_settings=spelling)(_function(kind, run, config, dry_run))
+    hints = typing.get_type_hints(kind, include_extras=True)
+    switches = [f"--{spelled(name)}" for name, hint in hints.items() if _is_switch(hint)]
+
+    class Command(typer.core.TyperCommand):
+        """One whose switches may go without a value: `--x` is `--x on`, `--no-x` is `--x off`."""
+
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            return super().parse_args(ctx, _with_values(args, switches))
+
+    app.command(verb, cls=Command, context_settings=spelling)(_function(kind, run, config, dry_run))
+
+
+def _with_values(args: Sequence[str], switches: Sequence[str]) -> list[str]:
+    """Arguments in which every switch has a value.
+
+    >>> _with_values(["--x", "--no-y", "--x", "half"], ["--x", "--y"])
+    ['--x=on', '--y=off', '--x', 'half']
+    """
+    found = []
+    for here, after in zip(args, [*args[1:], "--"], strict=True):
+        name = spelled(here)
+        if name in switches and after.startswith("-"):
+            here = f"{name}=on"
+        elif name.replace("--no-", "--", 1) in switches and name not in switches:
+            here = f"{name.replace('--no-', '--', 1)}=off"
+        found.append(here)
+    return found
 
 
 def _function(kind: type[S], run: Callable[..., None], config: bool, dry_run: bool) -> Callable[..., None]:
@@ -214,12 +241,20 @@ def _plain(hint: Any) -> Any:
     """The type that the command line parses: no bounds, no choices, no None."""
     if get_origin(hint) is Annotated:
         return _plain(get_args(hint)[0])
+    if _is_switch(hint):
+        return str
     if get_origin(hint) in (types.UnionType, typing.Union):
         (inner,) = [a for a in get_args(hint) if a is not type(None)]
         return _plain(inner)
     if get_origin(hint) is Literal:
         return type(get_args(hint)[0])
     return list[get_args(hint)[0]] if get_origin(hint) is tuple else hint
+
+
+def _is_switch(hint: Any) -> bool:
+    """Whether a field is on, off, or one of some words."""
+    parts = get_args(hint) if get_origin(hint) in (types.UnionType, typing.Union) else ()
+    return bool in parts and any(get_origin(part) is Literal for part in parts)
 
 
 def _parameter(name: str, plain: Any, option: Any) -> inspect.Parameter:
@@ -275,6 +310,8 @@ def _checked(kind: type[S], values: dict[str, Any], where: dict[str, str]) -> S:
             raise UsageError(
                 f"unknown setting '{spelled(name)}'{where[name]}; {nearest(spelled(name), known)}"
             )
+        if _is_switch(hints[name]):
+            value = value == "on" if value in ("on", "off") else value
         try:
             checked[name] = TypeAdapter(hints[name], config=rules).validate_python(value)
         except ValidationError as error:
@@ -286,6 +323,8 @@ def _checked(kind: type[S], values: dict[str, Any], where: dict[str, str]) -> S:
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
+    if _is_switch(hint):
+        return ("on", "off", *(word for part in get_args(hint) for word in get_args(part)))
     if get_origin(hint) is Literal:
         return get_args(hint)
     return next((found for a in get_args(hint) if (found := _choices(a))), ())

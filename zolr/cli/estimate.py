@@ -70,8 +70,11 @@ class Estimate(Settings):
         "Memory",
         shown="plain weights",
     )
-    checkpointing: bool = flag(
-        False, "Recompute activations in the backward pass, for the methods that have one (fo).", "Memory"
+    checkpointing: bool | Literal["selective"] = flag(
+        False,
+        "Recompute activations in the backward pass, for the methods that have one (fo): on, off, or selective (those of half of the layers).",
+        "Memory",
+        shown="off",
     )
     budget: str | None = flag(
         None, "Find the largest batch of each method under it: 4GiB, 4GB, 4096MiB; 4G is 4GiB.", "Memory"
@@ -190,7 +193,7 @@ def plan_of(settings: Estimate, own: Mapping[str, Any]) -> Finetune:
         "max_length": settings.max_length,
         "dtype": settings.dtype,
         "quantize": settings.quantize,
-        "checkpointing": settings.checkpointing and own["paradigm"] == "fo",
+        "checkpointing": settings.checkpointing if own["paradigm"] == "fo" else False,
     }
     plan = Finetune(**{**shared, **own}).filled()
     return replace(
@@ -243,7 +246,7 @@ def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
             objective=objective,
             num_labels=settings.classes,
             accumulation=plan.accumulate or 1,
-            checkpointing=bool(plan.checkpointing),
+            checkpointing=plan.checkpointing or False,
             select=select,
             weight_decay=plan.weight_decay,
             clip=plan.clip,
@@ -251,7 +254,7 @@ def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
             adapter=plan.adapter,
             quantize=plan.quantize,
             hold=plan.holds,
-            hold_rank=plan.hold_rank,
+            hold_rank=plan.held_rank,
             profile=profile,
         )
 
@@ -264,7 +267,7 @@ def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
         "max_length": length,
         "dtype": plan.dtype,
         "quantize": plan.quantize,
-        "checkpointing": bool(plan.checkpointing),
+        "checkpointing": plan.checkpointing or False,
         **predicted.as_dict(),
     }
     del result["overhead"]  # the same for all, said once
@@ -333,6 +336,7 @@ def assumed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     said: dict[str, list[str]] = {}
     for row in rows:
         recomputed = ", activations recomputed" if row["checkpointing"] else ""
+        recomputed += " in half of the layers" if row["checkpointing"] == "selective" else ""
         own = f"trains {row['train']}, {row['head']} loss, accumulates {row['accumulate']}{recomputed}"
         for text in (*row["assumptions"], own):
             said.setdefault(text, []).append(row["name"])

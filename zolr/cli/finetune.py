@@ -52,7 +52,7 @@ PARTS = (
     "probes", "eps", "law", "sides", "directions", "signs",
 )  # fmt: skip
 
-RANK = 128  # `held.RANK`, without torch, which --help must not import
+RANK = 64  # `held.RANK`, without torch, which --help must not import
 
 EVEN = 16  # tokens that lengths are rounded up to for a compiled loss, which wants few shapes
 
@@ -184,8 +184,11 @@ class Schedule(Settings):
         "Compile the loss: recorded CUDA graphs for forward passes (zo), torch.compile elsewhere. Pads batches to whole 16s.",
         "Training",
     )
-    checkpointing: bool | None = flag(
-        None, "Recompute activations in the backward pass (fo).", "Memory", shown="no, or as the budget asks"
+    checkpointing: bool | Literal["selective"] | None = flag(
+        None,
+        "Recompute activations in the backward pass (fo): on, off, or selective (those of half of the layers).",
+        "Memory",
+        shown="off, or as the budget asks",
     )
     memory_budget: str | None = flag(
         None,
@@ -217,8 +220,11 @@ class Holding(Settings):
     hold: bool = flag(
         False, "Leave the model as it is, and write what was learned as a LoRA adapter for peft.", "Memory"
     )
-    hold_rank: Annotated[int, Ge(1)] = flag(
-        RANK, "Rank at most of what is kept beside a weight that is not written.", "Memory"
+    hold_rank: Annotated[int, Ge(1)] | None = flag(
+        None,
+        "Rank at most of what is kept beside a weight that is not written.",
+        "Memory",
+        shown=f"four times --rank, at least {RANK}",
     )
 
     @property
@@ -335,7 +341,7 @@ class Finetune(Writing, Holding, Machine, Schedule, Composition, DataChoice, Mod
             self,
             method=self.method or "stiefel",
             paradigm=method.paradigm,
-            checkpointing=self.checkpointing if self.memory_budget else bool(self.checkpointing),
+            checkpointing=self.checkpointing if self.memory_budget else self.checkpointing or False,
             task=self.task or (None if self.data or self.model != "demo" else "questions"),
             steps=self.steps if self.steps or self.epochs else numbers.steps,
             eval_every=self.eval_every or min(numbers.eval_every, self.steps or numbers.eval_every),
@@ -347,6 +353,11 @@ class Finetune(Writing, Holding, Machine, Schedule, Composition, DataChoice, Mod
 
         parts = {f: getattr(self, f) for f in PARTS}
         return compose(self.method, self.paradigm, **parts)
+
+    @property
+    def held_rank(self) -> int:
+        """Rank at most of what is kept beside a held weight; below four windows' worth it would soon drop much."""
+        return self.hold_rank or max(RANK, 4 * getattr(self.composed().projector, "rank", 0))
 
     @property
     def usual_accumulation(self) -> int:
@@ -535,6 +546,7 @@ class Job:
         self.truncated = truncation_share(self.train_set)
         self.notes = list(self.work.notes)
         self.select = settings.selection
+        self._peaks: dict[Finetune, int] = {}
         self.settings = settings = self._within_budget(self._sized(settings), settings)
         self.batches = TrainingBatches(
             self.train_set,
@@ -545,8 +557,7 @@ class Job:
             seed=settings.data_seed,
             pad_id=self.work.pad_id,
         )
-        if settings.checkpointing:
-            models.checkpoint_activations(self.work.model)
+        models.checkpoint_activations(self.work.model, settings.checkpointing or False)
         method = settings.composed()
         self.metric = "f1" if settings.objective == "f1" else task.metric
         self.engine: Engine = Engine(
@@ -561,7 +572,7 @@ class Job:
             clip=settings.clip,
             realization=settings.realization,
             hold=self._hold if settings.holds else False,
-            hold_rank=settings.hold_rank,
+            hold_rank=settings.held_rank,
             compile=settings.compile,
             # families whose forward we know need no proof that the coordinates reach the loss; it costs a pass per weight
             check=None if models.splits(self.work.model) else self._moved(self.batches(0)[0]),
@@ -606,7 +617,7 @@ class Job:
         asked = Way(
             settings.batch_size or 1,
             settings.accumulate or 1,
-            bool(settings.checkpointing),
+            settings.checkpointing or False,
             getattr(method.estimator, "signs", "sequence"),
             settings.realization,
         )
@@ -683,7 +694,12 @@ class Job:
             return None
 
     def _peak(self, settings: Finetune) -> int:
-        """Predicted peak bytes of a step with these settings."""
+        """Predicted peak bytes of a step with these settings; seconds the first time, and remembered."""
+        if settings not in self._peaks:
+            self._peaks[settings] = self._predict(settings)
+        return self._peaks[settings]
+
+    def _predict(self, settings: Finetune) -> int:
         import torch
 
         from zolr.memory import predict
@@ -697,7 +713,7 @@ class Job:
             objective="classes" if settings.head == "classes" else "prompt",
             num_labels=len(self.work.task.classes),
             accumulation=settings.accumulate or 1,
-            checkpointing=bool(settings.checkpointing),
+            checkpointing=settings.checkpointing or False,
             select=self.select,
             weight_decay=settings.weight_decay,
             clip=settings.clip,
@@ -705,7 +721,7 @@ class Job:
             adapter=settings.adapter,
             quantize=settings.quantize,
             hold=settings.holds,
-            hold_rank=settings.hold_rank,
+            hold_rank=settings.held_rank,
         ).peak_bytes
 
     def train(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
@@ -64,7 +65,7 @@ def _both(parts: Any) -> tuple[Any, Any]:
 
 def _styles(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """How each row is drawn: with checkpointing it goes the same way, so it looks like its method and lets it through."""
-    plain = [row["label"].replace(" + checkpointing", "") for row in rows]
+    plain = [re.sub(r" \+ (selective )?checkpointing", "", row["label"]) for row in rows]
     places = {name: i for i, name in enumerate(dict.fromkeys(plain))}
     styles = []
     for row, name in zip(rows, plain, strict=True):

@@ -135,8 +135,11 @@ class Course(Settings):
         "Compile the loss: recorded CUDA graphs for forward passes (zo), torch.compile elsewhere.",
         "Training",
     )
-    checkpointing: bool | None = flag(
-        None, "Recompute activations in the backward pass (fo).", "Memory", shown="no, or as the budget asks"
+    checkpointing: bool | Literal["selective"] | None = flag(
+        None,
+        "Recompute activations in the backward pass (fo): on, off, or selective (those of half of the layers).",
+        "Memory",
+        shown="off, or as the budget asks",
     )
     memory_budget: str | None = flag(
         None,
@@ -185,7 +188,7 @@ class Pretrain(Writing, Machine, Course, Composition, Text, Architecture):
             method=self.method or "adamw",
             paradigm=method.paradigm,
             lr=lr,
-            **({} if self.memory_budget else self._size(checkpointing=bool(self.checkpointing))),
+            **({} if self.memory_budget else self._size(checkpointing=self.checkpointing or False)),
             eval_every=self.eval_every or max(1, self.steps // 10),
         )
 
@@ -286,9 +289,9 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
     train_files, valid_files = _files(settings)
     tokenizer = _tokenizer(settings, place.work, train_files)
     model: Any = _model(settings, tokenizer).to(on)
-    settings = _within_budget(settings, model, on, shown)
-    if settings.checkpointing:
-        checkpoint_activations(model)
+    peaks: dict[Pretrain, int] = {}
+    settings = _within_budget(settings, model, on, shown, peaks)
+    checkpoint_activations(model, settings.checkpointing or False)
     stream, valid = _streams(settings, place.work, tokenizer, train_files, valid_files)
     method = settings.composed()
     rows = settings.rows
@@ -378,7 +381,7 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
         "tokens": progress.tokens,
         "tokens_seen": progress.step * rows * settings.length,
         "seconds": round(progress.seconds, 3),
-        "peak_bytes_predicted": _predicted(settings, model, on, shown),
+        "peak_bytes_predicted": _predicted(settings, model, on, shown, peaks),
         "peak_bytes_measured": meter.peak or None,
         **record.within(budget, meter.peak or None),
         "lr": engine.base_lr,
@@ -575,13 +578,15 @@ def _loss(settings: Pretrain, model: nn.Module, on: device, at: str | None = Non
     return loss
 
 
-def _peak(settings: Pretrain, model: Any, on: device) -> int:
-    """Predicted peak bytes of a step; under mlm the loss is taken to see every token."""
+def _peak(settings: Pretrain, model: Any, on: device, known: dict[Pretrain, int]) -> int:
+    """Predicted peak bytes of a step, seconds the first time; under mlm the loss is taken to see every token."""
+    if settings in known:
+        return known[settings]
     import torch
 
     from zolr.memory import predict
 
-    return predict(
+    known[settings] = predict(
         model.config,
         settings.composed(),
         batch_size=settings.micro,
@@ -590,30 +595,35 @@ def _peak(settings: Pretrain, model: Any, on: device) -> int:
         objective="lm",
         loss=_loss(settings, model, on, "cpu"),
         accumulation=settings.parts,
-        checkpointing=bool(settings.checkpointing),
+        checkpointing=settings.checkpointing or False,
         select=settings.selection,
         weight_decay=settings.weight_decay,
         clip=settings.clip,
         realization=settings.realization,
     ).peak_bytes
+    return known[settings]
 
 
-def _predicted(settings: Pretrain, model: Any, on: device, shown: Any) -> int | None:
+def _predicted(
+    settings: Pretrain, model: Any, on: device, shown: Any, known: dict[Pretrain, int]
+) -> int | None:
     """Peak bytes of a step as predicted without running one; None where that cannot be known."""
     try:
-        return _peak(settings, model, on)
+        return _peak(settings, model, on, known)
     except Exception as error:  # an operation that fake tensors cannot run must not stop a run that works
         shown.print(f"note: no memory prediction ({type(error).__name__}: {error})", markup=False)
         return None
 
 
-def _within_budget(settings: Pretrain, model: Any, on: device, shown: Any) -> Pretrain:
+def _within_budget(
+    settings: Pretrain, model: Any, on: device, shown: Any, known: dict[Pretrain, int]
+) -> Pretrain:
     """The settings with what nobody has given chosen so that a step fits the memory budget."""
     if settings.memory_budget is None:
         return settings
     method, budget = settings.composed(), bytes_of(settings.memory_budget, "--memory-budget")
     signs = getattr(method.estimator, "signs", "sequence")
-    asked = Way(settings.micro, settings.parts, bool(settings.checkpointing), signs, settings.realization)
+    asked = Way(settings.micro, settings.parts, settings.checkpointing or False, signs, settings.realization)
     free = {name for name in ("checkpointing", "signs") if getattr(settings, name) is None}
     if settings.batch_size is None and settings.accumulate is None:
         free |= set(SIZE)
@@ -630,7 +640,7 @@ def _within_budget(settings: Pretrain, model: Any, on: device, shown: Any) -> Pr
             realization=way.realization,  # pyright: ignore[reportArgumentType]
         )
 
-    found = plan(lambda way: _peak(chosen(way), model, on), asked, method.paradigm, free, budget)
+    found = plan(lambda way: _peak(chosen(way), model, on, known), asked, method.paradigm, free, budget)
     for line in told(found, method.paradigm, budget):
         shown.print(line, markup=False)
     return chosen(found.way)

@@ -147,8 +147,7 @@ def timed(job: Job) -> dict[str, Any]:
     twin = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())}).eval()
     if settings.adapter is not None:
         lora.wrap(model, settings.adapter, classifier=settings.head == "classes", seed=settings.seed)
-    if settings.checkpointing:
-        models.checkpoint_activations(model)
+    models.checkpoint_activations(model, settings.checkpointing or False)
     loss = work.objective(settings.objective)
     engine = Engine(
         model,

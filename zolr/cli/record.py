@@ -132,7 +132,7 @@ def result_of(
         "lr": job.engine.base_lr,
         "eps": getattr(job.engine.method.estimator, "eps", None),
         "trained_share": job.engine.trained_share,
-        "held": {"rank": settings.hold_rank, "lost": job.engine.lost} if settings.holds else None,
+        "held": {"rank": settings.held_rank, "lost": job.engine.lost} if settings.holds else None,
         "rows": {
             "train": len(job.splits.train),
             "validation": len(job.splits.validation),
@@ -252,7 +252,7 @@ def _held_lines(job: Job, result: Mapping[str, Any]) -> list[str]:
         return []
     lines = [
         f"| base | `{s.model}`, {s.quantize or s.dtype}, not written |",
-        f"| adapter | rank {s.hold_rank} at most, {result['held']['lost']:.2%} of the squared norm of the change dropped |",
+        f"| adapter | rank {s.held_rank} at most, {result['held']['lost']:.2%} of the squared norm of the change dropped |",
         "",
         f"A LoRA adapter: load `{s.model}` with transformers, then `peft.PeftModel.from_pretrained(model, folder)`.",
     ]
