@@ -6,17 +6,20 @@ projector, never writes a value and leaves no `.grad` behind.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, Protocol
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from zolr.errors import UsageError
 from zolr.keys import Key
-from zolr.variables import Variable
+from zolr.variables import Variable, shifted
 
 Loss = Callable[[Any], Any]
 Emit = Callable[[Variable, Tensor], None]
+Direction = Callable[..., Tensor]
+Part = TypeVar("Part")
 
 
 class Estimator(Protocol):
@@ -54,6 +57,85 @@ class Estimate:
 
     def __init__(self, loss: Tensor, slopes: Tensor | None = None) -> None:
         self.loss, self.slopes = loss, slopes
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an estimator has measured; gradients are made from it one variable at a time.
+
+    Args:
+        loss: mean loss, 0-dim.
+        slopes: directional derivatives, of which every gradient is a linear map.
+        gradient: the estimate in one variable's coordinates.
+    """
+
+    loss: Tensor
+    slopes: Tensor
+    gradient: Callable[[Variable], Tensor]
+
+    def hand_over(self, variables: Sequence[Variable], emit: Emit) -> Estimate:
+        """Emit every gradient."""
+        for variable in variables:
+            emit(variable, self.gradient(variable))
+        return Estimate(self.loss, self.slopes)
+
+
+class Measuring(Estimator, Protocol):
+    """An estimator whose gradients can wait until others have measured too, so that they can be mixed."""
+
+    def measure(
+        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key
+    ) -> Found:
+        """Evaluate the loss; the arguments are those of a call."""
+        ...
+
+
+class Guided(Estimator, Protocol):
+    """An estimator that looks where another one has found something."""
+
+    def measure(
+        self,
+        loss: Loss,
+        batches: Sequence[Any],
+        variables: Sequence[Variable],
+        key: Key,
+        guide: Found | None = None,
+    ) -> Found:
+        """Evaluate the loss; the arguments are those of a call, and what the other one has found."""
+        ...
+
+
+def setting(part: Any, name: str, default: Any = None) -> Any:
+    """A setting of a part, or of the first part inside of it that has one of this name."""
+    for owner in _owners(part, name):
+        return getattr(owner, name)
+    return default
+
+
+def changed(part: Part, **settings: Any) -> Part:
+    """A part with other settings; those that it does not have go to every part inside of it that does.
+
+    Raises:
+        UsageError: no part has one of the settings.
+    """
+    for name in settings:
+        if not _owners(part, name):
+            raise UsageError(f"there is no setting '{name}' in {type(part).__name__}; leave it out")
+    own = {f.name: getattr(part, f.name) for f in fields(part)}  # type: ignore[arg-type]
+    given = {name: value for name, value in settings.items() if name in own}
+    for name, inner in own.items():
+        below = {n: v for n, v in settings.items() if n not in own and _owners(inner, n)}
+        if below:
+            given[name] = changed(inner, **below)
+    return replace(part, **given)  # type: ignore[type-var]
+
+
+def _owners(part: Any, name: str) -> list[Any]:
+    """The part itself if it has a setting of this name, otherwise those of its parts that do."""
+    if not is_dataclass(part):
+        return []
+    names = [f.name for f in fields(part)]
+    return [part] if name in names else [o for n in names for o in _owners(getattr(part, n), name)]
 
 
 def totals(output: Any) -> tuple[Tensor, Tensor | float]:
@@ -115,6 +197,63 @@ def combine(variable: Variable, directions: Sequence[Callable[..., Tensor]], wei
         gradient = z * weight if gradient is None else gradient.addcmul_(z, weight)
     assert gradient is not None
     return gradient
+
+
+def evaluate(
+    measured: Callable[[], Tensor],
+    variables: Sequence[Variable],
+    points: Sequence[tuple[Direction, float]],
+    rewind: Callable[[], None],
+    *,
+    together: bool = False,
+) -> list[Tensor]:
+    """What is measured at the coordinates moved by `scale * direction`, for every point.
+
+    Args:
+        measured: a tensor of the model as it stands.
+        points: directions and scales.
+        rewind: of `same_noise`; every point sees the same noise.
+        together: all points in one pass by vmap.
+    """
+    if together and len(points) > 1:
+        like = variables[0].value
+        scales = torch.tensor([scale for _, scale in points], dtype=like.dtype, device=like.device)
+        shared = points[0][0] if all(d is points[0][0] for d, _ in points) else None
+        drawn = {} if shared else {v.name: torch.stack([d(v.name) for d, _ in points]) for v in variables}
+
+        def moved(scale: Tensor, parts: dict[str, Tensor]) -> Tensor:
+            direction = shared or (lambda name, rows=None: parts[name] if rows is None else parts[name][rows])
+            with shifted(variables, direction, scale, plain=False):
+                return measured()
+
+        rewind()
+        return list(torch.func.vmap(moved, randomness="same")(scales, drawn).unbind())
+    values = []
+    for direction, scale in points:
+        rewind()
+        with shifted(variables, direction, scale):
+            values.append(measured())
+    return values
+
+
+def apart(
+    measured: Callable[[], Tensor], variables: Sequence[Variable], points: Sequence[tuple[Direction, float]]
+) -> str:
+    """Why some points cannot be evaluated together; empty where they can.
+
+    vmap has no rule for an operation that looks at values, and a model may treat the leading axis as its own: the
+    points are evaluated both ways, and compared.
+    """
+    with same_noise(variables[0].value.device) as rewind:
+        expected = evaluate(measured, variables, points, rewind)
+        try:
+            found = evaluate(measured, variables, points, rewind, together=True)
+        except (RuntimeError, NotImplementedError) as error:  # what torch raises where a rule is missing
+            return str(error).strip().split("\n")[0]
+    precision = max(torch.finfo(v.weight.dtype).eps for v in variables)
+    size = max(1.0, float(expected[0].abs().max()))
+    gap = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
+    return f"the losses differ by {gap:.2g}" if gap > min(100 * precision, 0.05) * size else ""
 
 
 def check_probes(probes: int) -> None:
