@@ -161,8 +161,9 @@ class Engine:
     ) -> None:
         if lr is not None and not 0 < lr < float("inf"):
             raise UsageError(f"lr = {lr} is no learning rate; use a positive number")
-        if lr is None and method.paradigm != "zo":
-            raise UsageError(f"paradigm '{method.paradigm}' needs a learning rate; give lr")
+        if lr is None and not method.tunable:
+            why = "a private method" if method.private else f"paradigm '{method.paradigm}'"
+            raise UsageError(f"{why} needs a learning rate; give lr")
         if weight_decay < 0 or (clip is not None and not clip > 0):
             raise UsageError(f"weight_decay = {weight_decay} and clip = {clip} must not be negative")
         if isinstance(hold_rank, bool) or not isinstance(hold_rank, int) or hold_rank < 1:
@@ -658,6 +659,7 @@ class Engine:
             self.key.fold_in("tuning"),
             eps=_eps(self.method),
             normalized=self.method.optimizer.normalizes,
+            unit=setting(estimator, "normalize", False),
             momentum=self.method.optimizer.has_momentum,
             probes=setting(estimator, "probes", 1),
             rows=rows_of(self._loss_of, batches),
@@ -665,7 +667,7 @@ class Engine:
         )
         if self.base_lr is not None:  # the user's own rate stands; only eps was open
             self.tuning = replace(self.tuning, lr=self.base_lr)
-        elif not self.method.optimizer.normalizes:
+        elif not self.method.normalizes:
             self._caution = Caution()
         self._adopt(self.tuning)
         return (self.tuning.forwards + 1) * len(batches)
