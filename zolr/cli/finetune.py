@@ -102,11 +102,12 @@ class Composition(Settings):
         "Method",
         shown="the method's",
     )
-    limit: float | None = flag(
-        None, "Largest slope of an example (dpzero).", "Method", shown="the method's"
-    )
+    limit: float | None = flag(None, "Largest slope of an example (dpzero).", "Method", shown="the method's")
     noise: float | None = flag(
-        None, "Noise of a step, in units of --limit over the examples (dpzero).", "Method", shown="the method's"
+        None,
+        "Noise of a step, in units of --limit over the examples (dpzero).",
+        "Method",
+        shown="the method's",
     )
     realization: Literal["auto", "side", "rebuild", "inplace"] = flag(
         "auto", "How a perturbation reaches a weight: auto, side, rebuild, inplace.", "Method"

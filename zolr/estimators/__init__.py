@@ -83,9 +83,7 @@ class Found:
 class Measuring(Estimator, Protocol):
     """An estimator whose gradients can wait until others have measured too, so that they can be mixed."""
 
-    def measure(
-        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key
-    ) -> Found:
+    def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
         """Evaluate the loss; the arguments are those of a call."""
         ...
 

@@ -92,7 +92,9 @@ class Coordinates:
         ordered = sorted(variables, key=lambda v: v.name)  # what is drawn must not depend on the order
         ends = list(accumulate(_blocks(v)[0] for v in ordered))
         sizes = torch.cat([torch.full((_blocks(v)[0],), float(_blocks(v)[1])).double() for v in ordered])
-        squares = sizes if guide is None else torch.cat([_squares(v, guide.gradient(v)) for v in ordered]).cpu()
+        squares = (
+            sizes if guide is None else torch.cat([_squares(v, guide.gradient(v)) for v in ordered]).cpu()
+        )
         size = min(self.blocks, ends[-1])
         pi = mixed_probabilities(sizes * squares, size, self.alpha)
         probes: list[tuple[_BlockProbe, Tensor]] = []

@@ -59,9 +59,7 @@ class Mixture:
         return self.measure(loss, batches, variables, key).hand_over(variables, emit)
 
     @torch.no_grad()
-    def measure(
-        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key
-    ) -> Found:
+    def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
         """Measure the slopes; see `Measuring`. Those of the first estimator stand for the step."""
         first = self.random.measure(loss, batches, variables, key)
         if self.share == 1:
@@ -69,7 +67,11 @@ class Mixture:
         second = self.guided.measure(loss, batches, variables, key.fold_in("guided"), first)
 
         def gradient(variable: Variable) -> Tensor:
-            return first.gradient(variable).mul_(self.share).add_(second.gradient(variable), alpha=1 - self.share)
+            return (
+                first.gradient(variable)
+                .mul_(self.share)
+                .add_(second.gradient(variable), alpha=1 - self.share)
+            )
 
         # a slope that is not finite must show, whichever of them it is
         return Found(first.loss, first.slopes + 0.0 * second.slopes.sum(), gradient)

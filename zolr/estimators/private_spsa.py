@@ -109,9 +109,7 @@ class PrivateSpsa:
         return self.measure(loss, batches, variables, key).hand_over(variables, emit)
 
     @torch.no_grad()
-    def measure(
-        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key
-    ) -> Found:
+    def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
         """Measure the slopes; see `Measuring`.
 
         Raises:
@@ -160,7 +158,11 @@ def _examples(loss: Loss, batches: Sequence[Any]) -> Tensor:
     for batch in batches:
         output = loss(batch)
         if isinstance(output, tuple) or output.dim() != 1:
-            found = "a sum and a count" if isinstance(output, tuple) else f"a tensor of shape {tuple(output.shape)}"
+            found = (
+                "a sum and a count"
+                if isinstance(output, tuple)
+                else f"a tensor of shape {tuple(output.shape)}"
+            )
             raise UsageError(
                 f"slopes of single examples need one loss an example, but this loss is {found}; return a tensor "
                 "(batch,), or use method 'mezo'"
@@ -191,7 +193,9 @@ def epsilon_of(mu: float, delta: float) -> float:
     1.0
     """
     if not 0 < delta < 1:
-        raise UsageError(f"delta = {delta} is no probability of failure; use a number in (0, 1), such as 1e-5")
+        raise UsageError(
+            f"delta = {delta} is no probability of failure; use a number in (0, 1), such as 1e-5"
+        )
     return _least(lambda epsilon: delta_of(mu, epsilon) <= delta)
 
 

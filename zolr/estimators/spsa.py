@@ -98,9 +98,7 @@ class Spsa:
         return self.measure(loss, batches, variables, key).hand_over(variables, emit)
 
     @torch.no_grad()
-    def measure(
-        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key
-    ) -> Found:
+    def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
         """Measure the slopes; see `Measuring`."""
         if self.eps is None:
             raise UsageError("spsa has no eps; give one, or let the engine choose with lr=None")
