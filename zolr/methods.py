@@ -469,7 +469,8 @@ def _lookup(kind: str, registry: Mapping[str, Any], name: str) -> Any:
 def _shared(part: Any, cls: type) -> dict[str, Any]:
     """Settings of `part` that class `cls` has too, so that changing the law keeps rank, side, eps, ..."""
     names = {f.name for f in fields(cls)}
-    return {f.name: getattr(part, f.name) for f in fields(part) if f.name in names}
+    given = {f.name: getattr(part, f.name) for f in fields(part) if f.name in names}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def compose(

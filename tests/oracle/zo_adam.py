@@ -39,7 +39,9 @@ def run(model, loss, batches, *, lr, eps, rank, interval, betas=(0.9, 0.99), mom
                     bases[n] = basis(n, w.shape[1], rank, seed, step // interval)
                     moments.pop(n, None)
         z = draws(
-            {n: (w.shape[0], bases[n].shape[1]) if n in bases else w.shape for n, w in weights.items()}, seed, step
+            {n: (w.shape[0], bases[n].shape[1]) if n in bases else w.shape for n, w in weights.items()},
+            seed,
+            step,
         )
         lifted = {n: x @ bases[n].T if n in bases else x for n, x in z.items()}
         plus = loss_at(model, loss, {n: w + eps * lifted[n] for n, w in weights.items()}, batch)

@@ -45,7 +45,9 @@ def run(model, loss, batches, *, lr, eps, rank, interval, probes, blocks, share,
 
     def slope_along(moves, batch):
         plus, minus = (
-            loss_at(model, loss, {n: w + s * moves[n] if n in moves else w for n, w in weights.items()}, batch)
+            loss_at(
+                model, loss, {n: w + s * moves[n] if n in moves else w for n, w in weights.items()}, batch
+            )
             for s in (eps, -eps)
         )
         return (plus - minus) / (2 * eps)
