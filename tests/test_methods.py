@@ -158,12 +158,12 @@ EQUAL: dict[str, tuple[Method, dict[str, Any], Oracle, dict[str, Any]]] = {
             "tables": ["embed.weight"],
         },
     ),
-    "fzoo": (compose("fzoo", eps=1e-3), {}, fzoo.run, {"eps": 1e-3, "probes": 8}),
+    "fzoo": (compose("fzoo", eps=1e-3, probes=4), {}, fzoo.run, {"eps": 1e-3, "probes": 4}),
     "fzoo in sequence": (
-        compose("fzoo", eps=1e-3, signs="sequence", probes=4),
+        compose("fzoo", eps=1e-3, signs="sequence", probes=2),
         {},
         fzoo.run,
-        {"eps": 1e-3, "probes": 4},
+        {"eps": 1e-3, "probes": 2},
     ),
     "dpzero": (
         compose("dpzero", limit=0.5, noise=0.3),
@@ -308,7 +308,7 @@ def test_every_row_trains_every_weight_and_lowers_the_loss(name, paradigm):
     batch = ids, (3 * ids + 1) % 11
     rates = {"fo": 0.5 if method.optimizer.name == "sgd" else 1e-2, "zo": None, "fwd": 1e-2}
     if setting(method.estimator, "signs") == "together":  # the same losses, in less time on a CPU
-        method = replace(method, estimator=changed(method.estimator, signs="sequence"))
+        method = replace(method, estimator=changed(method.estimator, signs="sequence", probes=3))
     if method.private:
         method, rates["zo"] = replace(method, estimator=changed(method.estimator, limit=5.0, noise=1.0)), 3e-3
     model = little()
