@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from zolr import lora
 from zolr.engine import Engine
+from zolr.estimators import changed, setting
 from zolr.memory import LiveBytes, kept, predict
 from zolr.methods import METHODS, Method, compose
 from zolr.models import build, checkpoint_activations, lm_loss, prompt_loss
@@ -31,8 +32,10 @@ def config(family: str, **changes: Any) -> PreTrainedConfig:
 def short(method: Method, window: int = 3) -> Method:
     """The method with short windows, and nothing left to choose."""
     estimator: Any = method.estimator
-    if getattr(estimator, "eps", 1.0) is None:
-        estimator = replace(estimator, eps=1e-3)
+    if setting(estimator, "eps", 1.0) is None:
+        estimator = changed(estimator, eps=1e-3)
+    if setting(estimator, "probes", 1) > 3:
+        estimator = changed(estimator, probes=3)
     return replace(method, estimator=estimator, refresh_every=method.refresh_every and window)
 
 

@@ -299,7 +299,7 @@ _ROWS = (
         {
             "zo": Method(
                 Spsa(probes=4, law="gaussian", sides=1),
-                Stiefel(rank=64, side="left"),
+                Stiefel(rank=32, side="left"),
                 OptimizerRule("muon", {"momentum": 0.0, "nesterov": False}),
                 Reset(),
                 100,
@@ -308,8 +308,8 @@ _ROWS = (
         "G = (1/k) sum_i (L(W + eps P U_i) - L(W)) / eps U_i, W <- W - lr 0.2 sqrt(max(r, n)) P msign(G), "
         "P (m, r) = sqrt(m/r) Q with Q Haar, msign by 5 Newton-Schulz iterations",
         "arXiv 2602.17155",
-        "the paper's rule as its code has it (Haar Q on the output side, one-sided Gaussian probes, no momentum, rank 64); "
-        "inferred: 4 probes, window 100 (a script's defaults). Ours: P is scaled to be unbiased (the paper's has columns of "
+        "the paper's rule as its code has it (Haar Q on the output side, one-sided Gaussian probes, no momentum); "
+        "inferred: 4 probes, window 100 (its script's defaults). Ours: rank 32 (theirs 64), P is scaled to be unbiased (the paper's has columns of "
         "length 1, so its eps is ours times sqrt(m/r)) and the step to AdamW's size. The released code lifts all probes but "
         "the last through another Q on refresh steps, and moves vectors by a fixed rate of 1e-7; here AdamW moves vectors, "
         "embeddings and heads",

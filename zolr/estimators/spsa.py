@@ -22,7 +22,7 @@ from zolr.estimators import (
     same_noise,
 )
 from zolr.keys import Key
-from zolr.probes import LAWS, Probe, orthonormal
+from zolr.probes import LAWS, Combination, Probe, orthonormal
 from zolr.variables import Variable, layout
 
 
@@ -117,6 +117,7 @@ class Spsa:
                 slopes = torch.stack([(plus - minus) / (2 * eps) for plus, minus in pairs])
                 mean = torch.stack([(plus + minus) / 2 for plus, minus in pairs]).mean()
             elif together:
+                directions = [self._held(d, variables) for d in directions]  # which are all alive in any case
                 points = [(directions[0], 0.0), *((d, eps) for d in directions)]
                 mean, *values = evaluate(measured, variables, points, rewind, together=True)
                 slopes = torch.stack([(value - mean) / eps for value in values])
@@ -129,6 +130,11 @@ class Spsa:
             spread = slopes.std(unbiased=False)
             weights = torch.where(spread == 0, 0.0, weights / spread)
         return Found(mean, slopes, lambda variable: combine(variable, directions, weights))
+
+    def _held(self, direction: Direction, variables: Sequence[Variable]) -> Direction:
+        """A direction that is drawn once and kept, in a byte an entry where that holds it."""
+        kept = torch.int8 if self.law == "rademacher" and self.directions == "fresh" else torch.float32
+        return Combination({v.name: direction(v.name).to(kept) for v in variables})
 
     @torch.no_grad()
     def tried(
