@@ -116,7 +116,7 @@ class PrivateSpsa:
             UsageError: the loss is not one number an example.
         """
         directions = [Probe(layout(variables), self.law, key.fold_in("probe", i)) for i in range(self.probes)]
-        slopes, losses = [], []
+        slopes, losses, examples = [], [], 0
         with same_noise(variables[0].value.device) as rewind:
             for direction in directions:
                 plus, minus = evaluate(
@@ -127,6 +127,7 @@ class PrivateSpsa:
                     together=self.signs == "together",
                 )
                 each = (plus - minus) / (2 * self.eps)  # (n,)
+                examples = len(each)
                 # an example without a number is one with slope 0: to skip the step for it would tell of it
                 known = torch.isfinite(each)
                 slopes.append(torch.where(known, each, 0.0).clamp(-self.limit, self.limit).mean())
@@ -134,7 +135,7 @@ class PrivateSpsa:
         values = torch.stack(slopes)
         if self.noise:
             normal = torch.randn(self.probes, generator=key.fold_in("noise").generator(), dtype=torch.float64)
-            values = values + normal.to(values.device) * (self.noise * self.limit / len(each))
+            values = values + normal.to(values.device) * (self.noise * self.limit / examples)
         return Found(
             torch.stack(losses).mean(),
             values,
