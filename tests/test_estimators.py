@@ -21,10 +21,13 @@ from transformers.pytorch_utils import Conv1D
 
 from zolr.engine import Engine
 from zolr.errors import UsageError
-from zolr.estimators import ESTIMATORS, PARADIGMS, Estimate, mean_loss, totals
+from zolr.estimators import ESTIMATORS, PARADIGMS, Estimate, Found, changed, mean_loss, setting, totals
 from zolr.estimators.backprop import Backprop
+from zolr.estimators.coordinates import Coordinates
 from zolr.estimators.forward import Forward
 from zolr.estimators.likelihood_ratio import LikelihoodRatio
+from zolr.estimators.mixture import Mixture
+from zolr.estimators.private_spsa import PrivateSpsa, delta_of, epsilon_of, noise_for
 from zolr.estimators.spsa import Spsa
 from zolr.keys import Key
 from zolr.methods import Method
@@ -52,11 +55,21 @@ CASES: dict[str, Callable[[], Any]] = {
     "spsa one-sided": lambda: Spsa(eps=1e-6, sides=1, probes=2),
     "spsa orthonormal": lambda: Spsa(eps=1e-4, directions="orthonormal", probes=3),
     "spsa together": lambda: Spsa(eps=1e-4, signs="together"),
+    "spsa normalized": lambda: Spsa(eps=1e-6, sides=1, probes=3, signs="together", normalize=True),
+    "private": lambda: PrivateSpsa(eps=1e-4, probes=2, limit=1e3, noise=0.5, law="rademacher"),
+    "coordinates": lambda: Coordinates(eps=1e-4, blocks=3),
+    "mixture": lambda: Mixture(
+        Spsa(eps=1e-4, probes=2), Coordinates(eps=1e-4, blocks=2, law="gaussian"), share=0.3
+    ),
     "likelihood_ratio": lambda: LikelihoodRatio(eps=0.1, probes=2),
     "forward": lambda: Forward(probes=2),
     "forward gaussian": lambda: Forward(law="gaussian"),
 }
 FORWARD_ONLY = [name for name in CASES if name != "backprop"]
+# those whose gradient is the mean of slopes times directions over the whole space, and unbiased for any loss
+PLAIN = [
+    name for name in FORWARD_ONLY if name not in ("spsa normalized", "private", "coordinates", "mixture")
+]
 
 
 def make(name: str, **settings: Any) -> Any:
@@ -176,6 +189,8 @@ class Attached:
         self, estimator: Any, batches: Sequence[Any], key: Key = KEY
     ) -> tuple[Estimate, dict[str, Tensor]]:
         received: dict[str, Tensor] = {}
+        if isinstance(estimator, PrivateSpsa) and self._loss is LOSSES["mean"]:
+            self._loss = LOSSES["per example"]  # of the same mean
 
         def emit(variable: Variable, gradient: Tensor) -> None:
             assert variable.name not in received, f"{variable.name} was emitted twice"
@@ -235,7 +250,8 @@ def test_every_variable_receives_one_gradient_of_its_shape(case: str, projector:
     if estimator.paradigm == "fo":
         assert estimate.slopes is None
     else:
-        assert estimate.slopes is not None and estimate.slopes.shape == (estimator.probes,)
+        count = setting(estimator, "probes") or estimator.blocks
+        assert estimate.slopes is not None and estimate.slopes.shape == (count,)
 
 
 @pytest.mark.parametrize("projector", PROJECTORS)
@@ -288,7 +304,7 @@ def test_slopes_approach_the_directional_derivative_at_their_order(sides: int, o
         torch.testing.assert_close(coarse / fine, torch.full((2,), 2.0**order, dtype=F64), rtol=0.02, atol=0)
 
 
-@pytest.mark.parametrize("case", FORWARD_ONLY)
+@pytest.mark.parametrize("case", [*PLAIN, "private"])
 def test_the_gradient_is_the_mean_of_slopes_times_directions(case: str) -> None:
     """E2, T16: the direction applied is the direction probed, drawn again from the key."""
     estimator = CASES[case]()
@@ -309,7 +325,7 @@ def test_the_gradient_is_the_mean_of_slopes_times_directions(case: str) -> None:
         torch.testing.assert_close(received[variable.name], sum(terms) / len(terms), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", FORWARD_ONLY)
+@pytest.mark.parametrize("case", [*PLAIN, "spsa normalized"])
 def test_slopes_are_measured_along_the_directions(case: str) -> None:
     """Against the model evaluated at hand-moved coordinates."""
     estimator = CASES[case]()
@@ -354,12 +370,14 @@ def test_loss_forms_and_micro_batches_agree_with_the_full_batch(
 ) -> None:
     if form == "mean" and len(set(rows)) > 1:
         pytest.skip("a mean says nothing of the size of its micro-batch")
+    if case == "private" and form != "per example":
+        pytest.skip("needs the loss of each example")
     ids, labels = batch_of(6, seed=3)
     parts = list(zip(ids.split(list(rows)), labels.split(list(rows)), strict=True))
     whole, expected = Attached(loss="mean").gradients(CASES[case](), [(ids, labels)])
     split, received = Attached(loss=form).gradients(CASES[case](), parts)
     # a slope divides the rounding of a loss by its radius
-    radius = getattr(CASES[case](), "eps", None) or 1.0
+    radius = setting(CASES[case](), "eps") or 1.0
     assert_same(received, expected, max(1e-11, 1e-13 / radius))
     assert float(split.loss) == pytest.approx(float(whole.loss), rel=1e-12)
 
@@ -385,8 +403,9 @@ def test_the_number_of_forwards_is_the_one_stated(case: str) -> None:
 
     run.loss = counted  # type: ignore[method-assign]
     run.gradients(estimator, [batch_of(2), batch_of(2, seed=1), batch_of(2, seed=2)])
-    # a backward counts as two forwards, a tangent as one; vmap runs both signs in one call
-    weight = {"fo": 3, "zo": 2 if getattr(estimator, "signs", "") == "together" else 1, "fwd": 2}
+    # a backward counts as two forwards, a tangent as one; vmap runs both signs, or all one-sided probes, in one call
+    together = 2 if getattr(estimator, "sides", 2) == 2 else estimator.probes + 1
+    weight = {"fo": 3, "zo": together if getattr(estimator, "signs", "") == "together" else 1, "fwd": 2}
     assert estimator.forwards(3) == len(calls) * weight[estimator.paradigm]
 
 
@@ -557,7 +576,7 @@ def stopped(run: Attached, estimator: Any, kind: type[BaseException], stop: int)
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_error_while_emitting_leaves_everything_as_it_was(case: str) -> None:
-    run = Attached()
+    run = Attached(loss="per example")
     before = Snapshot(run)
     for stop in range(len(run.variables)):
         received: list[Variable] = []
@@ -581,7 +600,9 @@ def test_the_same_key_gives_the_same_bits(case: str) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
     if case != "backprop":
         c = second.gradients(CASES[case](), [batch_of(2)], KEY.fold_in("other"))[1]
-        assert not any(torch.equal(a[name], c[name]) for name in a)
+        same = [name for name in a if torch.equal(a[name], c[name])]
+        assert not any(bool(a[name].any()) for name in same)  # blocks that are not drawn have no slope
+        assert len(same) < len(a) and (not same or case == "coordinates")
 
 
 def test_the_order_of_variables_does_not_matter() -> None:
@@ -592,7 +613,7 @@ def test_the_order_of_variables_does_not_matter() -> None:
         _, a = run.gradients(CASES[case](), [batch_of(2)])
         run.variables = run.variables[::-1]
         _, b = run.gradients(CASES[case](), [batch_of(2)])
-        radius = getattr(CASES[case](), "eps", None) or 1.0
+        radius = setting(CASES[case](), "eps") or 1.0
         assert_same(a, b, max(1e-12, 1e-14 / radius))
 
 
@@ -606,7 +627,7 @@ def test_both_evaluations_see_the_same_noise(case: str) -> None:
     a, _ = plain.gradients(CASES[case](), [batch_of(2), batch_of(2)])
     b, _ = loud.gradients(CASES[case](), [batch_of(2), batch_of(2)])
     assert a.slopes is not None and b.slopes is not None
-    radius = getattr(CASES[case](), "eps", None) or 1.0
+    radius = setting(CASES[case](), "eps") or 1.0
     torch.testing.assert_close(b.slopes, a.slopes, rtol=0, atol=1e-13 / radius)
 
 
@@ -641,15 +662,30 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         (Spsa, {"sides": 3}),
         (Spsa, {"directions": "random"}),
         (Spsa, {"signs": "both"}),
+        (Spsa, {"normalize": True}),
+        (PrivateSpsa, {"eps": None}),
+        (PrivateSpsa, {"eps": 0.0}),
+        (PrivateSpsa, {"probes": 0}),
+        (PrivateSpsa, {"law": "uniform"}),
+        (PrivateSpsa, {"limit": 0.0}),
+        (PrivateSpsa, {"limit": float("inf")}),  # noise has no unit then
+        (PrivateSpsa, {"noise": -1.0}),
+        (PrivateSpsa, {"noise": float("nan")}),
+        (PrivateSpsa, {"signs": "both"}),
+        (Coordinates, {"blocks": 0}),
+        (Coordinates, {"law": "uniform"}),
+        (Coordinates, {"alpha": 0.0}),
+        (Mixture, {"random": Spsa(), "guided": Coordinates(), "share": 1.5}),
+        (Mixture, {"random": Spsa(probes=2, normalize=True), "guided": Coordinates()}),
         (LikelihoodRatio, {"eps": 0.0}),
         (LikelihoodRatio, {"probes": 1.5}),
         (Forward, {"probes": 0}),
         (Forward, {"law": "uniform"}),
     ):
-        with pytest.raises(UsageError, match="use|positive"):
+        with pytest.raises(UsageError, match="use|positive|give|loses"):
             cls(**settings)
     run = Attached()
-    for estimator in (Spsa(), LikelihoodRatio()):
+    for estimator in (Spsa(), LikelihoodRatio(), Coordinates()):
         with pytest.raises(UsageError, match="eps"):
             run.gradients(estimator, [batch_of(2)])
     with pytest.raises(UsageError, match="do not fit"):
@@ -879,7 +915,7 @@ def test_the_mean_estimate_is_the_gradient(case: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", FORWARD_ONLY)
+@pytest.mark.parametrize("case", [*PLAIN, "coordinates", "mixture"])
 @pytest.mark.parametrize("projector", ["stiefel", "identity"])
 def test_the_mean_estimate_is_the_gradient_for_every_estimator(case: str, projector: str) -> None:
     if projector == "identity" and case == "spsa orthonormal":
@@ -1142,3 +1178,280 @@ def test_subspace_and_probe_are_independent_in_the_engine() -> None:
             engine.step([None])
             moves.append(before - weight_of(model))
     assert_mean(torch.stack(moves), grad)
+
+
+# ---- normalized steps (FZOO) --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signs", ["sequence", "together"])
+def test_a_normalized_step_is_the_plain_one_over_the_spread_of_the_losses(signs: Any) -> None:
+    run = Attached(Stiefel(rank=3))
+    plain, expected = run.gradients(Spsa(eps=1e-3, sides=1, probes=4), [batch_of(3)])
+    _, received = run.gradients(Spsa(eps=1e-3, sides=1, probes=4, signs=signs, normalize=True), [batch_of(3)])
+    assert plain.slopes is not None
+    losses = plain.loss + 1e-3 * plain.slopes  # of the probes
+    spread = (losses - losses.mean()).square().mean().sqrt() / 1e-3
+    assert_same(received, {name: g / spread for name, g in expected.items()}, 1e-9)
+
+
+def test_one_sided_probes_together_equal_those_in_sequence() -> None:
+    for projector in ("stiefel", "identity"):
+        run = Attached(make(projector, rank=3))
+        sequence, a = run.gradients(Spsa(eps=1e-3, probes=3, sides=1), [batch_of(2), batch_of(3)])
+        together, b = run.gradients(
+            Spsa(eps=1e-3, probes=3, sides=1, signs="together"), [batch_of(2), batch_of(3)]
+        )
+        assert_same(b, a, 1e-9)
+        assert float(together.loss) == pytest.approx(float(sequence.loss), rel=1e-13)
+
+
+def test_a_normalized_step_does_not_depend_on_the_scale_of_the_loss() -> None:
+    estimator = Spsa(eps=1e-2, sides=1, probes=4, normalize=True)
+    one, other = (
+        Functional(lambda w, f=f: f * (w * GRAD).sum(), M, N).estimate(estimator, Identity(), KEY)
+        for f in (1.0, 1e4)
+    )
+    torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
+
+
+def test_probes_that_agree_give_no_normalized_step() -> None:
+    flat = Functional(lambda w: 3.0 + 0.0 * w.sum(), M, N)
+    step = flat.estimate(Spsa(eps=1e-2, sides=1, probes=4, normalize=True), Identity(), KEY)
+    assert not bool(step.any())
+
+
+@pytest.mark.parametrize("probes", [3, 8])
+def test_a_normalized_step_goes_along_the_gradient_by_the_closed_form(probes: int) -> None:
+    """`E<step, G> / ‖G‖`: N slopes are N(0, ‖G‖²), so `N s² / ‖G‖²` is chi squared with N - 1 degrees, their mean apart."""
+    from math import gamma
+
+    linear = Functional(lambda w: (w * GRAD).sum(), M, N)
+    estimator = Spsa(eps=1e-2, sides=1, probes=probes, law="gaussian", normalize=True)
+    samples = torch.stack([linear.estimate(estimator, Identity(), KEY.fold_in(i)) for i in range(400)])
+    k = probes
+    spread = sqrt(2 / k) * gamma(k / 2) / gamma((k - 1) / 2)
+    inverse = sqrt(k / 2) * gamma((k - 2) / 2) / gamma((k - 1) / 2)
+    along = (samples * GRAD).sum((1, 2)) / GRAD.norm()
+    assert_mean(along, spread + inverse / k)
+    across = samples - along[:, None, None] * GRAD / GRAD.norm()
+    assert_mean(across, 0.0)
+
+
+# ---- private slopes (DPZero) ------------------------------------------------------------------------------------------------------------
+
+
+class Examples:
+    """Linear losses of n examples in one weight `(M, N)`."""
+
+    def __init__(self, grads: Tensor) -> None:
+        self.model = nn.Linear(N, M, bias=False).double()
+        self.model.weight.data.zero_()
+        (self.variable,) = attach(self.model, lambda name, p: True)
+        self.grads, self.eye = grads, torch.eye(N, dtype=F64)
+
+    def loss(self, batch: Any = slice(None)) -> Tensor:
+        return torch.einsum("ij,bij->b", self.model(self.eye).mT, self.grads[batch])
+
+    def estimate(self, estimator: PrivateSpsa, key: Key, batches: Sequence[Any] = (slice(None),)) -> Any:
+        received: list[Tensor] = []
+        found = estimator(self.loss, batches, [self.variable], lambda v, g: received.append(g), key)
+        assert found.slopes is not None
+        return found.slopes, received[0]
+
+
+EXAMPLES = Examples(random(6, M, N, seed=31) + GRAD)
+
+
+def test_without_noise_and_limit_a_private_step_is_a_plain_one() -> None:
+    run = Attached(Stiefel(rank=3), loss="per example")
+    for signs in ("sequence", "together"):
+        for law in LAWS:
+            free = PrivateSpsa(eps=1e-3, probes=2, law=law, limit=float("inf"), noise=0.0, signs=signs)
+            _, received = run.gradients(free, [batch_of(3), batch_of(2)])
+            _, expected = run.gradients(Spsa(eps=1e-3, probes=2, law=law), [batch_of(3), batch_of(2)])
+            assert_same(received, expected, 1e-10)
+
+
+def test_private_slopes_have_the_mean_and_the_variance_of_their_noise() -> None:
+    """E1: unbiased below the limit; `d ‖G‖² + d (sigma C / n)²` in signs."""
+    estimator = PrivateSpsa(eps=1e-2, law="rademacher", limit=500.0, noise=0.2)
+    samples = torch.stack([EXAMPLES.estimate(estimator, KEY.fold_in(i))[1] for i in range(500)])
+    grad, added = EXAMPLES.grads.mean(0), 0.2 * 500.0 / 6
+    assert_mean(samples, grad)
+    assert_mean(samples.square().sum((1, 2)), M * N * (float(grad.square().sum()) + added**2))
+
+
+def test_slopes_of_examples_are_clipped_one_by_one() -> None:
+    probe = Probe(layout([EXAMPLES.variable]), "gaussian", KEY.fold_in("probe", 0))
+    z = probe(EXAMPLES.variable.name).double()
+    each = torch.einsum("ij,bij->b", z, EXAMPLES.grads)
+    limit = float(each.abs().median())
+    slopes, _ = EXAMPLES.estimate(PrivateSpsa(limit=limit, noise=0.0), KEY, [slice(0, 4), slice(4, 6)])
+    expected = each.clamp(-limit, limit).mean()
+    assert float(slopes) == pytest.approx(float(expected), rel=1e-9)
+    assert abs(float(expected - each.mean())) > 0.1
+
+
+def test_noise_is_named_by_the_key_and_has_the_stated_size() -> None:
+    quiet, loud = (PrivateSpsa(limit=3.0, noise=noise, probes=2) for noise in (0.0, 2.0))
+    noise = torch.stack(
+        [
+            EXAMPLES.estimate(loud, KEY.fold_in(i))[0] - EXAMPLES.estimate(quiet, KEY.fold_in(i))[0]
+            for i in range(300)
+        ]
+    )
+    assert_mean(noise, 0.0)
+    assert_mean(noise.square(), (2.0 * 3.0 / 6) ** 2)
+    assert_mean(noise.prod(1), 0.0)
+    again = EXAMPLES.estimate(loud, KEY.fold_in(0))[0] - EXAMPLES.estimate(quiet, KEY.fold_in(0))[0]
+    assert torch.equal(again, noise[0])
+
+
+def test_whatever_replaces_an_example_moves_a_slope_by_the_stated_sensitivity() -> None:
+    estimator = PrivateSpsa(limit=2.0, noise=0.0, probes=3)
+    base = EXAMPLES.estimate(estimator, KEY)[0]
+    for other in (random(M, N, seed=5) * 1e6, -random(M, N, seed=5) * 1e6, torch.full((M, N), float("nan"))):
+        grads = EXAMPLES.grads.clone()
+        grads[2] = other
+        moved = Examples(grads).estimate(estimator, KEY)[0]
+        assert bool(torch.isfinite(moved).all())
+        assert float((moved - base).abs().max()) <= 2 * 2.0 / 6 * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("form", ["mean", "sum and count"])
+def test_a_private_step_refuses_a_loss_that_hides_its_examples(form: str) -> None:
+    run = Attached()
+    run._loss = LOSSES[form]
+    run.loss = lambda batch: LOSSES[form](run.model, batch)  # type: ignore[method-assign]
+    with pytest.raises(
+        UsageError, match=r"one loss an example.*return a tensor \(batch,\), or use method 'mezo'"
+    ):
+        run.gradients(PrivateSpsa(), [batch_of(2)])
+
+
+def test_the_privacy_spent_is_the_known_one() -> None:
+    # Balle and Wang (2018), analytic Gaussian mechanism: epsilon = 1, delta = 1e-5 needs this noise at sensitivity 1
+    assert noise_for(1.0, uses=1, delta=1e-5) / 2 == pytest.approx(3.730631634944469, rel=1e-8)
+    assert delta_of(1.0, 1.0) == pytest.approx(0.12693673750664387, rel=1e-12)  # Dong, Roth and Su (2022)
+    with pytest.raises(UsageError, match="in \\(0, 1\\)"):
+        epsilon_of(1.0, 1.0)
+
+
+@pytest.mark.parametrize(("mu", "epsilon"), [(0.3, 0.5), (1.0, 2.0), (4.0, 10.0), (30.0, 500.0)])
+def test_delta_is_the_divergence_of_two_shifted_gaussians(mu: float, epsilon: float) -> None:
+    """`delta = ∫ max(0, p(x) - e^epsilon q(x)) dx` for p = N(mu, 1), q = N(0, 1), by the midpoint rule."""
+    x = torch.linspace(epsilon / mu + mu / 2, mu + 12, 2_000_001, dtype=F64)  # where p > e^epsilon q
+    x = (x[1:] + x[:-1]) / 2
+    step = float(x[1] - x[0])
+    p, q = (torch.exp(-((x - mean) ** 2) / 2 + shift) for mean, shift in ((mu, 0.0), (0.0, epsilon)))
+    assert delta_of(mu, epsilon) == pytest.approx(float((p - q).sum()) * step / sqrt(2 * torch.pi), rel=1e-8)
+
+
+def test_composition_counts_how_often_an_example_is_used() -> None:
+    spent = lambda **given: PrivateSpsa(noise=20.0, **given).epsilon  # noqa: E731
+    run = {"batch_size": 8, "rows": 80, "delta": 1e-5}
+    assert spent()(steps=10, **run) == epsilon_of(2 / 20, 1e-5)  # one epoch
+    assert spent()(steps=11, **run) == epsilon_of(2 * sqrt(2) / 20, 1e-5)
+    assert spent(probes=4)(steps=40, **run) == epsilon_of(2 * sqrt(16) / 20, 1e-5)
+    odd = {**run, "rows": 81}  # a step may hold the end of one epoch and the beginning of the next
+    assert spent()(steps=10, **odd) == epsilon_of(2 * sqrt(2) / 20, 1e-5)
+    assert PrivateSpsa(noise=0.0).epsilon(steps=1, **run) == float("inf")
+    # never more than what Rényi divergences of the same steps give: a mu² / 2 + log(1 / delta) / (a - 1)
+    mu = 2 * sqrt(40) / 20
+    renyi = min(a * mu**2 / 2 + 11.512925 / (a - 1) for a in torch.linspace(1.01, 100, 5000).tolist())
+    assert 0.8 * renyi < spent()(steps=400, **run) < renyi
+
+
+# ---- sampled blocks, and mixtures (ZO-HGD) ----------------------------------------------------------------------------------------------
+
+
+def block_moment(grad: Tensor, blocks: int, alpha: float = 0.2) -> float:
+    """`sum_b d_b ‖G_b‖² / p_b` for rows that are drawn uniformly."""
+    return float(grad.square().sum()) * grad.shape[1] * grad.shape[0] / blocks
+
+
+def lone_blocks(grad: Tensor, estimator: Any, count: int, start: Tensor | None = None) -> Tensor:
+    linear = Functional(lambda w: (w * grad).sum(), *grad.shape, start=start)
+    return torch.stack([linear.estimate(estimator, Identity(), KEY.fold_in(i)) for i in range(count)])
+
+
+def test_sampled_rows_have_the_mean_and_second_moment_of_their_probabilities() -> None:
+    samples = lone_blocks(GRAD, Coordinates(eps=1e-2, blocks=2), 500)
+    assert_mean(samples, GRAD)
+    assert_mean(samples.square().sum((1, 2)), block_moment(GRAD, 2))
+    assert {int(s.any(1).sum()) for s in samples} == {2}
+
+
+def test_rows_of_one_entry_are_partial_derivatives() -> None:
+    start = random(7, 1, seed=3)
+    cubic = Functional(lambda w: (w.sin() * random(7, 1, seed=4)).sum(), 7, 1, start)
+    got = cubic.estimate(Coordinates(eps=1e-4, blocks=7), Identity(), KEY)
+    torch.testing.assert_close(got, start.cos() * random(7, 1, seed=4), rtol=1e-7, atol=1e-8)
+
+
+def test_a_guide_that_knows_the_gradient_leaves_the_least_second_moment() -> None:
+    """Water-filling: `(sum_b sqrt(d_b) ‖G_b‖)² / |I|` where no probability reaches 1."""
+    grad = GRAD * torch.linspace(0.2, 1.5, M, dtype=F64)[:, None]
+    linear = Functional(lambda w: (w * grad).sum(), M, N)
+    exact = Found(torch.zeros(()), torch.zeros(1), lambda v: grad)
+    samples = []
+    for i in range(500):
+        key = KEY.fold_in(i)
+        found = Coordinates(eps=1e-2, blocks=2, alpha=1e-9).measure(
+            linear.loss, [None], [linear.variable], key, exact
+        )
+        samples.append(found.gradient(linear.variable))
+    seen = torch.stack(samples)
+    assert_mean(seen, grad)
+    norms = N**0.5 * grad.norm(dim=1)
+    assert float(2 * norms.max() / norms.sum()) < 1
+    assert_mean(seen.square().sum((1, 2)), float(norms.sum() ** 2) / 2)
+    assert float(norms.sum() ** 2) / 2 < 0.9 * block_moment(grad, 2)
+
+
+def test_a_mixture_has_the_mean_and_second_moment_of_its_parts() -> None:
+    """One probe of signs says nothing of where the gradient is, so the rows are drawn uniformly."""
+    share = 0.3
+    estimator = Mixture(Spsa(eps=1e-2), Coordinates(eps=1e-2, blocks=2), share)
+    samples = lone_blocks(GRAD, estimator, 400)
+    assert_mean(samples, GRAD)
+    square = float(GRAD.square().sum())
+    random_part, rows = M * N * square, block_moment(GRAD, 2)
+    expected = share**2 * random_part + (1 - share) ** 2 * rows + 2 * share * (1 - share) * square
+    assert_mean(samples.square().sum((1, 2)), expected)
+
+
+def test_a_mixture_of_the_first_part_alone_is_that_part() -> None:
+    run = Attached(Stiefel(rank=3))
+    whole = Mixture(Spsa(eps=1e-3, probes=2), Coordinates(eps=1e-3), share=1.0)
+    found, received = run.gradients(whole, [batch_of(3)])
+    plain, expected = run.gradients(Spsa(eps=1e-3, probes=2), [batch_of(3)])
+    assert all(torch.equal(received[name], expected[name]) for name in expected)
+    assert found.slopes is not None and plain.slopes is not None and torch.equal(found.slopes, plain.slopes)
+    assert whole.forwards(3) == Spsa(probes=2).forwards(3)
+
+
+@pytest.mark.parametrize("case", ["coordinates", "mixture"])
+def test_a_slope_that_is_not_finite_shows_in_every_gradient(case: str) -> None:
+    run = Attached()
+    inner, calls = run.loss, 0
+
+    def broken(batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return inner(batch) * (float("inf") if calls == CASES[case]().forwards(1) else 1.0)
+
+    run.loss = broken  # type: ignore[method-assign]
+    found, received = run.gradients(CASES[case](), [batch_of(2)])
+    assert found.slopes is not None and not bool(torch.isfinite(found.slopes).all())
+    assert not any(bool(torch.isfinite(g).any()) for g in received.values())
+
+
+def test_settings_of_parts_inside_parts_are_read_and_changed() -> None:
+    mixture = Mixture(Spsa(probes=2), Coordinates(blocks=3), share=0.3)
+    assert setting(mixture, "probes") == 2 and setting(mixture, "blocks") == 3
+    assert setting(mixture, "sign", "none") == "none" and setting(mixture, "eps", 1.0) is None
+    other = changed(mixture, eps=1e-2, probes=5, share=0.4)
+    assert other == Mixture(Spsa(eps=1e-2, probes=5), Coordinates(eps=1e-2, blocks=3), share=0.4)
+    with pytest.raises(UsageError, match="no setting 'radius' in Mixture"):
+        changed(mixture, radius=1.0)

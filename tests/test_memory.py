@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from zolr import models
 from zolr.engine import Engine
 from zolr.errors import BudgetError, DataError, UsageError
+from zolr.estimators import changed, setting
 from zolr.held import RANK
 from zolr.memory import OVERHEAD, PARTS, LiveBytes, largest_batch, measure, predict, resident, size_of
 from zolr.methods import METHODS, compose
@@ -497,9 +498,10 @@ def test_autograd_keeps_no_input_of_a_trained_linear_map_that_nothing_else_needs
 
 @pytest.mark.parametrize(("name", "paradigm"), [(n, p) for n, row in METHODS.items() for p in row.paradigms])
 def test_every_method_can_be_predicted(name, paradigm):
-    predicted = predict(
-        small(num_hidden_layers=1), METHODS[name].build(paradigm), batch_size=4, max_length=16
-    )
+    method = METHODS[name].build(paradigm)
+    if setting(method.estimator, "probes", 1) > 2:
+        method = replace(method, estimator=changed(method.estimator, probes=2))
+    predicted = predict(small(num_hidden_layers=1), method, batch_size=4, max_length=16)
     assert predicted.peak_bytes >= predicted.forward_peak_bytes > predicted.weights_bytes
 
 

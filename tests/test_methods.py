@@ -7,13 +7,16 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import adamw, galore, lozo, mezo, subzero
+from oracle import adamw, dpzero, fzoo, galore, lozo, mezo, subzero, zo_adam, zo_hgd, zo_muon
 from torch import Tensor, nn
 
 from zolr.engine import Engine
 from zolr.errors import UsageError
-from zolr.estimators import ESTIMATORS, PARADIGMS
+from zolr.estimators import ESTIMATORS, PARADIGMS, changed, setting
 from zolr.estimators.backprop import Backprop
+from zolr.estimators.coordinates import Coordinates
+from zolr.estimators.mixture import Mixture
+from zolr.estimators.private_spsa import PrivateSpsa
 from zolr.estimators.spsa import Spsa
 from zolr.methods import ADAMW, METHODS, SGD, Method, compose, key_of
 from zolr.optim import OptimizerRule
@@ -56,6 +59,12 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
 
+def each(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The loss of every example, of the same mean."""
+    tokens = F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten(), reduction="none")
+    return tokens.view(len(batch[0]), -1).mean(1)
+
+
 def draw_batches(count: int) -> list[tuple[Tensor, Tensor]]:
     numbers = torch.Generator().manual_seed(1)
     ids = torch.randint(11, (count, 4, 5), generator=numbers)
@@ -75,7 +84,7 @@ def trained(
     method: Method, lr: float = 1e-2, batches: list[Any] = BATCHES, **settings: Any
 ) -> list[dict[str, Tensor]]:
     """Weights of the engine after every fifth step."""
-    engine = Engine(little(), method, lr=lr, loss=loss, **settings)
+    engine = Engine(little(), method, lr=lr, loss=settings.pop("loss", loss), **settings)
     history = []
     for step, batch in enumerate(batches, start=1):
         engine.step([batch])
@@ -128,6 +137,49 @@ EQUAL: dict[str, tuple[Method, dict[str, Any], Oracle, dict[str, Any]]] = {
         subzero.run,
         {"eps": 1e-3, "rank": 3, "interval": WINDOW},
     ),
+    "zo-adam": (
+        compose("zo-adam", eps=1e-3, rank=3, refresh_every=WINDOW),
+        {},
+        zo_adam.run,
+        {"eps": 1e-3, "rank": 3, "interval": WINDOW},
+    ),
+    "zo-momentum": (
+        compose("zo-momentum", eps=1e-3, rank=3, refresh_every=WINDOW),
+        {},
+        zo_adam.run,
+        {"eps": 1e-3, "rank": 3, "interval": WINDOW, "momentum": 0.9},
+    ),
+    "zo-muon": (
+        compose("zo-muon", eps=1e-3, rank=3, refresh_every=WINDOW),
+        {},
+        zo_muon.run,
+        {
+            **{"eps": 1e-3, "rank": 3, "interval": WINDOW, "probes": 4},
+            "tables": ["embed.weight"],
+        },
+    ),
+    "fzoo": (compose("fzoo", eps=1e-3, probes=4), {}, fzoo.run, {"eps": 1e-3, "probes": 4}),
+    "fzoo in sequence": (
+        compose("fzoo", eps=1e-3, signs="sequence", probes=2),
+        {},
+        fzoo.run,
+        {"eps": 1e-3, "probes": 2},
+    ),
+    "dpzero": (
+        compose("dpzero", limit=0.5, noise=0.3),
+        {"loss": each},
+        dpzero.run,
+        {"eps": 1e-3, "limit": 0.5, "noise": 0.3},
+    ),
+    "zo-hgd": (
+        compose("zo-hgd", eps=1e-3, rank=3, refresh_every=WINDOW),
+        {},
+        zo_hgd.run,
+        {
+            **{"eps": 1e-3, "rank": 3, "interval": WINDOW},
+            **{"probes": 2, "blocks": 2, "share": 0.5, "alpha": 0.2},
+        },
+    ),
     "adamw": (compose("adamw"), {}, adamw.run, {}),
     "adamw with decay": (compose("adamw"), {"weight_decay": 0.1}, adamw.run, {"weight_decay": 0.1}),
     "galore": (
@@ -146,7 +198,9 @@ EQUAL: dict[str, tuple[Method, dict[str, Any], Oracle, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", EQUAL)
 def test_m1_a_row_equals_the_loop_written_from_its_paper(case, realization):
     method, settings, oracle, constants = EQUAL[case]
-    expected = oracle(little(), loss, BATCHES, lr=1e-2, **constants)
+    if realization == "inplace" and setting(method.estimator, "signs") == "together":
+        pytest.skip("one point at a time")
+    expected = oracle(little(), settings.get("loss", loss), BATCHES, lr=1e-2, **constants)
     assert distance(trained(method, realization=realization, **settings), expected[4::5]) < 1e-10
     start = {name: p.detach() for name, p in little().named_parameters()}
     assert all(float((expected[-1][name] - start[name]).abs().max()) > 1e-4 for name in start)
@@ -253,9 +307,13 @@ def test_every_row_trains_every_weight_and_lowers_the_loss(name, paradigm):
     ids = torch.cat([x for x, _ in BATCHES])
     batch = ids, (3 * ids + 1) % 11
     rates = {"fo": 0.5 if method.optimizer.name == "sgd" else 1e-2, "zo": None, "fwd": 1e-2}
+    if setting(method.estimator, "signs") == "together":  # the same losses, in less time on a CPU
+        method = replace(method, estimator=changed(method.estimator, signs="sequence", probes=3))
+    if method.private:
+        method, rates["zo"] = replace(method, estimator=changed(method.estimator, limit=5.0, noise=1.0)), 3e-3
     model = little()
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
-    engine = Engine(model, method, lr=rates[paradigm], loss=loss)
+    engine = Engine(model, method, lr=rates[paradigm], loss=each if method.private else loss)
     losses = [engine.step([batch]).loss for _ in range(STEPS if paradigm == "fo" else 2 * STEPS)]
     assert all(bool((w != start[n]).any()) for n, w in weights(engine).items())
     assert min(losses[-5:]) < losses[0] - (0.2 if paradigm == "fo" else 0.02)
@@ -318,6 +376,55 @@ def test_m1_mezo_is_the_whole_space():
     assert distance(trained(compose("mezo")), trained(other)) == 0.0
 
 
+def test_m1_momentum_of_nothing_is_stiefel():
+    plain = OptimizerRule("momentum", {"momentum": 0.0, "dampening": 0.0})
+    settings = {"eps": 1e-3, "rank": 3, "refresh_every": WINDOW}
+    method = replace(compose("zo-momentum", **settings), optimizer=plain)
+    assert distance(trained(method), trained(compose("stiefel", "zo", **settings))) == 0.0
+
+
+def test_m1_a_private_step_without_noise_and_limit_is_mezo():
+    free = compose("dpzero", limit=float("inf"), noise=0.0)
+    mezo_weights = trained(compose("mezo"))
+    assert distance(trained(free, loss=each), mezo_weights) < 1e-9
+    assert distance(trained(compose("dpzero", limit=1e3, noise=0.01), loss=each), mezo_weights) > 1e-3
+
+
+def test_m1_a_hybrid_of_random_directions_alone_is_stiefel():
+    settings = {"eps": 1e-3, "rank": 3, "refresh_every": WINDOW, "probes": 2}
+    hybrid = compose("zo-hgd", **settings)
+    alone = replace(hybrid, estimator=replace(hybrid.estimator, share=1.0))
+    assert distance(trained(alone), trained(compose("stiefel", "zo", **settings))) == 0.0
+
+
+def test_m1_of_one_probe_zo_muon_keeps_the_sign_of_the_slope_alone():
+    matrices = {"select": lambda name, p: name in ("query.weight", "up.weight")}
+    method = compose("zo-muon", probes=1, eps=1e-3, rank=3, refresh_every=WINDOW)
+    loud = lambda model, batch: 64 * loss(model, batch)  # noqa: E731  (a power of two leaves all roundings as they are)
+    assert distance(trained(method, **matrices), trained(method, loss=loud, **matrices)) == 0.0
+    several = replace(method, estimator=replace(method.estimator, probes=2))
+    assert distance(trained(several, **matrices), trained(method, **matrices)) > 1e-3
+
+
+def test_m1_zo_muon_with_all_probes_of_the_whole_space_is_muon():
+    """`P msign(Pᵀ G) = msign(G)` for a square orthogonal P; up to msign's bfloat16."""
+    x = torch.randn(30, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    moves = []
+    for paradigm in ("zo", "fo"):
+        model = nn.Linear(6, 4, bias=False).double()
+        nn.init.zeros_(model.weight)
+        if paradigm == "zo":
+            method = compose("zo-muon", rank=4, probes=24, directions="orthonormal", sides=2, eps=1e-3)
+        else:
+            method = replace(compose("muon"), optimizer=compose("zo-muon").optimizer)
+        target = x[:, :4].sin() * torch.tensor([3.0, 1.0, 0.5, 2.0], dtype=torch.float64)
+        engine = Engine(model, method, lr=1e-2, loss=lambda m, b: (m(b[0]) - b[1]).square().mean())
+        engine.step([(x, target)])
+        moves.append(engine.detach().weight.detach().flatten())
+    assert float(F.cosine_similarity(*moves, dim=0)) > 0.999
+    assert float(moves[0].norm() / moves[1].norm()) == pytest.approx(1.0, rel=0.02)
+
+
 @pytest.mark.parametrize("name", [n for n, p in ROWS if p == "fo"])
 def test_r1_dense_gradients_give_the_same_weights(name):
     method = METHODS[name].build("fo")
@@ -371,6 +478,15 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"paradigm": "fwd", "eps": 1e-3}, ["paradigm 'fwd'", "'eps'", "leave it out"]),
     ({"optimizer": "adafactor", "transport": "align"}, ["'align'", "'adafactor'", "use transport 'reset'"]),
     ({"optimizer": "RMSprop", "transport": "align"}, ["'align'", "'RMSprop'", "use transport 'reset'"]),
+    ({"method": "fzoo", "probes": 1}, ["1 probe", "spread", "at least 2"]),
+    ({"method": "mezo", "noise": 1.0}, ["paradigm 'zo'", "'noise'", "leave it out"]),
+    ({"method": "dpzero", "sides": 1}, ["paradigm 'zo'", "'sides'", "leave it out"]),
+    ({"method": "dpzero", "limit": float("inf")}, ["noise = 10.0", "give limit"]),
+    ({"estimator": "mixture"}, ["estimator 'mixture'", "use method 'zo-hgd'"]),
+    (
+        {"method": "dependent", "paradigm": "zo", "estimator": "private_spsa"},
+        ["'dependent'", "without noise", "use projector 'stiefel'"],
+    ),
     ({"method": "lozo-m", "optimizer": "adafactor"}, ["'align'", "'adafactor'", "use transport 'reset'"]),
 ]
 
@@ -409,6 +525,14 @@ def test_a_method_refuses_parts_that_cannot_work_together():
     with pytest.raises(UsageError, match="'align' does not know the state of optimizer 'adafactor'"):
         replace(METHODS["stiefel"].build("fo"), optimizer=OptimizerRule("adafactor"), transport=Align())
     assert Method(Backprop(), Stiefel(), ADAMW, Align(), 10).transport == Align()
+
+
+def test_what_would_see_data_without_noise_is_refused_beside_a_private_estimator():
+    with pytest.raises(UsageError, match="a mixture looks at losses without noise.*use estimator 'spsa'"):
+        Method(Mixture(PrivateSpsa(), Coordinates()), Stiefel(rank=2), SGD)
+    with pytest.raises(UsageError, match="a private method needs a learning rate; give lr"):
+        Engine(little(), compose("dpzero"), lr=None, loss=each)
+    assert compose("dpzero").private and not compose("mezo").private
 
 
 @pytest.mark.parametrize("paradigm", PARADIGMS)

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from zolr.compiled import Compiled
 from zolr.dense import Core
 from zolr.errors import UsageError
-from zolr.estimators import Estimate, mean_loss, rows_of, same_noise
-from zolr.estimators.likelihood_ratio import LikelihoodRatio
+from zolr.estimators import Estimate, changed, mean_loss, rows_of, same_noise, setting
 from zolr.estimators.spsa import Spsa
 from zolr.held import RANK, shapes
 from zolr.keys import Key
@@ -174,13 +173,14 @@ class Engine:
     ) -> None:
         if lr is not None and not 0 < lr < float("inf"):
             raise UsageError(f"lr = {lr} is no learning rate; use a positive number")
-        if lr is None and method.paradigm != "zo":
-            raise UsageError(f"paradigm '{method.paradigm}' needs a learning rate; give lr")
+        if lr is None and not method.tunable:
+            why = "a private method" if method.private else f"paradigm '{method.paradigm}'"
+            raise UsageError(f"{why} needs a learning rate; give lr")
         if weight_decay < 0 or (clip is not None and not clip > 0):
             raise UsageError(f"weight_decay = {weight_decay} and clip = {clip} must not be negative")
         if isinstance(hold_rank, bool) or not isinstance(hold_rank, int) or hold_rank < 1:
             raise UsageError(f"hold_rank = {hold_rank!r} is no rank; use a whole number of at least 1")
-        if realization == "inplace" and getattr(method.estimator, "signs", "sequence") == "together":
+        if realization == "inplace" and setting(method.estimator, "signs") == "together":
             raise UsageError(
                 "realization 'inplace' holds one sign at a time; use signs 'sequence', or realization 'auto'"
             )
@@ -219,7 +219,7 @@ class Engine:
         self._dropped = False  # a streamed gradient of this step was not finite
         # only for a rate that the engine chose, and that the slopes go into
         self._caution: Caution | None = None
-        self._untried = getattr(method.estimator, "signs", "sequence") == "together"
+        self._untried = setting(method.estimator, "signs") == "together"
         try:
             self._begin(check)
         except BaseException:
@@ -691,14 +691,15 @@ class Engine:
             self.key.fold_in("tuning"),
             eps=_eps(self.method),
             normalized=self.method.optimizer.normalizes,
+            unit=setting(estimator, "normalize", False),
             momentum=self.method.optimizer.has_momentum,
-            probes=getattr(estimator, "probes", 1),
+            probes=setting(estimator, "probes", 1),
             rows=rows_of(self._loss_of, batches),
             elsewhere=self._elsewhere,
         )
         if self.base_lr is not None:  # the user's own rate stands; only eps was open
             self.tuning = replace(self.tuning, lr=self.base_lr)
-        elif not self.method.optimizer.normalizes:
+        elif not self.method.normalizes:
             self._caution = Caution()
         self._adopt(self.tuning)
         return (self.tuning.forwards + 1) * len(batches)
@@ -716,8 +717,8 @@ class Engine:
     def _adopt(self, tuning: Tuning) -> None:
         self.tuning = tuning
         estimator = self.method.estimator
-        if isinstance(estimator, Spsa | LikelihoodRatio):
-            self.method = replace(self.method, estimator=replace(estimator, eps=tuning.eps))
+        if _eps(self.method) is not _NO_EPS:
+            self.method = replace(self.method, estimator=changed(estimator, eps=tuning.eps))
         self._tune = False
         self.base_lr = tuning.lr
         for group in self.optimizer.param_groups:
@@ -921,8 +922,7 @@ _NO_EPS = object()
 
 def _eps(method: Method) -> Any:
     """Probe radius of a method: a number, None when it is to be chosen, `_NO_EPS` where there is none."""
-    estimator = method.estimator
-    return estimator.eps if isinstance(estimator, Spsa | LikelihoodRatio) else _NO_EPS
+    return setting(method.estimator, "eps", _NO_EPS)
 
 
 def _copied(value: Any) -> Any:

@@ -33,6 +33,7 @@ from transformers import PreTrainedConfig, masking_utils
 from zolr import lora
 from zolr.engine import Engine
 from zolr.errors import BudgetError, UsageError
+from zolr.estimators import changed, setting
 from zolr.held import RANK
 from zolr.methods import Adapter, Method
 from zolr.models import (
@@ -745,15 +746,14 @@ def _one_text_a_row() -> Iterator[None]:
 def _runnable(method: Method, signs: str | None) -> Method:
     """The method with windows so short that the last step sees a change, and nothing left to choose."""
     estimator: Any = method.estimator
-    settings = {f.name for f in fields(estimator)}
     if signs is not None:
-        if "signs" not in settings:
+        if setting(estimator, "signs") is None:
             raise UsageError(
                 f"signs '{signs}' mean nothing under paradigm '{method.paradigm}'; leave them out"
             )
-        estimator = replace(estimator, signs=signs)
-    if "eps" in settings and estimator.eps is None:
-        estimator = replace(estimator, eps=1e-3)
+        estimator = changed(estimator, signs=signs)
+    if setting(estimator, "eps", 0.0) is None:
+        estimator = changed(estimator, eps=1e-3)
     return replace(method, estimator=estimator, refresh_every=method.refresh_every and WINDOW)
 
 

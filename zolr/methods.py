@@ -1,14 +1,18 @@
 """Method: one choice of estimator, projector, optimizer and transport; METHODS: the literature as rows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from difflib import get_close_matches
+from math import sqrt
 from typing import Any
 
 from zolr.errors import UsageError
-from zolr.estimators import ESTIMATORS, PARADIGMS, Estimator
+from zolr.estimators import ESTIMATORS, PARADIGMS, Estimator, changed, setting
 from zolr.estimators.backprop import Backprop
+from zolr.estimators.coordinates import Coordinates
 from zolr.estimators.forward import Forward
+from zolr.estimators.mixture import Mixture
+from zolr.estimators.private_spsa import PrivateSpsa, epsilon_of
 from zolr.estimators.spsa import Spsa
 from zolr.optim import OptimizerRule
 from zolr.projectors import PROJECTORS, Projector
@@ -89,11 +93,36 @@ class Method:
                 f"transport 'align' does not know the state of optimizer '{self.optimizer.name}'; "
                 "use transport 'reset' or 'keep'"
             )
+        if self.private and self.projector.learns_from == "inputs":
+            raise UsageError(
+                f"projector '{key_of(PROJECTORS, self.projector)}' learns from inputs without noise, so estimator "
+                "'private_spsa' would not be private with it; use projector 'stiefel'"
+            )
+        if isinstance(self.estimator, Mixture) and isinstance(self.estimator.random, PrivateSpsa):
+            raise UsageError(
+                "a mixture looks at losses without noise, so estimator 'private_spsa' would not be private in it; "
+                "use estimator 'spsa'"
+            )
 
     @property
     def paradigm(self) -> str:
         """ "fo" (backprop), "zo" (forward only) or "fwd" (forward mode)."""
         return self.estimator.paradigm
+
+    @property
+    def private(self) -> bool:
+        """Whether all that is learned from the data goes through noise."""
+        return isinstance(self.estimator, PrivateSpsa)
+
+    @property
+    def tunable(self) -> bool:
+        """Whether an engine may choose the learning rate from losses that it measures."""
+        return self.paradigm == "zo" and not self.private
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether a step's size does not depend on that of the gradient."""
+        return self.optimizer.normalizes or setting(self.estimator, "normalize", False)
 
 
 @dataclass(frozen=True)
@@ -241,6 +270,104 @@ _ROWS = (
         lr={"zo": 1e-6},
     ),
     Row(
+        "zo-adam",
+        "Adam on the coordinates of a random subspace, from forward passes alone",
+        {"zo": Method(Spsa(), Stiefel(rank=16), ZO_ADAMW, Reset(), 200)},
+        "M <- b1 M + (1 - b1) c Z, V <- b2 V + (1 - b2) (c Z)², B <- B - lr M' / (sqrt(V') + 1e-8), bias-corrected; "
+        "W + B Pᵀ, P as in stiefel",
+        "arXiv 2305.17333 (MeZO-Adam); arXiv 1910.06513 (ZO-AdaMM)",
+        "paper, in a subspace, where the moments are as small as the coordinates; projector 'identity' is MeZO-Adam; "
+        "b2 = 0.99, so that the moments fill within a window, and the window are our choices",
+        "with one Rademacher probe a step's V is the same number c² in every coordinate",
+        train={"zo": "attention"},
+        lr={"zo": None},
+    ),
+    Row(
+        "zo-momentum",
+        "momentum on the coordinates of a random subspace, from forward passes alone",
+        {"zo": Method(Spsa(), Stiefel(rank=16), OptimizerRule("momentum"), Reset(), 200)},
+        "N <- b N + (1 - b) c Z, B <- B - lr N; W + B Pᵀ, P as in stiefel",
+        "arXiv 2305.17333 (MeZO-momentum)",
+        "paper, in a subspace; projector 'identity' is MeZO-momentum; the buffer starts at the first gradient, as torch's "
+        "SGD does, and again with every subspace (lozo-m carries it over)",
+        train={"zo": "attention"},
+        lr={"zo": None},
+    ),
+    Row(
+        "zo-muon",
+        "several probes in one subspace, whose mean is orthogonalized",
+        {
+            "zo": Method(
+                Spsa(probes=4, law="gaussian", sides=1),
+                Stiefel(rank=32, side="left"),
+                OptimizerRule("muon", {"momentum": 0.0, "nesterov": False}),
+                Reset(),
+                100,
+            )
+        },
+        "G = (1/k) sum_i (L(W + eps P U_i) - L(W)) / eps U_i, W <- W - lr 0.2 sqrt(max(r, n)) P msign(G), "
+        "P (m, r) = sqrt(m/r) Q with Q Haar, msign by 5 Newton-Schulz iterations",
+        "arXiv 2602.17155",
+        "the paper's rule as its code has it (Haar Q on the output side, one-sided Gaussian probes, no momentum); "
+        "inferred: 4 probes, window 100 (its script's defaults). Ours: rank 32 (theirs 64), P is scaled to be unbiased (the paper's has columns of "
+        "length 1, so its eps is ours times sqrt(m/r)) and the step to AdamW's size. The released code lifts all probes but "
+        "the last through another Q on refresh steps, and moves vectors by a fixed rate of 1e-7; here AdamW moves vectors, "
+        "embeddings and heads",
+        "rounded to bfloat16 in msign, as torch's Muon is; with one probe msign sees the probe alone: all that is left of the "
+        "slope is its sign",
+        train={"zo": "attention"},
+        lr={"zo": None},
+    ),
+    Row(
+        "fzoo",
+        "several one-sided probes in one forward, their step divided by the spread of their losses",
+        {"zo": Method(Spsa(probes=8, sides=1, signs="together", normalize=True), Identity(), SGD)},
+        "W <- W - lr sum_i (L_i - L_0) U_i / (k std(L_1 ... L_k)), L_i = L(W + eps U_i), U_i of fair signs",
+        "arXiv 2506.09034",
+        "released code in sequence (its rule with the standard deviation over k; what it calls batched cannot run); all probes "
+        "in one forward by vmap are ours, as is no step where all probes agree",
+        "k copies of the directions are alive; signs 'sequence' holds one. A one-sided loss carries its curvature, so the "
+        "mean slope is not zero where the gradient is",
+        train={"zo": "attention"},
+        lr={"zo": None},
+    ),
+    Row(
+        "dpzero",
+        "differentially private: slopes of single examples, clipped, averaged, and one number of noise a step",
+        {"zo": Method(PrivateSpsa(), Identity(), SGD)},
+        "W <- W - lr (1/n) (sum_j clip(c_j, -C, C) + N(0, (sigma C)²)) Z, c_j the slope of example j's loss along Z",
+        "arXiv 2310.09639",
+        "paper's rule with a noise multiplier sigma (C = limit, sigma = noise) and Gaussian Z, as released; the paper's "
+        "analysis has law 'sphere'. Its optimizer in the release draws the noise again for every tensor. Accounting: "
+        "replacing one example by one of the same label moves the sum by 2 C at most; all steps together are one Gaussian "
+        "mechanism with mu = 2 sqrt(uses) / sigma, uses = ceil(steps n / rows), doubled where n does not divide the rows: "
+        "delta(epsilon) = Phi(mu/2 - epsilon/mu) - e^epsilon Phi(-mu/2 - epsilon/mu). "
+        f"sigma = 10: epsilon = {epsilon_of(2 * sqrt(10) / 10, 1e-5):.2f} for 10 uses and "
+        f"{epsilon_of(2 * sqrt(100) / 10, 1e-5):.2f} for 100, at delta = 1e-5; a run prints its own",
+        "needs one loss an example; no amplification by sampling is claimed; private are the weights, against who does not "
+        "know the seed: not printed losses, label counts or --group-by-length; no measured eps or rate, which would look at "
+        "losses without noise",
+        lr={"zo": 1e-6},
+    ),
+    Row(
+        "zo-hgd",
+        "random directions, mixed with slopes along rows that are sampled by what those have found",
+        {
+            "zo": Method(
+                Mixture(Spsa(probes=2), Coordinates(blocks=2), share=0.5), Stiefel(rank=16), SGD, Reset(), 200
+            )
+        },
+        "G = w (1/k) sum_i c_i Z_i + (1 - w) sum_(b in I) c_b z_b / p_b, "
+        "p_b = min(1, sqrt(d_b) |G_b| / lambda) with sum p_b = |I|, mixed with the uniform law",
+        "arXiv 2012.11518",
+        "inferred from the abstract: weights, probabilities by water-filling on the random estimate; a coordinate is a row of "
+        "d_b coordinates along which one random direction is measured (for d_b = 1 the partial derivative itself), since "
+        "single weights of a language model are too many",
+        "2 (k + |I|) forwards a step; the row sampled is moved 1 / p_b times as far",
+        train={"zo": "attention"},
+        lr={"zo": None},
+    ),
+    Row(
         "subzero",
         "forward-only SGD between two orthonormal bases",
         {"zo": Method(Spsa(eps=1e-3, law="gaussian"), TwoSidedHaar(rank=24), SGD, Reset(), 1000)},
@@ -342,7 +469,8 @@ def _lookup(kind: str, registry: Mapping[str, Any], name: str) -> Any:
 def _shared(part: Any, cls: type) -> dict[str, Any]:
     """Settings of `part` that class `cls` has too, so that changing the law keeps rank, side, eps, ..."""
     names = {f.name for f in fields(cls)}
-    return {f.name: getattr(part, f.name) for f in fields(part) if f.name in names}
+    given = {f.name: getattr(part, f.name) for f in fields(part) if f.name in names}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def compose(
@@ -362,6 +490,8 @@ def compose(
     sides: int | None = None,
     directions: str | None = None,
     signs: str | None = None,
+    limit: float | None = None,
+    noise: float | None = None,
     residual: str | None = None,
 ) -> Method:
     """A row of METHODS with some of its parts or settings replaced.
@@ -401,7 +531,12 @@ def compose(
                 f"estimator '{estimator}' belongs to paradigm '{cls.paradigm}', not to '{paradigm}'; name one of the two"
             )
         if type(result.estimator) is not cls:
-            result = replace(result, estimator=cls(**_shared(result.estimator, cls)))
+            shared = _shared(result.estimator, cls)
+            if any(f.default is MISSING and f.name not in shared for f in fields(cls)):
+                raise UsageError(
+                    f"estimator '{estimator}' is made of others, which a name does not tell; use method 'zo-hgd'"
+                )
+            result = replace(result, estimator=cls(**shared))
     result = replace(
         result,
         projector=_with(
@@ -419,6 +554,8 @@ def compose(
             sides=sides,
             directions=directions,
             signs=signs,
+            limit=limit,
+            noise=noise,
         ),
     )
     if optimizer is not None and optimizer != result.optimizer.name:
@@ -438,10 +575,12 @@ def compose(
     return result
 
 
+_ABSENT = object()
+
+
 def _with(part: Any, owner: str, **settings: Any) -> Any:
     given = {name: value for name, value in settings.items() if value is not None}
-    known = {f.name for f in fields(part)}
     for name in given:
-        if name not in known:
+        if setting(part, name, _ABSENT) is _ABSENT:
             raise UsageError(f"{owner} has no setting '{name}'; leave it out")
-    return replace(part, **given) if given else part
+    return changed(part, **given) if given else part

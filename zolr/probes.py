@@ -174,7 +174,7 @@ class Probe:
 
 
 class Combination:
-    """A fixed linear map of independent probes: used for orthonormal directions.
+    """A direction that is held as it is: orthonormal ones, and those of several probes evaluated together.
 
     Args:
         parts: one tensor a space.

@@ -45,6 +45,25 @@ def inclusion_probabilities(sigma: Tensor, rank: int) -> Tensor:
     return result
 
 
+def mixed_probabilities(sigma: Tensor, rank: int, alpha: float) -> Tensor:
+    """`(1 - alpha)` of the water-filled probabilities and `alpha` of the uniform ones, which sum to `rank`.
+
+    With them an estimate is unbiased whatever is wrong with `sigma`. What fewer items than `rank` leave is spent on the
+    others uniformly.
+
+    Args:
+        sigma: `(n,)`, see `inclusion_probabilities`.
+        rank: number to draw, at most n.
+        alpha: in [0, 1].
+    """
+    pi = inclusion_probabilities(sigma, rank)
+    spare = rank - float(pi.sum())
+    if spare > 0.5:  # fewer directions carry anything than may be drawn: spend the others uniformly
+        free = pi == 0
+        pi = torch.where(free, spare / free.sum(), pi)
+    return (1 - alpha) * pi + alpha * rank / len(pi)
+
+
 def sample(pi: Tensor, key: Key, size: int | None = None) -> Tensor:
     """Draw a set of fixed size with exactly the inclusion probabilities `pi`.
 

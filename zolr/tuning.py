@@ -22,7 +22,7 @@ every coordinate) the loss is `L + t c + t² h / 2 + ...` with slope `c` and cur
   the squared slopes of a batch measure; so the rate falls as their running mean rises above that of the first steps
   (`Caution`). This costs nothing.
 - Optimizers that divide by the size of the gradient (Adam) take steps of `lr` in every coordinate: their rate is the
-  SGD rate times the root mean square of the slopes.
+  SGD rate times the root mean square of the slopes. Estimators that do (FZOO) take steps of `lr / sqrt(probes)`.
 """
 
 from collections.abc import Callable, Sequence
@@ -155,6 +155,7 @@ def tune(
     *,
     eps: float | None,
     normalized: bool,
+    unit: bool = False,
     momentum: bool = False,
     probes: int = 1,
     rows: float | None = None,
@@ -166,6 +167,7 @@ def tune(
         loss: mean loss on fixed batches at the model's current point.
         eps: a radius to keep; None to choose one.
         normalized: the optimizer divides by the size of the gradient.
+        unit: the estimator does, before it averages over the probes.
         momentum: its steps go on where earlier ones went: they may be a third as large at most.
         probes: directions averaged in a step.
         rows: examples in the batch; None where that is not known.
@@ -208,7 +210,7 @@ def tune(
     entry = min(max(entry, SMALLEST_STEP * overall), largest * overall)
     return Tuning(
         eps=eps,
-        lr=entry if normalized else entry / typical,
+        lr=entry if normalized else entry * sqrt(probes) if unit else entry / typical,
         slope=slope,
         curvature=curvature,
         reach=reach,

@@ -49,12 +49,13 @@ OTHER_OPTIMIZER = 2.5e-4
 # settings that replace a part of the method's row, under the names that `methods.compose` has for them
 PARTS = (
     "projector", "rank", "refresh_every", "optimizer", "transport", "side",
-    "probes", "eps", "law", "sides", "directions", "signs",
+    "probes", "eps", "law", "sides", "directions", "signs", "limit", "noise",
 )  # fmt: skip
 
 RANK = 64  # `held.RANK`, without torch, which --help must not import
 
 EVEN = 16  # tokens that lengths are rounded up to for a compiled loss, which wants few shapes
+DELTA = 1e-5  # at which the epsilon of a private run is told
 
 OBJECTIVES = ("loss", "accuracy", "f1")
 MAY_CHANGE = ("steps", "device", "threads")  # on --resume; anything else would make it another run
@@ -99,6 +100,13 @@ class Composition(Settings):
     signs: str | None = flag(
         None,
         "Both signs of a probe in sequence, or together in one forward (zo).",
+        "Method",
+        shown="the method's",
+    )
+    limit: float | None = flag(None, "Largest slope of an example (dpzero).", "Method", shown="the method's")
+    noise: float | None = flag(
+        None,
+        "Noise of a step, in units of --limit over the examples (dpzero).",
         "Method",
         shown="the method's",
     )
@@ -578,6 +586,21 @@ class Job:
             check=None if models.splits(self.work.model) else self._moved(self.batches(0)[0]),
         )
 
+        spent = self.privacy(settings.steps or 0)
+        if spent is not None:
+            self.notes.append(
+                f"privacy of the weights: epsilon {spent['epsilon']:.3g} at delta {spent['delta']:g} after "
+                f"{settings.steps} steps, for one example replaced by another of its label, while --seed is secret"
+            )
+
+    def privacy(self, steps: int) -> dict[str, float] | None:
+        """`epsilon` that so many steps spend at `delta`; None for a method that is not private."""
+        estimator: Any = self.engine.method.estimator
+        if not self.engine.method.private:
+            return None
+        sizes = dict(batch_size=self.step_size, rows=len(self.train_set))
+        return {"epsilon": estimator.epsilon(steps=steps, delta=DELTA, **sizes), "delta": DELTA}
+
     @property
     def own_modules(self) -> list[str]:
         """Modules that the base model does not have: a fresh classification head, which no adapter can be kept beside."""
@@ -611,6 +634,8 @@ class Job:
 
     def _within_budget(self, settings: Finetune, given: Finetune) -> Finetune:
         """The settings with what nobody has given chosen so that a step fits the memory budget."""
+        from zolr.estimators import setting
+
         if settings.memory_budget is None:
             return settings
         method, budget = settings.composed(), bytes_of(settings.memory_budget, "--memory-budget")
@@ -618,7 +643,7 @@ class Job:
             settings.batch_size or 1,
             settings.accumulate or 1,
             settings.checkpointing or False,
-            getattr(method.estimator, "signs", "sequence"),
+            setting(method.estimator, "signs", "sequence"),
             settings.realization,
         )
         free = {name for name in ("checkpointing", "signs") if getattr(given, name) is None}

@@ -619,10 +619,12 @@ def _within_budget(
     settings: Pretrain, model: Any, on: device, shown: Any, known: dict[Pretrain, int]
 ) -> Pretrain:
     """The settings with what nobody has given chosen so that a step fits the memory budget."""
+    from zolr.estimators import setting
+
     if settings.memory_budget is None:
         return settings
     method, budget = settings.composed(), bytes_of(settings.memory_budget, "--memory-budget")
-    signs = getattr(method.estimator, "signs", "sequence")
+    signs = setting(method.estimator, "signs", "sequence")
     asked = Way(settings.micro, settings.parts, settings.checkpointing or False, signs, settings.realization)
     free = {name for name in ("checkpointing", "signs") if getattr(settings, name) is None}
     if settings.batch_size is None and settings.accumulate is None:

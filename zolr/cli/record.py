@@ -58,6 +58,8 @@ class Meter:
     @contextmanager
     def around(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[None]:
         """Count one step."""
+        from zolr.estimators import setting
+
         shape = max((tuple(batch["input_ids"].shape) for batch in batches), key=lambda s: s[0] * s[1])
         tokens, most = shape[0] * shape[1], self.shape[0] * self.shape[1]
         engine, every = self._engine, self._engine.method.refresh_every
@@ -65,7 +67,7 @@ class Meter:
         due = tokens > most or (tokens == most and self._times < 2) or opens
         # the first step then makes many forward passes that hold no more than the step itself does
         tuning = engine.tuning is None and (
-            engine.base_lr is None or getattr(engine.method.estimator, "eps", 1.0) is None
+            engine.base_lr is None or setting(engine.method.estimator, "eps", 1.0) is None
         )
         if self._device.type == "cuda":
             self.shape = max(shape, self.shape, key=lambda s: s[0] * s[1])
@@ -108,6 +110,7 @@ def result_of(
     job: Job, outcome: Outcome, before: Mapping[str, float], after: Mapping[str, float], meter: Meter
 ) -> dict[str, Any]:
     """The content of `result.json`."""
+    from zolr.estimators import setting
     from zolr.models import CODES
 
     progress, settings, metric = outcome.progress, job.settings, job.metric
@@ -130,7 +133,8 @@ def result_of(
         "peak_bytes_measured": meter.peak or None,
         **within(job.budget, meter.peak or None),
         "lr": job.engine.base_lr,
-        "eps": getattr(job.engine.method.estimator, "eps", None),
+        "eps": setting(job.engine.method.estimator, "eps"),
+        "privacy": job.privacy(progress.step),
         "trained_share": job.engine.trained_share,
         "held": {"rank": settings.held_rank, "lost": job.engine.lost} if settings.holds else None,
         "rows": {

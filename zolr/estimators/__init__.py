@@ -6,17 +6,20 @@ projector, never writes a value and leaves no `.grad` behind.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, Protocol
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from zolr.errors import UsageError
 from zolr.keys import Key
-from zolr.variables import Variable
+from zolr.variables import Variable, shifted
 
 Loss = Callable[[Any], Any]
 Emit = Callable[[Variable, Tensor], None]
+Direction = Callable[..., Tensor]
+Part = TypeVar("Part")
 
 
 class Estimator(Protocol):
@@ -54,6 +57,83 @@ class Estimate:
 
     def __init__(self, loss: Tensor, slopes: Tensor | None = None) -> None:
         self.loss, self.slopes = loss, slopes
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an estimator has measured; gradients are made from it one variable at a time.
+
+    Args:
+        loss: mean loss, 0-dim.
+        slopes: directional derivatives, of which every gradient is a linear map.
+        gradient: the estimate in one variable's coordinates.
+    """
+
+    loss: Tensor
+    slopes: Tensor
+    gradient: Callable[[Variable], Tensor]
+
+    def hand_over(self, variables: Sequence[Variable], emit: Emit) -> Estimate:
+        """Emit every gradient."""
+        for variable in variables:
+            emit(variable, self.gradient(variable))
+        return Estimate(self.loss, self.slopes)
+
+
+class Measuring(Estimator, Protocol):
+    """An estimator whose gradients can wait until others have measured too, so that they can be mixed."""
+
+    def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
+        """Evaluate the loss; the arguments are those of a call."""
+        ...
+
+
+class Guided(Estimator, Protocol):
+    """An estimator that looks where another one has found something."""
+
+    def measure(
+        self,
+        loss: Loss,
+        batches: Sequence[Any],
+        variables: Sequence[Variable],
+        key: Key,
+        guide: Found | None = None,
+    ) -> Found:
+        """Evaluate the loss; the arguments are those of a call, and what the other one has found."""
+        ...
+
+
+def setting(part: Any, name: str, default: Any = None) -> Any:
+    """A setting of a part, or of the first part inside of it that has one of this name."""
+    for owner in _owners(part, name):
+        return getattr(owner, name)
+    return default
+
+
+def changed(part: Part, **settings: Any) -> Part:
+    """A part with other settings; those that it does not have go to every part inside of it that does.
+
+    Raises:
+        UsageError: no part has one of the settings.
+    """
+    for name in settings:
+        if not _owners(part, name):
+            raise UsageError(f"there is no setting '{name}' in {type(part).__name__}; leave it out")
+    own = {f.name: getattr(part, f.name) for f in fields(part)}  # type: ignore[arg-type]
+    given = {name: value for name, value in settings.items() if name in own}
+    for name, inner in own.items():
+        below = {n: v for n, v in settings.items() if n not in own and _owners(inner, n)}
+        if below:
+            given[name] = changed(inner, **below)
+    return replace(part, **given)  # type: ignore[type-var]
+
+
+def _owners(part: Any, name: str) -> list[Any]:
+    """The part itself if it has a setting of this name, otherwise those of its parts that do."""
+    if not is_dataclass(part):
+        return []
+    names = [f.name for f in fields(part)]
+    return [part] if name in names else [o for n in names for o in _owners(getattr(part, n), name)]
 
 
 def totals(output: Any) -> tuple[Tensor, Tensor | float]:
@@ -118,24 +198,94 @@ def combine(variable: Variable, directions: Sequence[Callable[..., Tensor]], wei
 
 
 def combined(
-    variables: Sequence[Variable], directions: Sequence[Callable[..., Tensor]], weights: Tensor
-) -> Iterator[tuple[Variable, Tensor]]:
-    """Every variable with `sum_i weights[i] * z_i` in its coordinates; those as large as a weight one at a time."""
-    small = [v for v in variables if not v.space.blocked]
+    variables: Sequence[Variable], directions: Sequence[Direction], weights: Tensor
+) -> Callable[[Variable], Tensor]:
+    """`sum_i weights[i] * z_i` in the coordinates of any of the variables.
+
+    On a GPU a launch for each would cost as much as the products themselves, so those smaller than a weight are made in
+    a few calls for all when the first of them is asked for.
+    """
     ready: dict[str, Tensor] = {}
-    for dtype in {v.value.dtype for v in small}:
-        own = [v for v in small if v.value.dtype == dtype]
-        sums: list[Tensor] | None = None
-        for direction, weight in zip(directions, weights.to(dtype).unbind(), strict=True):
-            parts = [direction(v.name).to(dtype) for v in own]
-            # one call for all: on a GPU a launch for each would cost as much as the products themselves
-            scaled = list(torch._foreach_mul(parts, weight))  # pyright: ignore
-            sums = scaled if sums is None else list(torch._foreach_add(sums, scaled))  # pyright: ignore
-        assert sums is not None
-        ready |= {v.name: total for v, total in zip(own, sums, strict=True)}
-    for variable in variables:
-        found = ready.pop(variable.name, None)
-        yield variable, combine(variable, directions, weights) if found is None else found
+
+    def make() -> None:
+        small = [v for v in variables if not v.space.blocked]
+        for dtype in {v.value.dtype for v in small}:
+            own = [v for v in small if v.value.dtype == dtype]
+            sums: list[Tensor] = []
+            for direction, weight in zip(directions, weights.to(dtype).unbind(), strict=True):
+                parts = [direction(v.name).to(dtype) for v in own]
+                scaled = list(torch._foreach_mul(parts, weight))  # pyright: ignore
+                sums = list(torch._foreach_add(sums, scaled)) if sums else scaled  # pyright: ignore
+            ready.update({v.name: total for v, total in zip(own, sums, strict=True)})
+
+    def gradient(variable: Variable) -> Tensor:
+        if variable.space.blocked:
+            return combine(variable, directions, weights)
+        if variable.name not in ready:
+            make()
+        return ready.pop(variable.name)
+
+    return gradient
+
+
+def evaluate(
+    measured: Callable[[], Tensor],
+    variables: Sequence[Variable],
+    points: Sequence[tuple[Direction, float]],
+    rewind: Callable[[], None],
+    *,
+    together: bool = False,
+) -> list[Tensor]:
+    """What is measured at the coordinates moved by `scale * direction`, for every point.
+
+    Args:
+        measured: a tensor of the model as it stands.
+        points: directions and scales.
+        rewind: of `same_noise`; every point sees the same noise.
+        together: all points in one pass by vmap.
+    """
+    if together and len(points) > 1:
+        like = variables[0].value
+        # filled on the device: a copy from the host would wait for it
+        scales = torch.stack([like.new_full((), scale) for _, scale in points])
+        shared = points[0][0] if all(d is points[0][0] for d, _ in points) else None
+        drawn = {} if shared else {v.name: torch.stack([d(v.name) for d, _ in points]) for v in variables}
+
+        def moved(scale: Tensor, parts: dict[str, Tensor]) -> Tensor:
+            direction = shared or (lambda name, rows=None: parts[name] if rows is None else parts[name][rows])
+            with shifted(variables, direction, scale, plain=False):
+                return measured()
+
+        rewind()
+        return list(torch.func.vmap(moved, randomness="same")(scales, drawn).unbind())
+    values = []
+    for direction, scale in points:
+        rewind()
+        with shifted(variables, direction, scale):
+            values.append(measured())
+    return values
+
+
+def apart(
+    measured: Callable[[], Tensor], variables: Sequence[Variable], points: Sequence[tuple[Direction, float]]
+) -> str:
+    """Why some points cannot be evaluated together; empty where they can.
+
+    vmap has no rule for an operation that looks at values, and a model may treat the leading axis as its own: the
+    points are evaluated both ways, and compared.
+    """
+    with same_noise(variables[0].value.device) as rewind:
+        expected = evaluate(measured, variables, points, rewind)
+        try:
+            found = evaluate(measured, variables, points, rewind, together=True)
+        except (RuntimeError, NotImplementedError) as error:  # what torch raises where a rule is missing
+            return str(error).strip().split("\n")[0]
+    precision = max(torch.finfo(v.weight.dtype).eps for v in variables)
+    gaps = [(a - b).abs().max() for a, b in zip(expected, found, strict=True)]
+    allowed = min(100 * precision, 0.05) * expected[0].abs().max().clamp_min(1.0)
+    if all(bool(gap <= allowed) for gap in gaps):
+        return ""
+    return f"the losses differ by {max(map(float, gaps)):.2g}"
 
 
 def check_probes(probes: int) -> None:
@@ -153,13 +303,19 @@ def check_eps(eps: float | None) -> None:
 
 
 from zolr.estimators.backprop import Backprop  # noqa: E402  (the files obey the protocol above)
+from zolr.estimators.coordinates import Coordinates  # noqa: E402
 from zolr.estimators.forward import Forward  # noqa: E402
 from zolr.estimators.likelihood_ratio import LikelihoodRatio  # noqa: E402
+from zolr.estimators.mixture import Mixture  # noqa: E402
+from zolr.estimators.private_spsa import PrivateSpsa  # noqa: E402
 from zolr.estimators.spsa import Spsa  # noqa: E402
 
 ESTIMATORS: dict[str, type] = {
     "backprop": Backprop,
     "spsa": Spsa,
+    "private_spsa": PrivateSpsa,
+    "coordinates": Coordinates,
+    "mixture": Mixture,
     "likelihood_ratio": LikelihoodRatio,
     "forward": Forward,
 }

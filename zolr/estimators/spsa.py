@@ -1,19 +1,29 @@
 """Simultaneous perturbation: slopes of the loss along random directions, from forward passes alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from zolr.errors import UsageError
-from zolr.estimators import Emit, Estimate, Loss, check_eps, check_probes, combined, mean_loss, same_noise
+from zolr.estimators import (
+    Direction,
+    Emit,
+    Estimate,
+    Found,
+    Loss,
+    apart,
+    check_eps,
+    check_probes,
+    combined,
+    evaluate,
+    mean_loss,
+    same_noise,
+)
 from zolr.keys import Key
-from zolr.probes import LAWS, Probe, orthonormal
-from zolr.variables import Variable, layout, shifted
-
-Direction = Callable[..., Tensor]
+from zolr.probes import LAWS, Combination, Probe, orthonormal
+from zolr.variables import Variable, layout
 
 
 @dataclass(frozen=True)
@@ -31,13 +41,18 @@ class Spsa:
         sides: 2 for central differences, 1 for `(L(B + eps z) - L(B)) / eps`, which shares one base loss between
             probes (k + 1 forwards instead of 2 k) at the price of a curvature term in the variance.
         directions: "fresh" (independent) or "orthonormal" (mutually orthogonal, less variance for several probes).
-        signs: "sequence" (least memory) or "together" (both signs in one forward by vmap). An engine tries "together"
-            on its first step (see `tried`).
+        signs: "sequence" (least memory) or "together" (both signs in one forward by vmap; of one-sided probes all of
+            them, and the base). An engine tries "together" on its first step (see `tried`).
+        normalize: divide by the standard deviation of the slopes, which is that of the probes' losses over eps. Steps
+            are long where the loss is flat and short where it is steep, and a factor on the loss means nothing: the
+            estimate points along the gradient in expectation, but has not its length. Probes that all agree in their
+            slope give no step.
 
     Raises:
         UsageError: an argument out of range.
 
-    Reference: Spall 1992; MeZO arXiv 2305.17333; arXiv 2603.20632 (two-point LR form).
+    Reference: Spall 1992; MeZO arXiv 2305.17333; arXiv 2603.20632 (two-point LR form); FZOO arXiv 2506.09034
+    (normalize).
     """
 
     eps: float | None = None
@@ -46,6 +61,7 @@ class Spsa:
     sides: int = 2
     directions: Literal["fresh", "orthonormal"] = "fresh"
     signs: Literal["sequence", "together"] = "sequence"
+    normalize: bool = False
     paradigm: ClassVar[Literal["fo", "zo", "fwd"]] = "zo"
     exact: ClassVar[bool] = False
 
@@ -60,6 +76,8 @@ class Spsa:
             raise UsageError(f"directions '{self.directions}' are not known; use 'fresh' or 'orthonormal'")
         if self.signs not in ("sequence", "together"):
             raise UsageError(f"signs '{self.signs}' is not known; use 'sequence' or 'together'")
+        if self.normalize and self.probes < 2:
+            raise UsageError(f"{self.probes} probe has no spread to normalize by; use at least 2 probes")
 
     def forwards(self, batches: int) -> int:
         """`2 k` forwards a micro-batch, or `k + 1` one-sided."""
@@ -77,74 +95,58 @@ class Spsa:
         self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], emit: Emit, key: Key
     ) -> Estimate:
         """Emit the gradients; see `Estimator`."""
+        return self.measure(loss, batches, variables, key).hand_over(variables, emit)
+
+    @torch.no_grad()
+    def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
+        """Measure the slopes; see `Measuring`."""
         if self.eps is None:
             raise UsageError("spsa has no eps; give one, or let the engine choose with lr=None")
-        eps = self.eps
+        eps, together = self.eps, self.signs == "together"
         directions = self.draw(variables, key)
-        slopes, losses = [], []
+
+        def measured() -> torch.Tensor:
+            return mean_loss(loss, batches)
+
         with same_noise(variables[0].value.device) as rewind:
-            base = mean_loss(loss, batches) if self.sides == 1 else None
-            if base is not None:
-                losses.append(base)
-            for direction in directions:
-                scales = (eps, -eps) if self.sides == 2 else (eps,)
-                values = self._evaluate(loss, batches, variables, direction, scales, rewind)
-                if base is None:
-                    losses.append((values[0] + values[1]) / 2)
-                    slopes.append((values[0] - values[1]) / (2 * eps))
-                else:
-                    slopes.append((values[0] - base) / eps)
-        weights = torch.stack(slopes) / len(slopes)
-        for variable, gradient in combined(variables, directions, weights):
-            emit(variable, gradient)
-        return Estimate(torch.stack(losses).mean(), torch.stack(slopes))
+            if self.sides == 2:
+                pairs = [
+                    evaluate(measured, variables, [(d, eps), (d, -eps)], rewind, together=together)
+                    for d in directions
+                ]
+                slopes = torch.stack([(plus - minus) / (2 * eps) for plus, minus in pairs])
+                mean = torch.stack([(plus + minus) / 2 for plus, minus in pairs]).mean()
+            elif together:
+                directions = [self._held(d, variables) for d in directions]  # which are all alive in any case
+                points = [(directions[0], 0.0), *((d, eps) for d in directions)]
+                mean, *values = evaluate(measured, variables, points, rewind, together=True)
+                slopes = torch.stack([(value - mean) / eps for value in values])
+            else:
+                mean = measured()
+                values = evaluate(measured, variables, [(d, eps) for d in directions], rewind)
+                slopes = torch.stack([(value - mean) / eps for value in values])
+        weights = slopes / len(slopes)
+        if self.normalize:
+            spread = slopes.std(unbiased=False)
+            weights = torch.where(spread == 0, 0.0, weights / spread)
+        return Found(mean, slopes, combined(variables, directions, weights))
+
+    def _held(self, direction: Direction, variables: Sequence[Variable]) -> Direction:
+        """A direction that is drawn once and kept, in a byte an entry where that holds it."""
+        kept = torch.int8 if self.law == "rademacher" and self.directions == "fresh" else torch.float32
+        return Combination({v.name: direction(v.name).to(kept) for v in variables})
 
     @torch.no_grad()
     def tried(
         self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key
     ) -> tuple["Spsa", str]:
-        """This rule, or the same with signs in sequence and why, if the model cannot be run on both signs together.
+        """This rule, or the same in sequence and why, if the model cannot be run on several points together.
 
-        vmap has no rule for an operation that looks at values, and a model may treat the leading axis as its own: both
-        signs are evaluated both ways once, `4` forwards a micro-batch.
+        Two points are evaluated both ways, `4` forwards a micro-batch.
         """
-        direction, scales = self.draw(variables, key)[0], (self.eps or 1e-3, -(self.eps or 1e-3))
-        apart = replace(self, signs="sequence")
-        with same_noise(variables[0].value.device) as rewind:
-            expected = apart._evaluate(loss, batches, variables, direction, scales, rewind)
-            try:
-                found = self._evaluate(loss, batches, variables, direction, scales, rewind)
-            except (RuntimeError, NotImplementedError) as error:  # what torch raises where a rule is missing
-                return apart, str(error).strip().split("\n")[0]
-        precision = max(torch.finfo(v.weight.dtype).eps for v in variables)
-        size = max(1.0, abs(float(expected[0])))
-        gap = max(abs(float(a) - float(b)) for a, b in zip(expected, found, strict=True))
-        if gap > min(100 * precision, 0.05) * size:
-            return apart, f"the losses differ by {gap:.2g}"
-        return self, ""
-
-    def _evaluate(
-        self,
-        loss: Loss,
-        batches: Sequence[Any],
-        variables: Sequence[Variable],
-        direction: Direction,
-        scales: Sequence[float],
-        rewind: Callable[[], None],
-    ) -> list[Tensor]:
-        if self.signs == "together" and len(scales) > 1:
-
-            def moved(scale: Tensor) -> Tensor:
-                with shifted(variables, direction, scale, plain=False):
-                    return mean_loss(loss, batches)
-
-            rewind()
-            # filled on the device: a copy from the host would wait for it
-            points = torch.stack([variables[0].value.new_full((), scale) for scale in scales])
-            return list(torch.func.vmap(moved, randomness="same")(points).unbind())
-        values = []
-        for scale in scales:
-            rewind()
-            with shifted(variables, direction, scale):
-                values.append(mean_loss(loss, batches))
-        return values
+        direction, eps = self.draw(variables, key)[0], self.eps or 1e-3
+        points = [(direction, eps), (direction, -eps)]
+        if self.sides == 1:  # as a step does it: every point with a direction of its own
+            points[1] = self.draw(variables, key.fold_in("other"))[0], eps
+        reason = apart(lambda: mean_loss(loss, batches), variables, points)
+        return (replace(self, signs="sequence"), reason) if reason else (self, "")

@@ -21,7 +21,7 @@ from zolr.projectors import (
     projected_length,
     working_dtype,
 )
-from zolr.spectra import Moments, Spectrum, inclusion_probabilities, isotropic, picked, sample
+from zolr.spectra import Moments, Spectrum, isotropic, mixed_probabilities, picked, sample
 from zolr.subspaces import Left, Right, Subspace
 
 
@@ -114,12 +114,7 @@ class Dependent:
             return one_sided(self.side, shape, (haar(n, r, key, like) * sqrt(self.c * n / r)).to(like))
         named = spectrum.values.shape[0]
         sigma = torch.cat((spectrum.values, torch.full((n - named,), spectrum.rest, dtype=torch.float64)))
-        pi = inclusion_probabilities(sigma, r)
-        spare = r - float(pi.sum())
-        if spare > 0.5:  # fewer directions carry anything than may be drawn: spend the others uniformly
-            free = pi == 0
-            pi = torch.where(free, spare / free.sum(), pi)
-        pi = (1 - self.alpha) * pi + self.alpha * r / n
+        pi = mixed_probabilities(sigma, r, self.alpha)
         drawn = sample(pi, key.fold_in("sample"), r)
         count = r if named == n else int((drawn < named).sum())
         chosen = picked(drawn, drawn < named, count)
