@@ -173,13 +173,12 @@ def start(
 
 
 def basis_before(side: Side, shape: tuple[int, ...], rank: int, previous: Subspace | None) -> Tensor | None:
-    """The basis `(n, r)` of the window before, orthonormal whatever its scale; None where there is none to go on from."""
+    """The basis `(n, r)` of the window before, at whatever scale; None where there is none to go on from."""
+    n = projected_length(side, shape)
     kind = Right if is_right(side, shape) else Left
-    size = (projected_length(side, shape), min(rank, projected_length(side, shape)))
-    if not isinstance(previous, kind) or previous.basis.shape != size:
+    if not isinstance(previous, kind) or previous.basis.shape != (n, min(rank, n)):
         return None
-    basis = previous.basis
-    return orthonormal(basis.to(working_dtype(basis)))
+    return previous.basis.to(working_dtype(previous.basis))
 
 
 def geodesic(basis: Tensor, u: Tensor, angles: Tensor, v: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from zolr.keys import Key
 from zolr.projectors import (
     Fixed,
     Side,
+    basis_before,
     check_rank,
     check_side,
     is_right,
@@ -18,7 +19,7 @@ from zolr.projectors import (
     orthonormal,
     start,
 )
-from zolr.subspaces import Left, Right, Subspace
+from zolr.subspaces import Subspace
 
 
 @dataclass(frozen=True)
@@ -72,21 +73,20 @@ class PowerIteration(Fixed):
             raise UsageError(
                 "projector 'power_iteration' needs a dense gradient to draw from; use a dense method such as 'ldadam'"
             )
-        grad, right = oriented(self.side, gradient, like), is_right(self.side, shape)
         rank = min(self.rank, *shape)
-        if not isinstance(previous, Right if right else Left) or previous.basis.shape != (
-            grad.shape[1],
-            rank,
-        ):
+        basis = basis_before(self.side, shape, rank, previous)  # (n, r)
+        if basis is None or previous is None:
             return one_sided(self.side, shape, start(self.side, shape, rank, key, like, gradient).to(like))
-        basis = previous.basis.to(grad)  # (n, r)
+        grad = oriented(self.side, gradient, like)  # (m, n)
         share = 0.0 if momentum is None else self.rho
         product = (1 - share) * grad @ basis  # (m, r), of B P
-        mean, inside = product, product
         if momentum is not None:
-            mean, inside = (
-                x.to(grad) if right else x.mT.to(grad) for x in (momentum, previous.dual(momentum))
-            )
-            product = product + share * mean
-        turned = (1 - share) * grad.mT @ product + share * basis @ (inside.mT @ product)  # (n, r), of Bᵀ B P
+            product = product + share * self._turned(momentum, shape).to(grad)
+        turned = (1 - share) * grad.mT @ product  # (n, r), of Bᵀ B P
+        if momentum is not None:
+            mean = self._turned(previous.dual(momentum), shape).to(grad)
+            turned = turned + share * basis @ (mean.mT @ product)
         return one_sided(self.side, shape, orthonormal(turned).to(like))
+
+    def _turned(self, coords: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return coords if is_right(self.side, shape) else coords.mT

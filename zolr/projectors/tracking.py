@@ -18,6 +18,7 @@ from zolr.projectors import (
     geodesic,
     one_sided,
     oriented,
+    orthonormal,
     start,
 )
 from zolr.subspaces import Subspace
@@ -81,7 +82,7 @@ class Tracking(Fixed):
         if basis is None:
             basis = start(self.side, shape, rank, key, like, gradient)
         elif basis.shape[0] > basis.shape[1]:
-            basis = self._turned(basis, oriented(self.side, gradient, like))
+            basis = self._turned(orthonormal(basis), oriented(self.side, gradient, like))
         return one_sided(self.side, shape, basis.to(like))
 
     def _turned(self, basis: Tensor, grad: Tensor) -> Tensor:

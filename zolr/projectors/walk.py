@@ -18,6 +18,7 @@ from zolr.projectors import (
     check_side,
     geodesic,
     one_sided,
+    orthonormal,
     start,
 )
 from zolr.subspaces import Subspace
@@ -79,17 +80,20 @@ class Walk(Fixed):
         basis = basis_before(self.side, shape, self.rank, previous)
         if basis is None:
             basis = start(self.side, shape, self.rank, key, like, gradient)
-        elif basis.shape[0] > basis.shape[1]:
-            basis = self._turned(basis, key)
+        else:
+            # on the host, as all that a key draws; made orthonormal, whatever its scale and with a padding row cut out
+            basis = self._turned(orthonormal(basis.cpu()), key)
         n, r = basis.shape
         return one_sided(
             self.side, shape, (basis * (1.0 if self.c is None else sqrt(self.c * n / r))).to(like)
         )
 
+    @one_thread()
     def _turned(self, basis: Tensor, key: Key) -> Tensor:
+        if basis.shape[0] == basis.shape[1]:
+            return basis  # there is nowhere to go
         horizontal = key.normal(basis.shape).to(basis)  # (n, r)
         for _ in range(2):  # twice is enough for full precision
             horizontal = horizontal - basis @ (basis.mT @ horizontal)
-        with one_thread():
-            u, s, vt = torch.linalg.svd(horizontal, full_matrices=False)  # (n, r), (r,), (r, r)
+        u, s, vt = torch.linalg.svd(horizontal, full_matrices=False)  # (n, r), (r,), (r, r)
         return geodesic(basis, u, self.angle * s / s[0], vt.mT).contiguous()
