@@ -698,6 +698,17 @@ def test_the_limiter_starts_again_where_the_optimizer_does(transport):
     assert (float(core.kept["norm"]) > 1e-3) == isinstance(transport, Reset)
 
 
+def test_the_limiter_goes_on_where_the_optimizer_keeps_nothing():
+    engine = Engine(Maps(), compose("fira", rank=2, refresh_every=2, optimizer="sgd"), lr=1e-2, loss=loss)
+    data = batches(3)
+    for batch in data[:2]:
+        engine.step([batch])
+    core = engine._cores["wide.weight"]
+    core.kept["norm"].mul_(1e-6)
+    engine.step(data[2:])
+    assert float(core.kept["norm"]) < 1e-3
+
+
 # ---- R2: resume --------------------------------------------------------------------------------------------------------
 
 

@@ -137,7 +137,7 @@ class Limited(Plain):
         settings: Mapping[str, Any],
     ) -> None:
         """Forget the norm where the optimizer forgets its moments."""
-        if not new[1]:
+        if old[1] and not new[1]:  # one that keeps nothing has nothing to forget
             state.clear()
 
 

@@ -17,7 +17,7 @@ class ErrorFeedback(Plain):
 
     `A_P` is the orthogonal projection of `A` on the span; the last term is what the optimizer's mean gradient loses in a
     change of subspace from `P` to `P'`, weighted as gradients that would bring it back. One buffer of the size of the
-    weight is kept.
+    weight is kept, and a second one lives while a step changes the subspace.
 
     Reference: LDAdam arXiv 2410.16103.
     """
