@@ -340,6 +340,18 @@ def test_a_projector_that_needs_a_gradient_is_refused_without_one(zolr: Run, tmp
         )
 
 
+def test_a_residual_is_refused_without_gradients(zolr: Run) -> None:
+    for name in ("recover", "replace", "error_feedback"):
+        failed(
+            zolr("finetune", "--paradigm", "zo", "--residual", name),
+            2,
+            f"residual '{name}' needs dense gradients, which paradigm 'zo' does not give.*--paradigm fo",
+        )
+    failed(
+        zolr("finetune", "--residual", "recovr"), 2, "residual 'recovr' is not known; did you mean 'recover'"
+    )
+
+
 def test_a_folder_in_use_is_left_alone(zolr: Run, learn: list[object], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")

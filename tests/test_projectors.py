@@ -34,6 +34,13 @@ ONE_SIDED = [name for name, cls in PROJECTORS.items() if "side" in {f.name for f
 # P'P = (c n / r) I in every draw: the least second moment that a law blind to the gradient can have
 STIEFEL_CLASS = ["stiefel", "dependent", "coordinate", "srht"]  # dependent: until it has seen something
 
+GOES_ON = [
+    "power_iteration",
+    "tracking",
+    "walk",
+    "jump",
+]  # from the subspace before, and a gradient's at first
+
 # E‖lift(project(G))‖² / (c² ‖G‖²), of the projected length n, the other length m and the rank r <= n
 SECOND_MOMENT: dict[str, Callable[[int, int, int], float]] = {
     **{name: lambda n, m, r: n / r for name in STIEFEL_CLASS},
@@ -259,10 +266,10 @@ def test_the_rank_is_capped_at_the_projected_length(name: str) -> None:
         if isinstance(subspace, TwoSided):
             assert subspace.coords_shape == (min(rank, shape[0]), min(rank, shape[1]))
         else:
-            most = (
-                min(shape) if PROJECTORS[name].needs == "gradient" else shape[1]
-            )  # no gradient has more directions
             right = isinstance(subspace, Right)
+            most = shape[1] if right else shape[0]
+            if PROJECTORS[name].needs == "gradient":
+                most = min(shape)  # no gradient has more directions
             assert subspace.coords_shape == (
                 (shape[0], min(rank, most)) if right else (min(rank, most), shape[1])
             )
@@ -329,6 +336,8 @@ def equal(a: Subspace, b: Subspace) -> bool:
 def test_a_draw_depends_on_its_arguments_alone(name: str, learned: bool) -> None:
     projector, shape = make(name, rank=32), (130, 512)
     extra = {"spectrum": some_spectrum(512) if learned else None, "gradient": random(*shape)}
+    if name in GOES_ON:  # from the gradient of the first window, which no key has a part in
+        extra["previous"] = make("stiefel", rank=32, side="left").draw(shape, Key(2), like=torch.zeros(0))
     like = torch.zeros(0)
 
     def draw(key: Key) -> Subspace:

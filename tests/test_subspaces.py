@@ -97,6 +97,36 @@ def test_factors_multiply_to_apply(subspace: Subspace, shape: tuple[int, int]) -
     torch.testing.assert_close(a @ b, subspace.apply(x, coords), **EXACT)
 
 
+def test_the_dual_gives_the_orthogonal_projection_on_the_span(
+    subspace: Subspace, shape: tuple[int, int]
+) -> None:
+    """Idempotent, self-adjoint, nothing left for `project`, and all that `lift` reaches stays."""
+
+    def span(grad: Tensor) -> Tensor:
+        return subspace.lift(subspace.dual(subspace.project(grad)))
+
+    loose = {
+        "rtol": 1e-8,
+        "atol": 1e-8,
+    }  # a pseudo-inverse of a Gram matrix, whose condition is that of the basis squared
+    a, b = random(*shape, seed=5), random(*shape, seed=6)
+    torch.testing.assert_close(span(span(a)), span(a), **loose)
+    torch.testing.assert_close((span(a) * b).sum(), (a * span(b)).sum(), **loose)
+    torch.testing.assert_close(
+        subspace.project(a - span(a)), torch.zeros(subspace.coords_shape, dtype=F64), **loose
+    )
+    lifted = subspace.lift(coords_of(subspace))
+    torch.testing.assert_close(span(lifted), lifted, **loose)
+
+
+def test_the_dual_of_an_orthonormal_basis_is_the_coordinates() -> None:
+    for subspace in (Right(orthonormal(9, 3), 5), Left(orthonormal(9, 3), 5)):
+        coords = coords_of(subspace)
+        torch.testing.assert_close(subspace.dual(coords), coords, **EXACT)
+        half = dataclasses.replace(subspace, basis=subspace.basis.bfloat16())
+        assert half.dual(coords.bfloat16()).dtype == torch.bfloat16
+
+
 def test_lift_is_linear(subspace: Subspace) -> None:
     a, b = coords_of(subspace, 1), coords_of(subspace, 2)
     torch.testing.assert_close(subspace.lift(2.5 * a - b), 2.5 * subspace.lift(a) - subspace.lift(b), **EXACT)
@@ -183,6 +213,7 @@ def test_a_change_to_the_same_subspace_changes_nothing(kind: str, shape: tuple[i
         coords = coords_of(old)
         torch.testing.assert_close(change.coords(coords), coords, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(change.squares(coords.square()), coords.square(), rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(change.variances(coords.square()), coords.square(), rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("kind", NARROW)
@@ -316,6 +347,7 @@ def test_full_changes_into_itself_alone() -> None:
     coords = random(4, 3)
     assert torch.equal(change.coords(coords), coords)
     assert torch.equal(change.squares(coords), coords)
+    assert torch.equal(change.variances(coords), coords)
     assert Full((4, 3)).change_from(Full((3, 4))) is None
 
 

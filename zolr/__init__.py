@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from zolr.methods import METHODS, Method, Row, compose
     from zolr.optim import OPTIMIZERS, OptimizerRule
     from zolr.projectors import PROJECTORS
+    from zolr.residuals import RESIDUALS
     from zolr.subspaces import Full, Left, Right, Subspace, TwoSided
     from zolr.transports import TRANSPORTS
 
@@ -27,6 +28,7 @@ _HOMES = {
     "OPTIMIZERS": "optim",
     "OptimizerRule": "optim",
     "PROJECTORS": "projectors",
+    "RESIDUALS": "residuals",
     "Full": "subspaces",
     "Left": "subspaces",
     "Right": "subspaces",
@@ -47,6 +49,7 @@ __all__ = [
     "OPTIMIZERS",
     "OptimizerRule",
     "PROJECTORS",
+    "RESIDUALS",
     "Right",
     "Row",
     "Subspace",

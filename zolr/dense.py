@@ -1,5 +1,6 @@
 """Core: what a dense method keeps beside one weight, whose gradients come whole and one at a time."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,15 +54,24 @@ class Core:
         self.due = False
 
     @torch.no_grad()
-    def move(self, gradient: Tensor, residual: Residual, step: Step, lr: float, scale: float) -> None:
+    def move(
+        self,
+        gradient: Tensor,
+        residual: Residual,
+        step: Step,
+        lr: float,
+        scale: float,
+        settings: Mapping[str, Any],
+    ) -> None:
         """Move the weight by its gradient `(m, n)`; `value` is zero before and after.
 
         Args:
             step: see `residuals.Residual`.
+            settings: the optimizer's.
         """
         assert self.subspace is not None  # the engine opens a window before the first use
         if lr:
-            window = Window(self.subspace, self.whole, lr, scale, self.age)
+            window = Window(self.subspace, self.whole, lr, scale, self.age, settings)
             residual(self.variable.value.data, gradient, window, step, self.kept)
         self.value.data.zero_()
         self.age += 1

@@ -661,7 +661,8 @@ class Engine:
                     return core.value.data
 
                 self._decay(variable, lr)
-                core.move(gradient, residual, step, lr, self.method.scale)
+                settings = self._group_of(core.value)
+                core.move(gradient, residual, step, lr, self.method.scale, settings)
             variable.moved = True
             variable.commit()
 

@@ -19,13 +19,21 @@ from zolr.projectors import PROJECTORS, Projector
 from zolr.projectors.dependent import Dependent
 from zolr.projectors.gaussian import Gaussian
 from zolr.projectors.identity import Identity
+from zolr.projectors.jump import Jump
+from zolr.projectors.power_iteration import PowerIteration
 from zolr.projectors.stiefel import Stiefel
 from zolr.projectors.svd import Svd
+from zolr.projectors.tracking import Tracking
 from zolr.projectors.two_sided import TwoSidedHaar
+from zolr.projectors.walk import Walk
 from zolr.residuals import RESIDUALS, Residual
 from zolr.residuals.drop import Drop
+from zolr.residuals.error_feedback import ErrorFeedback
+from zolr.residuals.recover import Recover
+from zolr.residuals.replace import Replace
 from zolr.transports import TRANSPORTS, Transport
 from zolr.transports.align import Align
+from zolr.transports.aware import Aware
 from zolr.transports.keep import Keep
 from zolr.transports.reset import Reset
 
@@ -83,16 +91,7 @@ class Method:
             )
         if self.dense and self.paradigm != "fo":
             raise UsageError(f"paradigm '{self.paradigm}' gives no dense gradient; use --paradigm fo")
-        if self.residual.dense and not self.dense:
-            raise UsageError(
-                f"residual '{key_of(RESIDUALS, self.residual)}' needs dense gradients, which this method never forms; "
-                "use residual 'drop', or a dense method such as 'galore'"
-            )
-        if isinstance(self.transport, Align) and self.optimizer.degrees is None:
-            raise UsageError(
-                f"transport 'align' does not know the state of optimizer '{self.optimizer.name}'; "
-                "use transport 'reset' or 'keep'"
-            )
+        self._check_residual()
         if self.private and self.projector.learns_from == "inputs":
             raise UsageError(
                 f"projector '{key_of(PROJECTORS, self.projector)}' learns from inputs without noise, so estimator "
@@ -103,6 +102,33 @@ class Method:
                 "a mixture looks at losses without noise, so estimator 'private_spsa' would not be private in it; "
                 "use estimator 'spsa'"
             )
+        if self.transport.needs_change and self.optimizer.degrees is None:
+            raise UsageError(
+                f"transport '{key_of(TRANSPORTS, self.transport)}' does not know the state of optimizer "
+                f"'{self.optimizer.name}'; use transport 'reset' or 'keep'"
+            )
+
+    def _check_residual(self) -> None:
+        why = None
+        if self.residual.dense and self.paradigm != "fo":
+            why = f"needs dense gradients, which paradigm '{self.paradigm}' does not give; use residual 'drop', or --paradigm fo"
+        elif self.residual.dense and not self.dense:
+            why = (
+                "needs dense gradients, which this method never forms; "
+                "use residual 'drop', or a dense method such as 'galore'"
+            )
+        elif self.residual.dense and isinstance(self.projector, Identity):
+            why = (
+                "is about what a subspace does not hold, and projector 'identity' holds all; "
+                "use residual 'drop', or a method with subspaces such as 'galore'"
+            )
+        elif self.residual.reads_moments and self.optimizer.degrees is None:
+            why = (
+                f"does not know the state of optimizer '{self.optimizer.name}'; "
+                "use residual 'drop', or optimizer 'adamw'"
+            )
+        if why is not None:
+            raise UsageError(f"residual '{key_of(RESIDUALS, self.residual)}' {why}")
 
     @property
     def paradigm(self) -> str:
@@ -399,6 +425,172 @@ _ROWS = (
         "released code (side, scale a = 0.25, kept moments; embeddings, head and vectors by plain AdamW at the unscaled rate); "
         "moments are float32 whatever the weights are",
         "dense gradients: one alive at a time, but all of them while micro-batches accumulate; no clipping",
+        lr={"fo": 5e-4},
+    ),
+    Row(
+        "fira",
+        "galore, and beside it the rest of the gradient at the rate that Adam shows in the subspace",
+        {
+            "fo": Method(
+                Backprop(),
+                Svd(rank=32),
+                ADAMW,
+                Keep(),
+                200,
+                dense=True,
+                scale=0.25,
+                projects="linear",
+                residual=Recover(),
+            )
+        },
+        "W <- W - lr (a P N + L), L = phi (G - P Pᵀ G), phi_j = |N_j| / |(Pᵀ G)_j|, |L| at most 1.01 times its last norm; "
+        "P, a and N as in galore",
+        "arXiv 2410.01623",
+        "paper; the released code subtracts a P Pᵀ G and limits norms without Adam's bias corrections: "
+        "Recover(released=True)",
+        "dense gradients as galore's; a small gradient holds the added part down for long: it may grow by 1 % a step",
+        lr={"fo": 5e-4},
+    ),
+    Row(
+        "apollo",
+        "SGD whose rate per channel is Adam's, as seen in a random subspace",
+        {
+            "fo": Method(
+                Backprop(),
+                Gaussian(rank=32, side="short"),
+                ADAMW,
+                Keep(),
+                200,
+                dense=True,
+                projects="linear",
+                residual=Replace(),
+            )
+        },
+        "W <- W - lr sqrt(a) phi G, phi_j = |N_j| / |(Pᵀ G)_j|, P entries N(0, 1/r) on the shorter side, N Adam; the norm of "
+        "the step at most 1.01 times the last one",
+        "arXiv 2412.05270",
+        "paper; every weight and window has its own P (the released per-layer mode gives equal shapes one); the released "
+        "code limits norms without Adam's bias corrections: Replace(released=True)",
+        "dense gradients as galore's; no momentum in the direction of a step",
+        lr={"fo": 5e-4},
+    ),
+    Row(
+        "apollo-mini",
+        "apollo with one rate per matrix, from a subspace of rank 1",
+        {
+            "fo": Method(
+                Backprop(),
+                Gaussian(rank=1, side="short"),
+                ADAMW,
+                Keep(),
+                200,
+                dense=True,
+                scale=128**0.5,
+                projects="linear",
+                residual=Replace(level="tensor"),
+            )
+        },
+        "W <- W - lr sqrt(128) phi G, phi = |N| / |Pᵀ G|, P (n, 1) entries N(0, 1); the rest as in apollo",
+        "arXiv 2412.05270",
+        "paper; released code as in apollo",
+        "dense gradients as galore's; no momentum in the direction of a step",
+        lr={"fo": 5e-4},
+    ),
+    Row(
+        "ldadam",
+        "Adam in a subspace that follows momentum and gradient at every step, and feedback of what it misses",
+        {
+            "fo": Method(
+                Backprop(),
+                PowerIteration(rank=32),
+                OptimizerRule("adamw", {"betas": (0.908, 0.99)}),
+                Aware(),
+                1,
+                dense=True,
+                projects="linear",
+                residual=ErrorFeedback(),
+            )
+        },
+        "A = G + E; P' = QR(B Bᵀ P), B = rho P m + (1 - rho) A; W <- W - lr P' N(P'ᵀ A), N Adam with projection-aware moments "
+        "(transport 'aware'); E = A - P' P'ᵀ A + b1/(1 - b1) (P M - P' M')",
+        "arXiv 2410.16103",
+        "paper; a square matrix is projected on its input side, the released code takes the output side",
+        "dense gradients as galore's, and a buffer as large as the weight",
+        lr={"fo": 5e-4},
+    ),
+    Row(
+        "subtrack",
+        "fira in a subspace that is turned toward what it misses of the gradient",
+        {
+            "fo": Method(
+                Backprop(),
+                Tracking(rank=32, step=10.0),
+                ADAMW,
+                Aware(),
+                200,
+                dense=True,
+                scale=0.25,
+                projects="linear",
+                residual=Recover(),
+            )
+        },
+        "P' = P + (P v (cos t - 1) + u sin t) vᵀ, t = 10 s, s u vᵀ the leading part of 2 (G - P Pᵀ G) (Pᵀ G)ᵀ, every "
+        "refresh_every steps; projection-aware moments; step and recovery as in fira",
+        "arXiv 2502.01586",
+        "paper; in the released code tall and square matrices never move, moments are turned one step early and always "
+        "against the first basis, and second moments shrink by 1 - b2: none of it reproduced",
+        "dense gradients as galore's; the angle has the units of a squared gradient (Tracking(step=None) fits it instead)",
+        lr={"fo": 5e-4},
+    ),
+    Row(
+        "grasswalk",
+        "fira in a subspace on a random walk, with moments that follow it",
+        {
+            "fo": Method(
+                Backprop(),
+                Walk(rank=32),
+                ADAMW,
+                Aware(),
+                200,
+                dense=True,
+                scale=0.25,
+                projects="linear",
+                residual=Recover(),
+            ),
+            "zo": Method(Spsa(), Walk(rank=16, side="right", c=1.0), SGD, Reset(), 200),
+        },
+        "P' = P + (P V (cos t - 1) + U sin t) Vᵀ, t = angle S / S_1, (I - P Pᵀ) X = U S Vᵀ, X Gaussian, every refresh_every "
+        "steps, from the SVD of the first gradient (zo: from a Haar draw); projection-aware moments; step and recovery as "
+        "in fira",
+        "arXiv 2510.01878",
+        "abstract and reviews, as no algorithm box or code could be had: the walk, transport and recovery are SubTrack++'s "
+        "with a random tangent; the angle of 0.5 is ours",
+        "under fo dense gradients as galore's; under zo nothing is recovered, as there is no gradient",
+        train={"zo": "attention"},
+        lr={"fo": 5e-4, "zo": None},
+    ),
+    Row(
+        "grassjump",
+        "fira in an independent random subspace at every refresh",
+        {
+            "fo": Method(
+                Backprop(),
+                Jump(rank=32),
+                ADAMW,
+                Aware(),
+                200,
+                dense=True,
+                scale=0.25,
+                projects="linear",
+                residual=Recover(),
+            )
+        },
+        "P' = QR(X), X Gaussian, every refresh_every steps, after the SVD of the first gradient; projection-aware moments; "
+        "step and recovery as in fira",
+        "arXiv 2510.01878",
+        "abstract and reviews, as no algorithm box or code could be had: transport and recovery are SubTrack++'s",
+        "dense gradients as galore's; a jump leaves r/n of the moments while new gradients come at full size: steps are too "
+        "long until the second moment has filled again (transport 'reset' or 'align' avoid it)",
         lr={"fo": 5e-4},
     ),
     Row(

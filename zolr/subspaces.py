@@ -4,16 +4,20 @@ Laws (tests/test_subspaces.py), for every kind, `G (m, n)`, coordinates `C` and 
 
 - `<project(G), C> == <G, lift(C)>`;
 - `apply(x, C) == x @ lift(C).T`, and the products of `outer` and `factors` are `lift` and `apply`;
+- `lift(dual(project(G)))` is the orthogonal projection of `G` on the span, whatever the basis;
 - rotating or rescaling the basis of the same span leaves what is lifted after `change_from` unchanged.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from functools import cached_property
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
+
+from zolr.probes import one_thread
 
 Rows = slice | Tensor
 
@@ -28,17 +32,25 @@ class Change:
             with the length of the basis where coordinates shrink.
         squares: of second moments of gradients: each new axis takes the average of the old axes' moments, weighted by
             squared cosines, so that the mass of a moment is not lost between unrelated subspaces.
+        variances: of the variances of gradients whose coordinates are uncorrelated, by the squares of the map of
+            `gradients`; between unrelated subspaces most of their mass is lost.
 
-    Reference: PLUMAGE arXiv 2505.18313, LOZO (gradients); the average of squares is ours.
+    Reference: PLUMAGE arXiv 2505.18313, LOZO (gradients), LDAdam arXiv 2410.16103 (variances); the average of squares
+    is ours.
     """
 
     coords: Callable[[Tensor], Tensor]
     gradients: Callable[[Tensor], Tensor]
     squares: Callable[[Tensor], Tensor]
+    variances: Callable[[Tensor], Tensor]
 
 
 class Subspace(ABC):
     """A drawn subspace of one weight `(m, n) = (out_features, in_features)`, for one window."""
+
+    channel: ClassVar[int | None] = (
+        None  # axis of the coordinates that was projected; None where no single one was
+    )
 
     @property
     @abstractmethod
@@ -62,6 +74,10 @@ class Subspace(ABC):
     @abstractmethod
     def apply(self, x: Tensor, coords: Tensor) -> Tensor:
         """`(..., n) -> (..., m)`, equal to `x @ lift(coords).T`, without forming the lifted matrix."""
+
+    @abstractmethod
+    def dual(self, coords: Tensor) -> Tensor:
+        """Coordinates of the gradient inside the span that `project` sends to `coords`; the same for orthonormal bases."""
 
     @abstractmethod
     def change_from(self, old: "Subspace") -> Change | None:
@@ -111,9 +127,12 @@ class Full(Subspace):
     def apply(self, x: Tensor, coords: Tensor) -> Tensor:
         return x @ coords.mT
 
+    def dual(self, coords: Tensor) -> Tensor:
+        return coords
+
     def change_from(self, old: Subspace) -> Change | None:
         same = isinstance(old, Full) and old.size == self.size
-        return Change(coords=lambda c: c, gradients=lambda g: g, squares=lambda v: v) if same else None
+        return Change(*[lambda x: x] * 4) if same else None
 
     def tensors(self) -> dict[str, Tensor]:
         return {"size": torch.tensor(self.size)}
@@ -147,6 +166,13 @@ def _overlap(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return coords, turn, weights * scale
 
 
+def _inverse_gram(basis: Tensor) -> Tensor:
+    """Pseudo-inverse of `PᵀP (r, r)`; columns may depend on each other, or be zero."""
+    wide = basis.float() if basis.dtype.itemsize < 4 else basis  # there are no factorizations in 16 bits
+    with one_thread():
+        return torch.linalg.pinv(wide.mT @ wide, hermitian=True).to(basis)
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class Right(Subspace):
@@ -157,6 +183,7 @@ class Right(Subspace):
         m: rows of the weight.
     """
 
+    channel: ClassVar[int | None] = -1
     basis: Tensor
     m: int
 
@@ -180,12 +207,23 @@ class Right(Subspace):
     def factors(self, x: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:
         return x @ self.basis, coords.mT
 
+    @cached_property
+    def inverse(self) -> Tensor:
+        """`(PᵀP)⁻¹ (r, r)`."""
+        return _inverse_gram(self.basis)
+
+    def dual(self, coords: Tensor) -> Tensor:
+        return coords @ self.inverse
+
     def change_from(self, old: Subspace) -> Change | None:
         if not isinstance(old, Right) or old.shape != self.shape:
             return None
         coords, turn, squares = _overlap(old.basis, self.basis)
         return Change(
-            coords=lambda c: c @ coords, gradients=lambda g: g @ turn, squares=lambda v: v @ squares
+            coords=lambda c: c @ coords,
+            gradients=lambda g: g @ turn,
+            squares=lambda v: v @ squares,
+            variances=lambda v: v @ turn.square(),
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -202,6 +240,7 @@ class Left(Subspace):
         n: columns of the weight.
     """
 
+    channel: ClassVar[int | None] = -2
     basis: Tensor
     n: int
 
@@ -225,6 +264,14 @@ class Left(Subspace):
     def factors(self, x: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:
         return x @ coords.mT, self.basis.mT
 
+    @cached_property
+    def inverse(self) -> Tensor:
+        """`(PᵀP)⁻¹ (r, r)`."""
+        return _inverse_gram(self.basis)
+
+    def dual(self, coords: Tensor) -> Tensor:
+        return self.inverse @ coords
+
     def change_from(self, old: Subspace) -> Change | None:
         if not isinstance(old, Left) or old.shape != self.shape:
             return None
@@ -233,6 +280,7 @@ class Left(Subspace):
             coords=lambda c: coords.mT @ c,
             gradients=lambda g: turn.mT @ g,
             squares=lambda v: squares.mT @ v,
+            variances=lambda v: turn.mT.square() @ v,
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -272,6 +320,15 @@ class TwoSided(Subspace):
     def factors(self, x: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:
         return x @ self.right, coords.mT @ self.left.mT
 
+    @cached_property
+    def inverses(self) -> tuple[Tensor, Tensor]:
+        """`(UᵀU)⁻¹ (r, r)` and `(VᵀV)⁻¹ (s, s)`."""
+        return _inverse_gram(self.left), _inverse_gram(self.right)
+
+    def dual(self, coords: Tensor) -> Tensor:
+        left, right = self.inverses
+        return left @ coords @ right
+
     def change_from(self, old: Subspace) -> Change | None:
         if not isinstance(old, TwoSided) or old.shape != self.shape:
             return None
@@ -281,6 +338,7 @@ class TwoSided(Subspace):
             coords=lambda c: left.mT @ c @ right,
             gradients=lambda g: left_turn.mT @ g @ right_turn,
             squares=lambda v: left_squares.mT @ v @ right_squares,
+            variances=lambda v: left_turn.mT.square() @ v @ right_turn.square(),
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ OTHER_OPTIMIZER = 2.5e-4
 
 # settings that replace a part of the method's row, under the names that `methods.compose` has for them
 PARTS = (
-    "projector", "rank", "refresh_every", "optimizer", "transport", "side",
+    "projector", "rank", "refresh_every", "optimizer", "transport", "residual", "side",
     "probes", "eps", "law", "sides", "directions", "signs", "limit", "noise",
 )  # fmt: skip
 
@@ -81,7 +81,13 @@ class Composition(Settings):
         None, "sgd, momentum, adamw, muon, ..., or a class of torch.optim.", "Method", shown="the method's"
     )
     transport: str | None = flag(
-        None, "Optimizer state at a refresh: reset, keep, align.", "Method", shown="the method's"
+        None, "Optimizer state at a refresh: reset, keep, align, aware.", "Method", shown="the method's"
+    )
+    residual: str | None = flag(
+        None,
+        "The gradient outside its subspace: drop, recover, replace, error_feedback (fo).",
+        "Method",
+        shown="the method's",
     )
     probes: int | None = flag(None, "Directions a step (zo, fwd).", "Method", shown="the method's")
     eps: float | None = flag(None, "Probe radius (zo).", "Method", shown="measured, or the method's")

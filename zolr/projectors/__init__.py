@@ -138,14 +138,75 @@ def haar(length: int, rank: int, key: Key, like: Tensor) -> Tensor:
     return orthonormal(key.normal((length, rank)).to(working_dtype(like)))
 
 
+def oriented(side: Side, gradient: Tensor, like: Tensor) -> Tensor:
+    """The gradient turned so that the projected side comes last, fit for factorizations: `(m, n)`, or `(n, m)`.
+
+    So a weight and its transpose get the same numbers.
+    """
+    turned = gradient if is_right(side, tuple(gradient.shape)) else gradient.mT
+    return turned.to(working_dtype(like))
+
+
+def leading(matrix: Tensor, rank: int) -> Tensor:
+    """The `(n, r)` leading right singular vectors of `matrix (m, n)`, as many as there are."""
+    with one_thread():
+        vectors = torch.linalg.svd(matrix, full_matrices=False)[2].mT  # (n, s)
+    # a copy, or the whole of the factor would live as long as the basis; contiguous, as it comes back from a file
+    return vectors[:, :rank].clone(memory_format=torch.contiguous_format)
+
+
+def start(
+    side: Side, shape: tuple[int, ...], rank: int, key: Key, like: Tensor, gradient: Tensor | None
+) -> Tensor:
+    """The first of a sequence of bases `(n, r)`: the leading directions of a gradient, Haar where there is none.
+
+    A gradient with fewer directions than the rank gets random ones besides its own.
+    """
+    n = projected_length(side, shape)
+    r = min(rank, n)
+    if gradient is None:
+        return haar(n, r, key, like)
+    basis = leading(oriented(side, gradient, like), r)
+    if basis.shape[1] == r:
+        return basis
+    return orthonormal(torch.cat((basis, key.normal((n, r - basis.shape[1])).to(basis)), dim=1))
+
+
+def basis_before(side: Side, shape: tuple[int, ...], rank: int, previous: Subspace | None) -> Tensor | None:
+    """The basis `(n, r)` of the window before, at whatever scale; None where there is none to go on from."""
+    n = projected_length(side, shape)
+    kind = Right if is_right(side, shape) else Left
+    if not isinstance(previous, kind) or previous.basis.shape != (n, min(rank, n)):
+        return None
+    return previous.basis.to(working_dtype(previous.basis))
+
+
+def geodesic(basis: Tensor, u: Tensor, angles: Tensor, v: Tensor) -> Tensor:
+    """`P + (P V (cos - 1) + U sin) Vᵀ`: each direction `P v_i` of the span turned toward `u_i` by its angle.
+
+    Args:
+        basis: `P (n, r)`, orthonormal.
+        u: `(n, k)`, orthonormal and orthogonal to `P`.
+        angles: `(k,)` in radians.
+        v: `(r, k)`, orthonormal.
+
+    Reference: Edelman, Arias and Smith 1998, theorem 2.3.
+    """
+    return basis + (basis @ v * (angles.cos() - 1) + u * angles.sin()) @ v.mT
+
+
 from zolr.projectors.coordinate import Coordinate  # noqa: E402  (the files obey the protocol above)
 from zolr.projectors.dependent import Dependent  # noqa: E402
 from zolr.projectors.gaussian import Gaussian  # noqa: E402
 from zolr.projectors.identity import Identity  # noqa: E402
+from zolr.projectors.jump import Jump  # noqa: E402
+from zolr.projectors.power_iteration import PowerIteration  # noqa: E402
 from zolr.projectors.srht import Srht  # noqa: E402
 from zolr.projectors.stiefel import Stiefel  # noqa: E402
 from zolr.projectors.svd import Svd  # noqa: E402
+from zolr.projectors.tracking import Tracking  # noqa: E402
 from zolr.projectors.two_sided import TwoSidedHaar  # noqa: E402
+from zolr.projectors.walk import Walk  # noqa: E402
 
 PROJECTORS: dict[str, type] = {
     "stiefel": Stiefel,
@@ -155,5 +216,9 @@ PROJECTORS: dict[str, type] = {
     "srht": Srht,
     "two_sided": TwoSidedHaar,
     "svd": Svd,
+    "power_iteration": PowerIteration,
+    "tracking": Tracking,
+    "walk": Walk,
+    "jump": Jump,
     "identity": Identity,
 }

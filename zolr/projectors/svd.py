@@ -3,13 +3,11 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from zolr.errors import UsageError
 from zolr.keys import Key
-from zolr.probes import one_thread
-from zolr.projectors import Fixed, Side, check_rank, check_side, is_right, one_sided, working_dtype
+from zolr.projectors import Fixed, Side, check_rank, check_side, leading, one_sided, oriented
 from zolr.subspaces import Subspace
 
 
@@ -29,6 +27,7 @@ class Svd(Fixed):
 
     Reference: arXiv 2403.03507.
 
+    >>> import torch
     >>> gradient = torch.outer(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([3.0, 4.0]))
     >>> s = Svd(rank=1).draw((3, 2), Key(0), like=gradient, gradient=gradient)
     >>> bool(torch.allclose(s.lift(s.project(gradient)), gradient, atol=1e-5))
@@ -56,10 +55,4 @@ class Svd(Fixed):
             raise UsageError(
                 "projector 'svd' needs a dense gradient to draw from; use a dense method such as 'galore'"
             )
-        # so turned that the projected side comes last: a weight and its transpose get the same numbers
-        oriented = gradient if is_right(self.side, shape) else gradient.mT
-        with one_thread():
-            vectors = torch.linalg.svd(oriented.to(working_dtype(like)), full_matrices=False)[2].mT  # (n, s)
-        # a copy, or the whole of the factor would live as long as the basis; contiguous, as it comes back from a file
-        basis = vectors[:, : self.rank].to(like).clone(memory_format=torch.contiguous_format)
-        return one_sided(self.side, shape, basis)
+        return one_sided(self.side, shape, leading(oriented(self.side, gradient, like), self.rank).to(like))

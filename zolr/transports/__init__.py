@@ -36,7 +36,8 @@ class Transport(Protocol):
 
 
 from zolr.transports.align import Align  # noqa: E402  (the files obey the protocol above)
+from zolr.transports.aware import Aware  # noqa: E402
 from zolr.transports.keep import Keep  # noqa: E402
 from zolr.transports.reset import Reset  # noqa: E402
 
-TRANSPORTS: dict[str, type] = {"reset": Reset, "keep": Keep, "align": Align}
+TRANSPORTS: dict[str, type] = {"reset": Reset, "keep": Keep, "align": Align, "aware": Aware}
