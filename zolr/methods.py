@@ -95,6 +95,11 @@ class Method:
         """ "fo" (backprop), "zo" (forward only) or "fwd" (forward mode)."""
         return self.estimator.paradigm
 
+    @property
+    def normalizes(self) -> bool:
+        """Whether a step's size does not depend on that of the gradient."""
+        return self.optimizer.normalizes or self.residual.normalizes
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -402,6 +407,11 @@ def compose(
             )
         if type(result.estimator) is not cls:
             result = replace(result, estimator=cls(**_shared(result.estimator, cls)))
+    if optimizer is not None and optimizer != result.optimizer.name:
+        result = replace(result, optimizer=OptimizerRule(optimizer))
+    if rank is not None and result.optimizer.owns_rank and isinstance(result.projector, Identity):
+        settings = {**result.optimizer.settings, "rank": rank}
+        result, rank = replace(result, optimizer=replace(result.optimizer, settings=settings)), None
     result = replace(
         result,
         projector=_with(
@@ -421,8 +431,6 @@ def compose(
             signs=signs,
         ),
     )
-    if optimizer is not None and optimizer != result.optimizer.name:
-        result = replace(result, optimizer=OptimizerRule(optimizer))
     if residual is not None:
         part = _lookup("residual", RESIDUALS, residual)()
         # what needs dense gradients gets them where the paradigm has any; the method refuses it elsewhere

@@ -9,7 +9,10 @@ import torch
 from torch import nn
 
 from zolr.errors import UsageError
+from zolr.optim.averaged import Averaged
 from zolr.optim.by_shape import ByShape
+from zolr.optim.factored import Factored
+from zolr.optim.mofasgd import MomentumFactorizedSgd
 
 ADAM_DEGREES = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 
@@ -42,13 +45,19 @@ class OptimizerRule:
     @property
     def normalizes(self) -> bool:
         """Whether a step's size does not depend on that of the gradient."""
-        return self.name not in ("sgd", "momentum", "SGD")
+        return OPTIMIZERS[self.name].normalizes if self.name in OPTIMIZERS else self.name != "SGD"
 
     @property
     def has_momentum(self) -> bool:
         """Whether plain steps go on in the direction of earlier ones."""
         known = OPTIMIZERS[self.name].settings if self.name in OPTIMIZERS else {}
-        return not self.normalizes and bool({**known, **self.settings}.get("momentum", 0))
+        settings = {**known, **self.settings}
+        return not self.normalizes and bool(settings.get("momentum", 0) or settings.get("beta", 0))
+
+    @property
+    def owns_rank(self) -> bool:
+        """Whether the rule has subspaces of its own, whose rank is a setting of it."""
+        return self.name in OPTIMIZERS and "rank" in OPTIMIZERS[self.name].settings
 
     def build(
         self, values: Sequence[nn.Parameter], lr: float, tables: Sequence[nn.Parameter] = ()
@@ -71,7 +80,7 @@ class OptimizerRule:
         vectors = [v for v in values if v.dim() != 2]
         inner = [_construct(entry.cls, matrices, lr, settings)] if matrices else []
         if vectors:
-            inner.append(_construct(entry.matrices_only, vectors, lr, {}))
+            inner.append(_construct(entry.matrices_only, vectors, lr, dict(entry.vectors)))
         if apart:
             inner.append(_construct(entry.matrices_only, tables, lr, dict(entry.tables)))
         return inner[0] if len(inner) == 1 else ByShape(inner)
@@ -87,6 +96,8 @@ class Entry:
         degrees: homogeneity of each state tensor in the gradient; None refuses transport 'align'.
         matrices_only: class that takes all tensors but matrices between hidden states, for a rule that refuses them.
         tables: its settings for embeddings and heads.
+        vectors: its settings for everything else.
+        normalizes: a step's size does not depend on that of the gradient.
     """
 
     cls: type[torch.optim.Optimizer]
@@ -94,13 +105,34 @@ class Entry:
     degrees: Mapping[str, int] | None = None
     matrices_only: type[torch.optim.Optimizer] | None = None
     tables: Mapping[str, Any] = field(default_factory=dict)
+    vectors: Mapping[str, Any] = field(default_factory=dict)
+    normalizes: bool = True
 
 
+_MEAN = {"step": 0, "exp_avg": 1}
+_ADAFACTOR = {"beta": 0.9, "scaled": True}
 OPTIMIZERS: dict[str, Entry] = {
-    "sgd": Entry(torch.optim.SGD, degrees={"momentum_buffer": 1}),
-    "momentum": Entry(torch.optim.SGD, {"momentum": 0.9, "dampening": 0.9}, {"momentum_buffer": 1}),
+    "sgd": Entry(torch.optim.SGD, degrees={"momentum_buffer": 1}, normalizes=False),
+    "momentum": Entry(
+        torch.optim.SGD, {"momentum": 0.9, "dampening": 0.9}, {"momentum_buffer": 1}, normalizes=False
+    ),
     "adamw": Entry(torch.optim.AdamW, {}, ADAM_DEGREES),
-    "adafactor": Entry(torch.optim.Adafactor, {}, None),
+    # torch's own scales by the size of the parameter, which is zero where coordinates begin
+    "adafactor": Entry(Factored),
+    "adalomo": Entry(Factored, {"scaled": True}),
+    "averaged": Entry(
+        Averaged, {"beta": 0.9}, {**_MEAN, **ADAM_DEGREES}, matrices_only=torch.optim.AdamW, normalizes=False
+    ),
+    # a mean of what was divided before it came here (residual `precondition`); all else by Adafactor itself
+    "flora": Entry(
+        Averaged, {"beta": 0.9}, _MEAN, matrices_only=Factored, tables=_ADAFACTOR, vectors=_ADAFACTOR
+    ),
+    "mofasgd": Entry(
+        MomentumFactorizedSgd,
+        {"rank": 16},
+        matrices_only=torch.optim.AdamW,
+        tables={"betas": (0.9, 0.95)},
+    ),
     "muon": Entry(
         torch.optim.Muon,
         {"adjust_lr_fn": "match_rms_adamw"},

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from zolr.keys import Key
-from zolr.subspaces import Full, Subspace
+from zolr.subspaces import Full, Subspace, Viewed
 
 State = dict[str, Tensor]
 Step = Callable[[Tensor], Tensor]
@@ -40,6 +40,7 @@ class Residual(Protocol):
     """A frozen rule that moves one weight by its dense gradient, with the optimizer's step in the coordinates."""
 
     dense: ClassVar[bool]  # whether it means anything only where gradients are dense
+    normalizes: ClassVar[bool]  # whether it makes the size of a step independent of that of the gradient
 
     def whole(self, key: Key) -> bool:
         """Whether the optimizer has the whole space instead of the subspace in the window of that name."""
@@ -77,6 +78,7 @@ class Plain:
     """A residual that keeps nothing and always has the drawn subspace."""
 
     dense: ClassVar[bool] = True
+    normalizes: ClassVar[bool] = False
 
     def whole(self, key: Key) -> bool:
         """Never."""
@@ -100,10 +102,22 @@ def add_lifted(weight: Tensor, subspace: Subspace, coords: Tensor, factor: float
     """`weight += factor * lift(coords)`, with no second matrix of that size where the lift is a thin product."""
     if isinstance(subspace, Full):
         weight.add_(coords, alpha=factor)
+    elif isinstance(subspace, Viewed) and weight.is_contiguous():
+        weight.view(-1, subspace.basis.shape[0]).addmm_(coords, subspace.basis.mT, alpha=factor)
+    elif isinstance(subspace, Viewed):
+        weight.add_(subspace.lift(coords), alpha=factor)
     else:
         weight.addmm_(*subspace.outer(coords), alpha=factor)
 
 
-from zolr.residuals.drop import Drop  # noqa: E402  (the files obey the protocol above)
+from zolr.residuals.compensate import Compensate  # noqa: E402  (the files obey the protocol above)
+from zolr.residuals.drop import Drop  # noqa: E402
+from zolr.residuals.precondition import Precondition  # noqa: E402
+from zolr.residuals.projfactor import ProjFactor  # noqa: E402
 
-RESIDUALS: dict[str, type] = {"drop": Drop}
+RESIDUALS: dict[str, type] = {
+    "drop": Drop,
+    "compensate": Compensate,
+    "precondition": Precondition,
+    "projfactor": ProjFactor,
+}
