@@ -42,7 +42,9 @@ def _averaged(state: MutableMapping[str, Any], name: str, seen: Tensor, fresh: f
     state[name] += fresh * (seen - state[name])
 
 
-def divide(matrix: Tensor, state: MutableMapping[str, Any], eps: float = 0.0, factor: float | Tensor = 1.0) -> Tensor:
+def divide(
+    matrix: Tensor, state: MutableMapping[str, Any], eps: float = 0.0, factor: float | Tensor = 1.0
+) -> Tensor:
     """`matrix / (sqrt(factor V) + eps)` in place.
 
     Args:

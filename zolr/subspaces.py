@@ -119,9 +119,7 @@ class Full(Subspace):
         same = isinstance(old, Full) and old.size == self.size
         if not same:
             return None
-        return Change(
-            coords=lambda c: c, gradients=lambda g: g, squares=lambda v: v, lifted=lambda c: c
-        )
+        return Change(coords=lambda c: c, gradients=lambda g: g, squares=lambda v: v, lifted=lambda c: c)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"size": torch.tensor(self.size)}

@@ -16,14 +16,16 @@ class MomentumFactorizedSgd(torch.optim.Optimizer):
     `M <- SVD_r(beta M + U Uᵀ G + G V Vᵀ - U Uᵀ G V Vᵀ)`: what of a gradient lies outside of both spans is lost, the
     spans turn by what lies in one of them. The sum has rank 2 r at most and is decomposed by two thin QR and one SVD of
     `2 r` by `2 r`, so no second matrix of the gradient's size is made. The first gradient gives the first triples. The
-    step has singular values 1, and 0 for triples that hold nothing but rounding.
+    step has singular values 1, and 0 for triples that hold nothing but rounding; as torch's Muon does it to be as large as
+    AdamW's, the rate is multiplied by `0.2 sqrt(max(m, n))`.
 
     Args:
         lr: learning rate.
         rank: r, at least 1; capped at the shorter side.
         beta: memory of the momentum, in [0, 1).
-        released: the step of the released code, `p -= lr share U diag(min(limit, 1/s)) Vᵀ` with 0 for s below 1e-4, and
-            its start, whose first triples are those of the weight.
+        adjust: multiply the rate so.
+        released: the step of the released code, `p -= lr share U diag(min(limit, 1/s)) Vᵀ` with 0 for s below 1e-4, at the
+            bare rate, and its start, whose first triples are those of the weight.
         share: see `released`.
         limit: see `released`.
         weight_decay: must be 0; decay is the engine's.
@@ -40,6 +42,7 @@ class MomentumFactorizedSgd(torch.optim.Optimizer):
         lr: float = 1e-3,
         rank: int = 16,
         beta: float = 0.95,
+        adjust: bool = True,
         released: bool = False,
         share: float = 0.25,
         limit: float = 5.0,
@@ -52,14 +55,16 @@ class MomentumFactorizedSgd(torch.optim.Optimizer):
         super().__init__(
             params,
             {
-                **{"lr": lr, "rank": rank, "beta": beta, "released": released},
+                **{"lr": lr, "rank": rank, "beta": beta, "adjust": adjust, "released": released},
                 **{"share": share, "limit": limit, "weight_decay": weight_decay},
             },
         )
         for group in self.param_groups:
             for p in group["params"]:
                 if p.dim() != 2:
-                    raise UsageError(f"mofasgd factors matrices, not shape {tuple(p.shape)}; use adamw for it")
+                    raise UsageError(
+                        f"mofasgd factors matrices, not shape {tuple(p.shape)}; use adamw for it"
+                    )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -83,6 +88,7 @@ class MomentumFactorizedSgd(torch.optim.Optimizer):
                     weights = group["share"] * values.reciprocal().clamp_max(group["limit"]) * (values > 1e-4)
                 else:
                     weights = (values > values[0] * max(p.shape) * torch.finfo(p.dtype).eps).to(p)
+                    weights *= 0.2 * max(p.shape) ** 0.5 if group["adjust"] else 1.0
                 p.addmm_(left * weights, right.mT, alpha=-group["lr"])
 
 

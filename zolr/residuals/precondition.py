@@ -47,9 +47,9 @@ class Precondition(Plain):
 
     def __call__(self, weight: Tensor, gradient: Tensor, window: Window, step: Step, state: State) -> None:
         """Move the weight; see `Residual`."""
-        steps = state.get("steps", torch.zeros((), device=weight.device)) + 1
+        steps = state.get("steps", torch.zeros((), dtype=weight.dtype, device=weight.device)) + 1
         state["steps"] = steps
-        observe(state, gradient, (steps**-self.decay).to(gradient.dtype))
+        observe(state, gradient, steps**-self.decay)
         update = divide(gradient, state)
         coords = window.subspace.project(update)
         # in coordinates the share of this step is known before the optimizer takes the gradient for its own

@@ -44,7 +44,7 @@ class ProjFactor(Plain):
         lifted = window.subspace.lift(coords)
         steps = state.get("steps", torch.zeros((), dtype=weight.dtype, device=weight.device)) + 1
         state["steps"] = steps
-        observe(state, lifted, 1 - self.beta, floor=0.0)
+        observe(state, lifted, 1 - self.beta)
         change = window.subspace.lift(step(coords))
         correction = 1 - self.beta**steps
         # (sqrt(V) + eps) sqrt(correction)^-1, with eps beside the raw root as released
