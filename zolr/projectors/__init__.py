@@ -172,6 +172,8 @@ def sampled(
         alpha: share of the uniform law in pi; where fewer than r directions carry anything, the others share the rest.
     """
     n, named = spectrum.vectors.shape
+    if not alpha and not spectrum.rest:
+        n = named  # nothing else is ever drawn
     sigma = torch.cat((spectrum.values, torch.full((n - named,), spectrum.rest, dtype=torch.float64)))
     pi = inclusion_probabilities(sigma, rank)
     spare = rank - float(pi.sum())
@@ -186,7 +188,7 @@ def sampled(
     columns = [vectors[:, chosen] * (c / pi[chosen]).sqrt().to(vectors)]
     others = rank - count
     if others:
-        gauss = key.fold_in("rest").normal((n, others)).to(vectors)
+        gauss = key.fold_in("rest").normal((len(vectors), others)).to(vectors)
         gauss = gauss - vectors @ (vectors.mT @ gauss)
         # twice is enough for full precision
         complement = orthonormal(gauss - vectors @ (vectors.mT @ gauss))
