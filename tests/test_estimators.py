@@ -751,8 +751,15 @@ GAUSSIAN_PROBE = {
     "gaussian": M * N + 2 * (M + N + R + 1) / R,
     "two_sided": M * N * (1 + 2 / R**2),
     "identity": M * N + 2,
+    "viewed": M * N
+    + 2 * (M * N + 1 + 1 + 1),  # gaussian on (m n, 1): sixteen parts of a row of eight are eight
 }
-COORDINATES = {**dict.fromkeys((*CLASS, "gaussian"), M * R), "two_sided": R * R, "identity": M * N}
+COORDINATES = {
+    **dict.fromkeys((*CLASS, "gaussian"), M * R),
+    "two_sided": R * R,
+    "identity": M * N,
+    "viewed": M * N,
+}
 
 
 def one_probe(projector: str, law: str) -> float:
@@ -760,12 +767,13 @@ def one_probe(projector: str, law: str) -> float:
     value, d = GAUSSIAN_PROBE[projector], COORDINATES[projector]
     if law == "gaussian":
         return value
-    if law == "sphere" or projector != "gaussian":
+    if law == "sphere" or projector not in ("gaussian", "viewed"):
         return (
             value * d / (d + 2)
         )  # ‖lift(Z)‖² = m n is constant on the Stiefel class, as it is on the sphere
+    m, r = (M * N, 1) if projector == "viewed" else (M, R)
     return (
-        M * N + 2 * (M + R - 1) / R
+        M * N + 2 * (m + r - 1) / r
     )  # Gaussian basis, Rademacher probe: its diagonal terms lose 2 (n + 2) / r
 
 

@@ -284,7 +284,9 @@ def test_every_row_states_what_it_is(name):
 # ---- reductions ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("projector", [name for name in PROJECTORS if name not in ("gaussian", "viewed", "identity")])
+@pytest.mark.parametrize(
+    "projector", [name for name in PROJECTORS if name not in ("gaussian", "viewed", "identity")]
+)
 @pytest.mark.parametrize("every", [1, 4])
 def test_m1_a_subspace_as_large_as_the_weight_is_plain_sgd(projector, every):
     row = "galore" if PROJECTORS[projector].needs == "gradient" else "stiefel"

@@ -1,40 +1,20 @@
 """Laws of the rows that stream dense gradients: equal to loops written from their papers, and to one another at the edges."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from oracle import adafactor, flora, galore, gum, lomo, mofasgd, plumage, vlorp
-from test_methods import BATCHES, WINDOW, Little, distance, little, loss, trained, weights
-from torch import Tensor, nn
+from oracle import adafactor, flora, gum, lomo, mofasgd, plumage, vlorp
+from test_methods import BATCHES, WINDOW, distance, little, loss, trained
+from torch import Tensor
 
-from zolr.dense import Core
-from zolr.engine import Engine
-from zolr.errors import UsageError
 from zolr.keys import Key
-from zolr.methods import METHODS, Method, compose
-from zolr.optim import OPTIMIZERS, OptimizerRule
-from zolr.optim.factored import Factored
-from zolr.optim.mofasgd import MomentumFactorizedSgd
-from zolr.projectors import sampled
-from zolr.projectors.coordinate import Coordinate
-from zolr.projectors.dependent import Dependent
-from zolr.projectors.plumage import Plumage
-from zolr.projectors.stiefel import Stiefel
-from zolr.projectors.svd import LazySvd, Svd
-from zolr.projectors.two_sided import TwoSidedHaar
+from zolr.methods import Method, compose
+from zolr.optim import OptimizerRule
 from zolr.projectors.viewed import View
-from zolr.residuals import Window
 from zolr.residuals.compensate import Compensate
-from zolr.residuals.drop import Drop
-from zolr.residuals.precondition import Precondition
-from zolr.residuals.projfactor import ProjFactor
-from zolr.spectra import Spectrum, inclusion_probabilities
-from zolr.subspaces import Full, Left, Right, TwoSided, Viewed
-from zolr.transports.keep import Keep
 
 F64 = torch.float64
 KEY = Key(4)
