@@ -36,7 +36,7 @@ from zolr.projectors.gaussian import Gaussian
 from zolr.projectors.identity import Identity
 from zolr.projectors.stiefel import Stiefel
 from zolr.spectra import Spectrum
-from zolr.subspaces import Right, TwoSided
+from zolr.subspaces import Right, TwoSided, Viewed
 from zolr.transports.reset import Reset
 from zolr.variables import Variable, attach, layout
 
@@ -791,7 +791,7 @@ def windows(projector: Any, count: int, spectrum: Spectrum | None = None) -> Any
     drawn = [projector.draw((M, N), KEY.fold_in("w", i), like=LIKE, spectrum=spectrum) for i in range(count)]
     if isinstance(drawn[0], TwoSided):
         return torch.stack([s.left for s in drawn]), torch.stack([s.right for s in drawn])
-    if isinstance(drawn[0], Right):
+    if isinstance(drawn[0], Right | Viewed):
         return torch.stack([s.basis for s in drawn])
     return None
 
@@ -803,7 +803,8 @@ def lifted_probes(projector: Any, law: str, count: int, spectrum: Spectrum | Non
         return basis[0] @ directions(law, count, (R, R)) @ basis[1].mT
     if basis is None:
         return directions(law, count, (M, N))
-    return directions(law, count, (M, basis.shape[2])) @ basis.mT
+    rows = M * N // basis.shape[1]  # m, or as many more as a view has parts
+    return (directions(law, count, (rows, basis.shape[2])) @ basis.mT).reshape(count, M, N)
 
 
 def estimates(lifted: Tensor, grad: Tensor = GRAD) -> Tensor:
