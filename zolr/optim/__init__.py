@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ class OptimizerRule:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.name not in OPTIMIZERS and not _is_torch_class(self.name):
-            close = get_close_matches(self.name, OPTIMIZERS, n=1, cutoff=0.4)
+        if self.name not in (*OPTIMIZERS, *PACKAGED) and not _is_torch_class(self.name):
+            close = get_close_matches(self.name, (*OPTIMIZERS, *PACKAGED), n=1, cutoff=0.4)
             hint = f"did you mean '{close[0]}'? " if close else ""
             raise UsageError(
                 f"optimizer '{self.name}' is not known; {hint}use one of {', '.join(OPTIMIZERS)}, or a class of torch.optim"
@@ -69,7 +70,7 @@ class OptimizerRule:
                 one by one: a rule that moves a matrix as a whole (Muon) leaves them to AdamW (Jordan et al. 2024).
         """
         if self.name not in OPTIMIZERS:
-            cls = getattr(torch.optim, self.name)
+            cls = _packaged(self.name) if self.name in PACKAGED else getattr(torch.optim, self.name)
             return _construct(cls, values, lr, dict(self.settings))
         entry = OPTIMIZERS[self.name]
         settings = {**entry.settings, **self.settings}
@@ -142,7 +143,21 @@ OPTIMIZERS: dict[str, Entry] = {
     ),
 }
 
+PACKAGED: dict[str, tuple[str, str]] = {"adamw8bit": ("bitsandbytes.optim", "AdamW8bit")}
+"""Rules of packages that a run needs only if it asks for them, by module and class (extra 'quant')."""
+
 _REFUSED = {"LBFGS": "it needs several evaluations a step", "SparseAdam": "it needs sparse gradients"}
+
+
+def _packaged(name: str) -> type[torch.optim.Optimizer]:
+    module, cls = PACKAGED[name]
+    try:
+        return getattr(import_module(module), cls)
+    except ImportError as error:
+        raise UsageError(
+            f"optimizer '{name}' needs the package {module.split('.')[0]} ({error}); pip install 'zolr[quant]', or use "
+            "optimizer 'adamw'"
+        ) from error
 
 
 def _is_torch_class(name: str) -> bool:
