@@ -1,5 +1,6 @@
 """Laws of the rows that stream dense gradients: equal to loops written from their papers, and to one another at the edges."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from math import sqrt
@@ -554,3 +555,74 @@ def test_residuals_without_dense_gradients_and_bad_settings_are_refused():
             build()
     with pytest.raises(UsageError, match="transport 'reproject' does not know"):
         compose("galore", optimizer="adafactor", transport="reproject")
+
+
+# ---- 8-bit states ------------------------------------------------------------------------------------------------------------------
+
+
+def eight_bits() -> Engine:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(96, 160), nn.Tanh(), nn.Linear(160, 96))
+    method = compose("q-galore", rank=64, refresh_every=3, optimizer="adamw8bit")
+    return Engine(model, method, lr=1e-2, loss=lambda m, b: (m(b) - b.flip(1)).square().mean())
+
+
+def test_states_of_eight_bits_are_small_and_resume_bit_for_bit():
+    pytest.importorskip("bitsandbytes")
+    x = random(32, 96).float()
+    engine = eight_bits()
+    losses = [engine.step([x]).loss for _ in range(5)]
+    state = engine.state_dict()
+    losses += [engine.step([x]).loss for _ in range(5)]
+    assert losses[-1] < 0.8 * losses[0]
+    again = eight_bits()
+    again.load_state_dict(state)
+    assert [again.step([x]).loss for _ in range(5)] == losses[5:]
+    for core in engine._cores.values():
+        held = engine.optimizer.state[core.value]
+        assert held["state1"].dtype == held["state2"].dtype == torch.uint8
+        assert held["state1"].shape == core.value.shape
+
+
+def test_states_of_eight_bits_without_their_package_are_refused_with_a_way_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)  # as if it were not installed
+    with pytest.raises(
+        UsageError, match=r"'adamw8bit' needs the package bitsandbytes.*pip install 'zolr\[quant\]'"
+    ):
+        eight_bits()
+    with pytest.raises(UsageError, match="did you mean 'adamw8bit'"):
+        OptimizerRule("adam8bit")
+
+
+# ---- peers ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_ten_steps_of_galore_are_those_of_galore_torch(optimizer):
+    """Two windows. It takes the vectors of a wide matrix with other signs, which kept moments see: one is left out."""
+    peers = pytest.importorskip("galore_torch")
+    ours, theirs = little(torch.float32), little(torch.float32)
+    method = replace(compose("galore", rank=3, refresh_every=5, optimizer=optimizer))
+    engine = Engine(ours, method, lr=1e-2, loss=loss, select=lambda n, p: n != "down.weight")
+    tall = [p for n, p in theirs.named_parameters() if n in MATRICES and n != "down.weight"]
+    others = [p for n, p in theirs.named_parameters() if n not in MATRICES]
+    groups = [
+        {"params": others},
+        {"params": tall, "rank": 3, "update_proj_gap": 5, "scale": 0.25, "proj_type": "std"},
+    ]
+    if optimizer == "adamw":
+        peer = peers.GaLoreAdamW(groups, lr=1e-2, eps=1e-8, no_deprecation_warning=True)
+    else:
+        settings = {"scale_parameter": False, "relative_step": False}
+        peer = peers.GaLoreAdafactor(groups, lr=1e-2, **settings)
+    for batch in FEW:
+        engine.step([batch])
+        loss(theirs, batch).backward()
+        peer.step()
+        theirs.zero_grad()
+    worst = {
+        n: float((a - b.detach()).abs().max())
+        for (n, b), a in zip(theirs.named_parameters(), weights(engine).values(), strict=True)
+    }
+    assert max(worst.values()) < 1e-4, worst

@@ -86,7 +86,7 @@ class Composition(Settings):
     probes: int | None = flag(None, "Directions a step (zo, fwd).", "Method", shown="the method's")
     eps: float | None = flag(None, "Probe radius (zo).", "Method", shown="measured, or the method's")
     side: str | None = flag(
-        None, "Which side of a matrix is projected: right, left, short.", "Method", shown="the method's"
+        None, "Which side of a matrix is projected: right, left, short, both.", "Method", shown="the method's"
     )
     law: str | None = flag(
         None, "How a probe is drawn: rademacher, gaussian, sphere (zo, fwd).", "Method", shown="the method's"
