@@ -439,6 +439,8 @@ def test_a_lazy_law_draws_the_more_rarely_the_more_alike_its_draws_are():
     assert lazy.gap(2, [0.0, 0.1, 0.9, 0.9]) == 4 and lazy.gap(2, [0.9, 0.9, 0.1, 0.1, 0.1]) == 2
     a, b = (lazy.draw((6, 4), KEY, like=random(1), gradient=random(6, 4, seed=i)) for i in (0, 1))
     assert float(lazy.likeness(a, a)) == pytest.approx(1.0) and 0 <= float(lazy.likeness(a, b)) < 1
+    turned = replace(a, basis=-a.basis)  # the same directions
+    assert float(lazy.likeness(a, turned)) == pytest.approx(1.0)
     for settings in ({"threshold": 0.0}, {"threshold": 1.5}, {"memory": 0}):
         with pytest.raises(UsageError, match="out of range"):
             LazySvd(**settings)

@@ -336,7 +336,7 @@ _ROWS = (
         "average of second moments, and the split of the weight 1/p into a root on each side; a fixed window",
         "unbiased for SGD and momentum, and there for the gradient of the refresh; Adam and Muon lose the inner root "
         "(see the projector); dense gradients as in galore",
-        lr={"fo": 5e-4},
+        lr={"fo": 1e-3},
     ),
     Row(
         "gum",
@@ -360,18 +360,18 @@ _ROWS = (
         "and not a fixed number of layers; rate as in row muon (torch's match_rms_adamw)",
         "in a share q of the windows momentum is as large as the weight; what is unbiased is the gradient that momentum is "
         "fed, not the step; dense gradients as in galore",
-        lr={"fo": 2.5e-4},
+        lr={"fo": 7.5e-4},
     ),
     Row(
         "mofasgd",
         "momentum kept as its leading singular triples, which turn with every gradient",
-        {"fo": Method(Backprop(), Identity(), OptimizerRule("mofasgd"), dense=True)},
+        {"fo": Method(Backprop(), Identity(), OptimizerRule("mofasgd", {"rank": 16}), dense=True)},
         "U diag(s) Vᵀ <- SVD_r(b U diag(s) Vᵀ + U Uᵀ G + G V Vᵀ - U Uᵀ G V Vᵀ), W <- W - lr U Vᵀ",
         "arXiv 2507.08091",
         "paper's step and start (the released code divides by s and starts from the weights: setting released of the "
         "optimizer); rate multiplied by 0.2 sqrt(max(m, n)) as in row muon; embeddings, head and vectors by AdamW",
         "rank is that of the optimizer; dense gradients, one alive at a time; no clipping",
-        lr={"fo": 5e-4},
+        lr={"fo": 1.5e-3},
     ),
     Row(
         "vlorp",
@@ -395,7 +395,7 @@ _ROWS = (
         "one a micro-batch, and always the input side; its best c = 256, r = 1 is for widths of 4096, c r = 32 here is the "
         "budget of row galore",
         "dense gradients as in galore, and two lifts a step; for widths that 16 does not divide, parts are fewer",
-        lr={"fo": 2.5e-4},
+        lr={"fo": 7.5e-4},
     ),
     Row(
         "lomo",
