@@ -39,7 +39,7 @@ from zolr.projectors.gaussian import Gaussian
 from zolr.projectors.identity import Identity
 from zolr.projectors.stiefel import Stiefel
 from zolr.spectra import Spectrum
-from zolr.subspaces import Right, TwoSided
+from zolr.subspaces import Right, TwoSided, Viewed
 from zolr.transports.reset import Reset
 from zolr.variables import Variable, attach, layout
 
@@ -787,8 +787,15 @@ GAUSSIAN_PROBE = {
     "gaussian": M * N + 2 * (M + N + R + 1) / R,
     "two_sided": M * N * (1 + 2 / R**2),
     "identity": M * N + 2,
+    "viewed": M * N
+    + 2 * (M * N + 1 + 1 + 1),  # gaussian on (m n, 1): sixteen parts of a row of eight are eight
 }
-COORDINATES = {**dict.fromkeys((*CLASS, "gaussian"), M * R), "two_sided": R * R, "identity": M * N}
+COORDINATES = {
+    **dict.fromkeys((*CLASS, "gaussian"), M * R),
+    "two_sided": R * R,
+    "identity": M * N,
+    "viewed": M * N,
+}
 
 
 def one_probe(projector: str, law: str) -> float:
@@ -796,12 +803,13 @@ def one_probe(projector: str, law: str) -> float:
     value, d = GAUSSIAN_PROBE[projector], COORDINATES[projector]
     if law == "gaussian":
         return value
-    if law == "sphere" or projector != "gaussian":
+    if law == "sphere" or projector not in ("gaussian", "viewed"):
         return (
             value * d / (d + 2)
         )  # ‖lift(Z)‖² = m n is constant on the Stiefel class, as it is on the sphere
+    m, r = (M * N, 1) if projector == "viewed" else (M, R)
     return (
-        M * N + 2 * (M + R - 1) / R
+        M * N + 2 * (m + r - 1) / r
     )  # Gaussian basis, Rademacher probe: its diagonal terms lose 2 (n + 2) / r
 
 
@@ -819,7 +827,7 @@ def windows(projector: Any, count: int, spectrum: Spectrum | None = None) -> Any
     drawn = [projector.draw((M, N), KEY.fold_in("w", i), like=LIKE, spectrum=spectrum) for i in range(count)]
     if isinstance(drawn[0], TwoSided):
         return torch.stack([s.left for s in drawn]), torch.stack([s.right for s in drawn])
-    if isinstance(drawn[0], Right):
+    if isinstance(drawn[0], Right | Viewed):
         return torch.stack([s.basis for s in drawn])
     return None
 
@@ -831,7 +839,8 @@ def lifted_probes(projector: Any, law: str, count: int, spectrum: Spectrum | Non
         return basis[0] @ directions(law, count, (R, R)) @ basis[1].mT
     if basis is None:
         return directions(law, count, (M, N))
-    return directions(law, count, (M, basis.shape[2])) @ basis.mT
+    rows = M * N // basis.shape[1]  # m, or as many more as a view has parts
+    return (directions(law, count, (rows, basis.shape[2])) @ basis.mT).reshape(count, M, N)
 
 
 def estimates(lifted: Tensor, grad: Tensor = GRAD) -> Tensor:

@@ -418,7 +418,9 @@ def test_every_row_states_what_it_is(name):
 # ---- reductions ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("projector", [name for name in PROJECTORS if name not in ("gaussian", "identity")])
+@pytest.mark.parametrize(
+    "projector", [name for name in PROJECTORS if name not in ("gaussian", "viewed", "identity")]
+)
 @pytest.mark.parametrize("every", [1, 4])
 def test_m1_a_subspace_as_large_as_the_weight_is_plain_sgd(projector, every):
     row = "galore" if PROJECTORS[projector].needs == "gradient" else "stiefel"
@@ -510,7 +512,7 @@ def test_r1_dense_gradients_give_the_same_weights(name):
         method = replace(method, projector=replace(method.projector, rank=4), refresh_every=WINDOW)  # type: ignore[type-var]
     # what is learned has equal eigenvalues, whose vectors rounding decides: the same up to the second window
     windows = 1 if method.projector.learns_from != "nothing" else None
-    for transport in (Keep(), Align()):
+    for transport in (Keep(), Align()) if method.optimizer.degrees else (Keep(),):
         method = replace(method, transport=transport)
         plain, dense = (trained(m, weight_decay=0.1)[:windows] for m in (method, replace(method, dense=True)))
         assert distance(dense, plain) < 1e-12

@@ -7,7 +7,7 @@ draws is compared with its closed form within five standard errors of that mean.
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import cache
-from math import sqrt
+from math import gcd, sqrt
 from typing import Any
 
 import pytest
@@ -23,7 +23,7 @@ from zolr.projectors.dependent import Dependent
 from zolr.projectors.srht import hadamard_columns
 from zolr.projectors.stiefel import Stiefel
 from zolr.spectra import Moments, Sketch, Spectrum, inclusion_probabilities, isotropic, sample
-from zolr.subspaces import Full, Left, Right, Subspace, TwoSided
+from zolr.subspaces import Full, Left, Right, Subspace, TwoSided, Viewed
 
 F64 = torch.float64
 LIKE = torch.zeros(0, dtype=F64)
@@ -46,6 +46,8 @@ SECOND_MOMENT: dict[str, Callable[[int, int, int], float]] = {
     **{name: lambda n, m, r: n / r for name in STIEFEL_CLASS},
     "gaussian": lambda n, m, r: (n + r + 1) / r,
     "two_sided": lambda n, m, r: n / r * (m / min(r, m)),
+    # a Gaussian law of length n / c and its own rank
+    "viewed": lambda n, m, r: 1 + (n // gcd(16, n) + 1) / min(r, n // gcd(16, n)),
     "identity": lambda n, m, r: 1.0,
 }
 
@@ -265,6 +267,9 @@ def test_the_rank_is_capped_at_the_projected_length(name: str) -> None:
         subspace = make(name, rank=rank).draw(shape, KEY, like=LIKE, gradient=random(*shape))
         if isinstance(subspace, TwoSided):
             assert subspace.coords_shape == (min(rank, shape[0]), min(rank, shape[1]))
+        elif isinstance(subspace, Viewed):
+            length = shape[1] // subspace.parts
+            assert subspace.coords_shape == (shape[0] * subspace.parts, min(rank, length))
         else:
             right = isinstance(subspace, Right)
             most = shape[1] if right else shape[0]
@@ -389,7 +394,7 @@ def test_draws_of_different_windows_and_weights_are_independent(name: str) -> No
 
     def unit(i: int, weight: str) -> Tensor:
         subspace = projector.draw((16, n), KEY.fold_in("subspace", i, weight), like=LIKE)
-        basis = subspace.basis if isinstance(subspace, Right) else subspace.right
+        basis = subspace.right if isinstance(subspace, TwoSided) else subspace.basis
         return basis * sqrt(r / n)
 
     draws = torch.stack([unit(i, "w") for i in range(count)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zolr.subspaces import Full, Left, Right, Subspace, TwoSided, rebuild
+from zolr.subspaces import Full, Left, Right, Subspace, TwoSided, Viewed, rebuild
 
 F64 = torch.float64
 # rounding of the longest chain below (a solve of an 8 by 8 Gram matrix) is within 1e3 units of the last place
@@ -32,7 +32,14 @@ KINDS: dict[str, Callable[[int, int, int, int], Subspace]] = {
     "right": lambda m, n, r, seed: Right(random(n, r, seed=seed), m),
     "left": lambda m, n, r, seed: Left(random(m, r, seed=seed), n),
     "two_sided": lambda m, n, r, seed: TwoSided(random(m, r, seed=seed), random(n, r + 1, seed=seed + 1)),
+    "viewed": lambda m, n, r, seed: viewed(m, n, max(1, r // 2), seed),
 }
+
+
+def viewed(m: int, n: int, r: int, seed: int) -> Viewed:
+    """Rows in two or three parts where their length allows it."""
+    parts = next((c for c in (2, 3) if n % c == 0), 1)
+    return Viewed(random(n // parts, r, seed=seed), m, parts)
 
 
 @pytest.fixture(params=KINDS)
@@ -341,6 +348,36 @@ def test_second_moments_reach_directions_orthogonal_to_all_old_ones() -> None:
     assert float(change.coords(coords_of(old)).abs().max()) < 1e-12
 
 
+def test_a_view_changes_as_its_basis_does() -> None:
+    old = viewed(4, 15, 3, 1)
+    assert old.parts == 3 and old.coords_shape == (12, 3)
+    turned = Viewed(old.basis @ random(3, 3, seed=4), 4, 3)
+    change = turned.change_from(old)
+    assert change is not None
+    coords = coords_of(old)
+    torch.testing.assert_close(turned.lift(change.coords(coords)), old.lift(coords), rtol=1e-8, atol=1e-8)
+    grad = old.lift(coords)  # inside the old span
+    torch.testing.assert_close(
+        change.gradients(old.project(grad)), turned.project(grad), rtol=1e-8, atol=1e-8
+    )
+    other = viewed(4, 15, 2, 9)
+    change = other.change_from(old)
+    assert change is not None
+    inner = other.basis @ torch.linalg.pinv(other.basis)  # (5, 5)
+    expected = (grad.reshape(12, 5) @ inner).reshape(4, 15)
+    torch.testing.assert_close(other.lift(change.coords(coords)), expected, rtol=1e-8, atol=1e-8)
+    assert Viewed(random(3, 3), 4, 5).change_from(old) is None  # other parts
+
+
+@pytest.mark.parametrize("kind", ["right", "left", "two_sided", "viewed"])
+def test_what_is_lifted_is_met_again_by_the_new_basis(kind: str) -> None:
+    old, new = KINDS[kind](6, 8, 4, 3), KINDS[kind](6, 8, 2, 40)
+    change = new.change_from(old)
+    assert change is not None
+    coords = coords_of(old)
+    torch.testing.assert_close(change.lifted(coords), new.project(old.lift(coords)), **EXACT)
+
+
 def test_full_changes_into_itself_alone() -> None:
     change = Full((4, 3)).change_from(Full((4, 3)))
     assert change is not None
@@ -381,7 +418,7 @@ def test_a_full_space_has_any_number_of_axes(size: tuple[int, ...]) -> None:
 
 
 def test_an_unknown_kind_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="Diagonal.*Full, Right, Left or TwoSided"):
+    with pytest.raises(ValueError, match="Diagonal.*Full, Right, Left, TwoSided or Viewed"):
         rebuild("Diagonal", {})
 
 

@@ -26,6 +26,8 @@ class Core:
         whole: the coordinates are the weight's whole space in this window (see `residuals.Residual.whole`).
         age: steps of this window so far.
         kept: what the residual keeps from step to step.
+        gap: windows of the method that one of its subspaces lasts (see `projectors.Patient`).
+        likeness: of consecutive subspaces, for a law that asks.
     """
 
     def __init__(self, variable: Variable) -> None:
@@ -37,6 +39,8 @@ class Core:
         self.whole = False
         self.age = 0
         self.kept: State = {}
+        self.gap = 1
+        self.likeness: list[float] = []
 
     @property
     def space(self) -> Subspace | None:
@@ -87,6 +91,8 @@ class Core:
             "whole": self.whole,
             "age": self.age,
             "kept": {name: tensor.clone() for name, tensor in self.kept.items()},
+            "gap": self.gap,
+            "likeness": list(self.likeness),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -97,3 +103,4 @@ class Core:
             self.open(rebuild(state["subspace"], tensors), state["whole"])
         self.window, self.due, self.age = state["window"], state["due"], state["age"]
         self.kept = {name: tensor.to(device, copy=True) for name, tensor in state["kept"].items()}
+        self.gap, self.likeness = state["gap"], list(state["likeness"])

@@ -20,7 +20,7 @@ from zolr.estimators.spsa import Spsa
 from zolr.held import RANK, shapes
 from zolr.keys import Key
 from zolr.methods import Method
-from zolr.projectors import Learner
+from zolr.projectors import Learner, Patient
 from zolr.projectors.identity import Identity
 from zolr.spectra import Moments, Sketch, Spectrum
 from zolr.subspaces import Full, Subspace, rebuild
@@ -330,8 +330,9 @@ class Engine:
 
     def refresh(self) -> None:
         """Fold every window and open the next one; optimizer state goes through the transport."""
+        number = self.step_count // (self.method.refresh_every or 1)
         for core in self._cores.values():
-            core.due = True
+            core.due = core.due or number % core.gap == 0
         for variable in self.variables:
             if variable.is_full:
                 continue
@@ -365,6 +366,10 @@ class Engine:
             spectrum=self._spectra.get(variable.name),
             momentum=None if core.whole else self._first_moment(core.value),
         )
+        projector = self._projector(variable)
+        if isinstance(projector, Patient) and core.subspace is not None:
+            core.likeness.append(float(projector.likeness(core.subspace, new)))
+            core.gap = projector.gap(core.gap, core.likeness)
         whole = self.method.residual.whole(key.fold_in("whole"))
         old, before = core.space, dict(self.optimizer.state.get(core.value, {}))
         with self._transported(variable, old, Full(variable.shape) if whole else new):

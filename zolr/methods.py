@@ -20,21 +20,27 @@ from zolr.projectors.dependent import Dependent
 from zolr.projectors.gaussian import Gaussian
 from zolr.projectors.identity import Identity
 from zolr.projectors.jump import Jump
+from zolr.projectors.plumage import Plumage
 from zolr.projectors.power_iteration import PowerIteration
 from zolr.projectors.stiefel import Stiefel
-from zolr.projectors.svd import Svd
+from zolr.projectors.svd import LazySvd, Svd
 from zolr.projectors.tracking import Tracking
 from zolr.projectors.two_sided import TwoSidedHaar
+from zolr.projectors.viewed import View
 from zolr.projectors.walk import Walk
 from zolr.residuals import RESIDUALS, Residual
+from zolr.residuals.compensate import Compensate
 from zolr.residuals.drop import Drop
 from zolr.residuals.error_feedback import ErrorFeedback
+from zolr.residuals.precondition import Precondition
+from zolr.residuals.projfactor import ProjFactor
 from zolr.residuals.recover import Recover
 from zolr.residuals.replace import Replace
 from zolr.transports import TRANSPORTS, Transport
 from zolr.transports.align import Align
 from zolr.transports.aware import Aware
 from zolr.transports.keep import Keep
+from zolr.transports.reproject import Reproject
 from zolr.transports.reset import Reset
 
 
@@ -148,7 +154,8 @@ class Method:
     @property
     def normalizes(self) -> bool:
         """Whether a step's size does not depend on that of the gradient."""
-        return self.optimizer.normalizes or setting(self.estimator, "normalize", False)
+        own = setting(self.estimator, "normalize", False)
+        return own or self.optimizer.normalizes or self.residual.normalizes
 
 
 @dataclass(frozen=True)
@@ -594,6 +601,139 @@ _ROWS = (
         lr={"fo": 5e-4},
     ),
     Row(
+        "q-galore",
+        "galore that takes the directions of a weight anew the more rarely the less they move",
+        {
+            "fo": Method(
+                Backprop(), LazySvd(rank=32), ADAMW, Keep(), 200, dense=True, scale=0.25, projects="linear"
+            )
+        },
+        "galore; the gap between two draws of a weight doubles when the leading directions of its last 5 draws have a mean "
+        "cosine of at least 0.4",
+        "arXiv 2407.08296",
+        "released code (threshold, queue of 5, doubling, leading direction), but the cosine's absolute value, since the sign "
+        "of a singular vector means nothing; not followed: bases of 4 bits, which are no projection any more (0.16 from "
+        "orthonormal), and weights of 8 bits",
+        "states are float32 unless --optimizer adamw8bit; dense gradients as in galore",
+        lr={"fo": 5e-4},
+    ),
+    Row(
+        "flora",
+        "Adafactor whose momentum lives in a random subspace",
+        {
+            "fo": Method(
+                Backprop(),
+                Gaussian(rank=32, side="short"),
+                OptimizerRule("flora"),
+                Reproject(),
+                200,
+                dense=True,
+                projects="linear",
+                residual=Precondition(),
+            )
+        },
+        "U = G / sqrt(V), V Adafactor's; M <- b M + (1 - b) U P; W <- W - lr s clip((1 - b) U + b M_old Pᵀ), s = max(1e-3, "
+        "rms(W)); at a refresh M <- M P_oldᵀ P_new",
+        "arXiv 2402.03293",
+        "released code (Adafactor before the momentum, this step's update uncompressed, clipping, scale by the weight), but a "
+        "refresh comes before a step, not between the two uses of the momentum in one; bases are kept, not drawn again",
+        "dense gradients as in galore; compressed accumulation is a part of its own",
+        lr={"fo": 1e-3},
+    ),
+    Row(
+        "plumage",
+        "Adam on singular directions of the gradient that are sampled, not cut off",
+        {"fo": Method(Backprop(), Plumage(rank=32), ADAMW, Align(), 200, dense=True, projects="linear")},
+        "P = [v_i / sqrt(p_i)], i in J of size r, p_i = min(1, s_i / lambda), sum p = r; W <- W - lr N(G P) Pᵀ; moments "
+        "realigned when P changes",
+        "arXiv 2505.18313",
+        "abstract and reviews (law, water-filling, fixed-size sampling); inferred: first moments as in LOZO-M; ours: the "
+        "average of second moments, and the split of the weight 1/p into a root on each side; a fixed window",
+        "unbiased for SGD and momentum, and there for the gradient of the refresh; Adam and Muon lose the inner root "
+        "(see the projector); dense gradients as in galore",
+        lr={"fo": 1e-3},
+    ),
+    Row(
+        "gum",
+        "Muon in the leading directions of the gradient, or, by a coin per weight and window, in all that they leave out",
+        {
+            "fo": Method(
+                Backprop(),
+                Svd(rank=32),
+                OptimizerRule("muon", {"nesterov": False}),
+                Reset(),
+                200,
+                dense=True,
+                projects="linear",
+                residual=Compensate(q=0.1),
+            )
+        },
+        "with probability q: M <- b M + (G - P Pᵀ G) / q, W <- W - lr NS(M); else M <- b M + Pᵀ G / (1 - q), "
+        "W <- W - lr P NS(M); the coin is tossed, P taken and M emptied every refresh_every steps",
+        "arXiv 2510.17802",
+        "reviews and a derived sheet (no code was released); inferred: momentum restarts with the window, a coin per weight "
+        "and not a fixed number of layers; rate as in row muon (torch's match_rms_adamw)",
+        "in a share q of the windows momentum is as large as the weight; what is unbiased is the gradient that momentum is "
+        "fed, not the step; dense gradients as in galore",
+        lr={"fo": 7.5e-4},
+    ),
+    Row(
+        "mofasgd",
+        "momentum kept as its leading singular triples, which turn with every gradient",
+        {"fo": Method(Backprop(), Identity(), OptimizerRule("mofasgd", {"rank": 16}), dense=True)},
+        "U diag(s) Vᵀ <- SVD_r(b U diag(s) Vᵀ + U Uᵀ G + G V Vᵀ - U Uᵀ G V Vᵀ), W <- W - lr U Vᵀ",
+        "arXiv 2507.08091",
+        "paper's step and start (the released code divides by s and starts from the weights: setting released of the "
+        "optimizer); rate multiplied by 0.2 sqrt(max(m, n)) as in row muon; embeddings, head and vectors by AdamW",
+        "rank is that of the optimizer; dense gradients, one alive at a time; no clipping",
+        lr={"fo": 1.5e-3},
+    ),
+    Row(
+        "vlorp",
+        "many thin random projections of parts of each row, divided by a factored second moment of what is lifted",
+        {
+            "fo": Method(
+                Backprop(),
+                View(rank=2, granularity=16),
+                OptimizerRule("averaged", {"correct": True}),
+                Keep(),
+                30,
+                dense=True,
+                projects="linear",
+                residual=ProjFactor(),
+            )
+        },
+        "G as (m c, n / c), R = G P, P entries N(0, 1/r); M <- b M + (1 - b) R; V factored from (R Pᵀ)²; "
+        "W <- W - lr (M Pᵀ) / (sqrt(V) + eps)",
+        "arXiv 2505.01744",
+        "released code (bias corrections, eps, M kept as it is when P changes; its factor a cancels), but one P a window, not "
+        "one a micro-batch, and always the input side; its best c = 256, r = 1 is for widths of 4096, c r = 32 here is the "
+        "budget of row galore",
+        "dense gradients as in galore, and two lifts a step; for widths that 16 does not divide, parts are fewer",
+        lr={"fo": 7.5e-4},
+    ),
+    Row(
+        "lomo",
+        "SGD inside the backward pass, one gradient alive",
+        {"fo": Method(Backprop(), Identity(), SGD, dense=True)},
+        "W <- W - lr G, as soon as G is complete",
+        "arXiv 2306.09782",
+        "paper; no loss scaling (there is no float16 gradient to save)",
+        "no clipping by the global norm",
+        lr={"fo": 1e-2},
+    ),
+    Row(
+        "adalomo",
+        "Adafactor without a first moment inside the backward pass, one gradient alive",
+        {"fo": Method(Backprop(), Identity(), OptimizerRule("adalomo"), dense=True)},
+        "V <- (1 - t^-0.8) V + t^-0.8 G² (rows and columns); U = G / sqrt(V), U <- U / max(1, rms(U)); "
+        "W <- W - lr max(1e-3, rms(W)) U",
+        "arXiv 2310.10195",
+        "released code (constants), whose weights of any dtype are moved in float32 as here",
+        "weights that start at zero move by lr / 1000 a step; no clipping by the global norm",
+        lr={"fo": 1e-3},
+    ),
+    Row(
         "sgd",
         "plain SGD by backprop",
         {"fo": Method(Backprop(), Identity(), SGD)},
@@ -729,6 +869,11 @@ def compose(
                     f"estimator '{estimator}' is made of others, which a name does not tell; use method 'zo-hgd'"
                 )
             result = replace(result, estimator=cls(**shared))
+    if optimizer is not None and optimizer != result.optimizer.name:
+        result = replace(result, optimizer=OptimizerRule(optimizer))
+    if rank is not None and result.optimizer.owns_rank and isinstance(result.projector, Identity):
+        settings = {**result.optimizer.settings, "rank": rank}
+        result, rank = replace(result, optimizer=replace(result.optimizer, settings=settings)), None
     result = replace(
         result,
         projector=_with(
@@ -750,8 +895,6 @@ def compose(
             noise=noise,
         ),
     )
-    if optimizer is not None and optimizer != result.optimizer.name:
-        result = replace(result, optimizer=OptimizerRule(optimizer))
     if residual is not None:
         part = _lookup("residual", RESIDUALS, residual)()
         # what needs dense gradients gets them where the paradigm has any; the method refuses it elsewhere

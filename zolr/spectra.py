@@ -29,20 +29,16 @@ def inclusion_probabilities(sigma: Tensor, rank: int) -> Tensor:
     Reference: arXiv 2603.20632 (instance-dependent optimum); arXiv 2505.09647 (minimum-distortion bound).
     """
     root = sigma.detach().double().cpu().clamp_min(0).sqrt()
-    support = int((root > 0).sum())
-    if support <= rank:
-        return (root > 0).double()
     s, order = root.sort(descending=True)
     suffix = s.flip(0).cumsum(0).flip(0)  # (n,): sum of s from i on
     places = torch.arange(len(s))
     # fix pi = 1 while the next root is at least its share of what is left: s[t] (rank - t) >= sum_{i >= t} s[i]
     full = (s * (rank - places) >= suffix) & (places < rank)
-    tau = int(full.long().cumprod(0).sum())
-    pi = torch.ones_like(s)
-    pi[tau:] = (rank - tau) * s[tau:] / suffix[tau]
-    result = torch.empty_like(pi)
-    result[order] = pi.clamp_max(1.0)
-    return result
+    # no number is read from a tensor, so that this runs in the middle of a backward pass under fake tensors too
+    tau = full.long().cumprod(0).sum()
+    left = suffix.gather(0, tau.clamp_max(len(s) - 1).reshape(1)).clamp_min(torch.finfo(s.dtype).tiny)
+    pi = torch.where(places < tau, 1.0, (rank - tau) * s / left).clamp_max(1.0) * (s > 0)
+    return torch.empty_like(pi).scatter_(0, order, pi)
 
 
 def mixed_probabilities(sigma: Tensor, rank: int, alpha: float) -> Tensor:

@@ -34,15 +34,19 @@ class Change:
             squared cosines, so that the mass of a moment is not lost between unrelated subspaces.
         variances: of the variances of gradients whose coordinates are uncorrelated, by the squares of the map of
             `gradients`; between unrelated subspaces most of their mass is lost.
+        lifted: of what stands for a whole gradient by its lift: `C_old -> project_new(lift_old(C_old))`. The same as
+            `gradients` where columns are orthonormal; for bases that are unbiased instead (`E[P Pᵀ] = I`) it keeps the
+            mean of the lift over the new basis, where `gradients` would shrink it by `r / n`.
 
-    Reference: PLUMAGE arXiv 2505.18313, LOZO (gradients), LDAdam arXiv 2410.16103 (variances); the average of squares
-    is ours.
+    Reference: PLUMAGE arXiv 2505.18313, LOZO (gradients), LDAdam arXiv 2410.16103 (variances), FLORA arXiv 2402.03293
+    (lifted); the average of squares is ours.
     """
 
     coords: Callable[[Tensor], Tensor]
     gradients: Callable[[Tensor], Tensor]
     squares: Callable[[Tensor], Tensor]
     variances: Callable[[Tensor], Tensor]
+    lifted: Callable[[Tensor], Tensor]
 
 
 class Subspace(ABC):
@@ -132,7 +136,7 @@ class Full(Subspace):
 
     def change_from(self, old: Subspace) -> Change | None:
         same = isinstance(old, Full) and old.size == self.size
-        return Change(*[lambda x: x] * 4) if same else None
+        return Change(*[lambda x: x] * 5) if same else None
 
     def tensors(self) -> dict[str, Tensor]:
         return {"size": torch.tensor(self.size)}
@@ -224,6 +228,7 @@ class Right(Subspace):
             gradients=lambda g: g @ turn,
             squares=lambda v: v @ squares,
             variances=lambda v: v @ turn.square(),
+            lifted=lambda c: c @ (old.basis.mT @ self.basis).to(c),
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -281,6 +286,7 @@ class Left(Subspace):
             gradients=lambda g: turn.mT @ g,
             squares=lambda v: squares.mT @ v,
             variances=lambda v: turn.mT.square() @ v,
+            lifted=lambda c: (self.basis.mT @ old.basis).to(c) @ c,
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -339,10 +345,77 @@ class TwoSided(Subspace):
             gradients=lambda g: left_turn.mT @ g @ right_turn,
             squares=lambda v: left_squares.mT @ v @ right_squares,
             variances=lambda v: left_turn.mT.square() @ v @ right_turn.square(),
+            lifted=lambda c: (self.left.mT @ old.left).to(c) @ c @ (old.right.mT @ self.right).to(c),
         )
 
     def tensors(self) -> dict[str, Tensor]:
         return {"left": self.left, "right": self.right}
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Viewed(Subspace):
+    """Input side of the weight seen as `(m c, n / c)`, each row cut into c parts: `lift(B) = (B Pᵀ) as (m, n)`.
+
+    One short basis serves every part, so coordinates can be many and thin: `(m c, r)` numbers, a budget of `c r` a row.
+
+    Args:
+        basis: `P (n / c, r)`.
+        m: rows of the weight.
+        parts: c.
+    """
+
+    basis: Tensor
+    m: int
+    parts: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.m, self.basis.shape[0] * self.parts)
+
+    @property
+    def coords_shape(self) -> tuple[int, ...]:
+        return (self.m * self.parts, self.basis.shape[1])
+
+    def project(self, grad: Tensor) -> Tensor:
+        return grad.reshape(self.m * self.parts, -1) @ self.basis
+
+    def lift(self, coords: Tensor, rows: Rows = slice(None)) -> Tensor:
+        picked = self.by_row(coords)[rows]  # (k, c, r)
+        return (picked.flatten(0, 1) @ self.basis.mT).reshape(picked.shape[0], self.shape[1])
+
+    def apply(self, x: Tensor, coords: Tensor) -> Tensor:
+        seen, right = self.factors(x, coords)
+        return seen @ right
+
+    def outer(self, coords: Tensor, rows: Rows = slice(None)) -> tuple[Tensor, Tensor]:
+        # the right factor is one block P' a part: thin only where c r is below n
+        eye = torch.eye(self.parts, dtype=self.basis.dtype, device=self.basis.device)
+        return self.by_row(coords)[rows].flatten(1), torch.kron(eye, self.basis.mT.contiguous())
+
+    def factors(self, x: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:
+        seen = x.unflatten(-1, (self.parts, self.basis.shape[0])) @ self.basis  # (..., c, r)
+        return seen.flatten(-2), self.by_row(coords).flatten(1).mT
+
+    def by_row(self, coords: Tensor) -> Tensor:
+        """`(m c, r) -> (m, c, r)`: the coordinates of each row of the weight."""
+        return coords.unflatten(0, (self.m, self.parts))
+
+    @cached_property
+    def parted(self) -> Right:
+        """The subspace of the weight as it is seen."""
+        return Right(self.basis, self.m * self.parts)
+
+    def dual(self, coords: Tensor) -> Tensor:
+        return self.parted.dual(coords)
+
+    def change_from(self, old: Subspace) -> Change | None:
+        if not isinstance(old, Viewed) or old.shape != self.shape or old.parts != self.parts:
+            return None
+        return self.parted.change_from(old.parted)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"basis": self.basis, "m": torch.tensor(self.m), "parts": torch.tensor(self.parts)}
 
 
 def rebuild(kind: str, tensors: dict[str, Tensor]) -> Subspace:
@@ -359,4 +432,6 @@ def rebuild(kind: str, tensors: dict[str, Tensor]) -> Subspace:
         return Left(tensors["basis"], int(tensors["n"]))
     if kind == "TwoSided":
         return TwoSided(tensors["left"], tensors["right"])
-    raise ValueError(f"'{kind}' is no kind of subspace; use Full, Right, Left or TwoSided")
+    if kind == "Viewed":
+        return Viewed(tensors["basis"], int(tensors["m"]), int(tensors["parts"]))
+    raise ValueError(f"'{kind}' is no kind of subspace; use Full, Right, Left, TwoSided or Viewed")

@@ -7,7 +7,7 @@ written between folds.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, partial
 from types import MethodType
 from typing import Any, Literal
@@ -30,7 +30,7 @@ from zolr.held import (
 )
 from zolr.keys import Key
 from zolr.probes import Layout, Space, row_blocks
-from zolr.subspaces import Full, Left, Right, Subspace, TwoSided
+from zolr.subspaces import Full, Left, Right, Subspace, TwoSided, Viewed
 
 Realization = Literal["auto", "side", "rebuild", "inplace"]
 REALIZATIONS = ("auto", "side", "rebuild", "inplace")
@@ -225,6 +225,9 @@ class Variable:
             return subspace
         for name, tensor in after.items():
             before[name].copy_(tensor)
+        loose: Any = old
+        for name in set(vars(loose)) - {f.name for f in fields(loose)}:
+            del loose.__dict__[name]  # what was worked out from the basis before
         return old
 
     @contextmanager
@@ -242,7 +245,7 @@ class Variable:
 
     def without_frozen_row(self, subspace: Subspace) -> Subspace:
         """A basis of rows must not reach the padding row."""
-        if self.frozen_row is None or isinstance(subspace, Full | Right):
+        if self.frozen_row is None or isinstance(subspace, Full | Right | Viewed):
             return subspace
         basis = subspace.basis if isinstance(subspace, Left) else subspace.left  # type: ignore[union-attr]
         basis = basis.clone()
@@ -254,10 +257,11 @@ class Variable:
 
     def mask(self, coords: Tensor) -> Tensor:
         """Coordinates (a gradient or a shift) that leave the padding row of an embedding alone."""
-        if self.frozen_row is None or not isinstance(self.subspace, Full | Right):
+        if self.frozen_row is None or not isinstance(self.subspace, Full | Right | Viewed):
             return coords
         coords = coords.clone()
-        coords[..., self.frozen_row, :] = 0
+        parts = self.subspace.parts if isinstance(self.subspace, Viewed) else 1
+        coords[..., self.frozen_row * parts : (self.frozen_row + 1) * parts, :] = 0
         return coords
 
     @torch.no_grad()
@@ -287,7 +291,7 @@ class Variable:
         wide = torch.float64 if exact else self.dtype
         coords = self.value.data.to(wide)
         for rows in row_blocks(self.shape):
-            block = weight[rows].to(wide) * self.decay
+            block = (weight[rows].to(wide) * self.decay).contiguous()  # Conv1D's are not
             if exact:
                 _add_in_rank_order(block, self.subspace, coords, rows)
             else:
@@ -474,6 +478,8 @@ def _widened(subspace: Subspace, dtype: torch.dtype) -> Subspace:
         return Left(subspace.basis.to(dtype), subspace.n)
     if isinstance(subspace, TwoSided):
         return TwoSided(subspace.left.to(dtype), subspace.right.to(dtype))
+    if isinstance(subspace, Viewed):
+        return Viewed(subspace.basis.to(dtype), subspace.m, subspace.parts)
     return subspace
 
 
@@ -494,9 +500,13 @@ def _add_in_rank_order(block: Tensor, subspace: Subspace, coords: Tensor, rows: 
         left, right = subspace.left[rows].to(coords.dtype), inner
     elif isinstance(subspace, Right):
         left, right = coords[rows], subspace.basis.to(coords.dtype).mT
+    elif isinstance(subspace, Viewed):
+        left, right = subspace.by_row(coords)[rows].flatten(0, 1), subspace.basis.to(coords.dtype).mT
     else:
         assert isinstance(subspace, Left)
         left, right = subspace.basis[rows].to(coords.dtype), coords
+    if isinstance(subspace, Viewed):
+        block = block.view(-1, right.shape[1])
     for j in range(left.shape[1]):
         block.addcmul_(left[:, j : j + 1], right[j])
 

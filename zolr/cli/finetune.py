@@ -43,7 +43,10 @@ DEFAULTS = {
 }
 
 # Learning rate where neither the user nor the method's row has one for this optimizer (zo: the engine measures one)
-LEARNING_RATES = {"sgd": 1e-2, "momentum": 1e-2, "adamw": 2.5e-4, "adafactor": 2.5e-4, "muon": 2.5e-4}
+LEARNING_RATES = {
+    **{"sgd": 1e-2, "momentum": 1e-2, "averaged": 1e-2, "adamw": 2.5e-4, "adafactor": 2.5e-4, "muon": 2.5e-4},
+    **{"adalomo": 1e-3, "flora": 1e-3, "mofasgd": 5e-4},
+}
 OTHER_OPTIMIZER = 2.5e-4
 
 # settings that replace a part of the method's row, under the names that `methods.compose` has for them
@@ -92,7 +95,7 @@ class Composition(Settings):
     probes: int | None = flag(None, "Directions a step (zo, fwd).", "Method", shown="the method's")
     eps: float | None = flag(None, "Probe radius (zo).", "Method", shown="measured, or the method's")
     side: str | None = flag(
-        None, "Which side of a matrix is projected: right, left, short.", "Method", shown="the method's"
+        None, "Which side of a matrix is projected: right, left, short, both.", "Method", shown="the method's"
     )
     law: str | None = flag(
         None, "How a probe is drawn: rademacher, gaussian, sphere (zo, fwd).", "Method", shown="the method's"

@@ -353,7 +353,7 @@ def fitted(rate: float, method: Method, width: int) -> float:
     Steps of a rule that divides by the size of the gradient (Adam) change the output of a linear map in proportion to its
     inputs, so the rate goes with `1 / width` (Yang et al., Tensor Programs V, arXiv 2203.03466).
     """
-    scales = method.paradigm == "fo" and method.optimizer.normalizes
+    scales = method.paradigm == "fo" and method.normalizes
     return rate * REFERENCE_WIDTH / width if scales else rate
 
 

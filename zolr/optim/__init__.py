@@ -3,13 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
 
 from zolr.errors import UsageError
+from zolr.optim.averaged import Averaged
 from zolr.optim.by_shape import ByShape
+from zolr.optim.factored import Factored
+from zolr.optim.mofasgd import MomentumFactorizedSgd
 
 ADAM_DEGREES = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 
@@ -27,8 +31,8 @@ class OptimizerRule:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.name not in OPTIMIZERS and not _is_torch_class(self.name):
-            close = get_close_matches(self.name, OPTIMIZERS, n=1, cutoff=0.4)
+        if self.name not in (*OPTIMIZERS, *PACKAGED) and not _is_torch_class(self.name):
+            close = get_close_matches(self.name, (*OPTIMIZERS, *PACKAGED), n=1, cutoff=0.4)
             hint = f"did you mean '{close[0]}'? " if close else ""
             raise UsageError(
                 f"optimizer '{self.name}' is not known; {hint}use one of {', '.join(OPTIMIZERS)}, or a class of torch.optim"
@@ -42,13 +46,19 @@ class OptimizerRule:
     @property
     def normalizes(self) -> bool:
         """Whether a step's size does not depend on that of the gradient."""
-        return self.name not in ("sgd", "momentum", "SGD")
+        return OPTIMIZERS[self.name].normalizes if self.name in OPTIMIZERS else self.name != "SGD"
 
     @property
     def has_momentum(self) -> bool:
         """Whether plain steps go on in the direction of earlier ones."""
         known = OPTIMIZERS[self.name].settings if self.name in OPTIMIZERS else {}
-        return not self.normalizes and bool({**known, **self.settings}.get("momentum", 0))
+        settings = {**known, **self.settings}
+        return not self.normalizes and bool(settings.get("momentum", 0) or settings.get("beta", 0))
+
+    @property
+    def owns_rank(self) -> bool:
+        """Whether the rule has subspaces of its own, whose rank is a setting of it."""
+        return self.name in OPTIMIZERS and "rank" in OPTIMIZERS[self.name].settings
 
     def build(
         self, values: Sequence[nn.Parameter], lr: float, tables: Sequence[nn.Parameter] = ()
@@ -60,7 +70,7 @@ class OptimizerRule:
                 one by one: a rule that moves a matrix as a whole (Muon) leaves them to AdamW (Jordan et al. 2024).
         """
         if self.name not in OPTIMIZERS:
-            cls = getattr(torch.optim, self.name)
+            cls = _packaged(self.name) if self.name in PACKAGED else getattr(torch.optim, self.name)
             return _construct(cls, values, lr, dict(self.settings))
         entry = OPTIMIZERS[self.name]
         settings = {**entry.settings, **self.settings}
@@ -71,7 +81,7 @@ class OptimizerRule:
         vectors = [v for v in values if v.dim() != 2]
         inner = [_construct(entry.cls, matrices, lr, settings)] if matrices else []
         if vectors:
-            inner.append(_construct(entry.matrices_only, vectors, lr, {"fused": True}))
+            inner.append(_construct(entry.matrices_only, vectors, lr, dict(entry.vectors)))
         if apart:
             inner.append(_construct(entry.matrices_only, tables, lr, dict(entry.tables)))
         return inner[0] if len(inner) == 1 else ByShape(inner)
@@ -87,6 +97,8 @@ class Entry:
         degrees: homogeneity of each state tensor in the gradient; None refuses transport 'align'.
         matrices_only: class that takes all tensors but matrices between hidden states, for a rule that refuses them.
         tables: its settings for embeddings and heads.
+        vectors: its settings for everything else.
+        normalizes: a step's size does not depend on that of the gradient.
     """
 
     cls: type[torch.optim.Optimizer]
@@ -94,14 +106,36 @@ class Entry:
     degrees: Mapping[str, int] | None = None
     matrices_only: type[torch.optim.Optimizer] | None = None
     tables: Mapping[str, Any] = field(default_factory=dict)
+    vectors: Mapping[str, Any] = field(default_factory=dict)
+    normalizes: bool = True
 
 
+_MEAN = {"step": 0, "exp_avg": 1}
+FUSED = {"fused": True}
+_ADAFACTOR = {"beta": 0.9, "scaled": True}
 OPTIMIZERS: dict[str, Entry] = {
-    "sgd": Entry(torch.optim.SGD, degrees={"momentum_buffer": 1}),
-    "momentum": Entry(torch.optim.SGD, {"momentum": 0.9, "dampening": 0.9}, {"momentum_buffer": 1}),
+    "sgd": Entry(torch.optim.SGD, degrees={"momentum_buffer": 1}, normalizes=False),
+    "momentum": Entry(
+        torch.optim.SGD, {"momentum": 0.9, "dampening": 0.9}, {"momentum_buffer": 1}, normalizes=False
+    ),
     # fused: one kernel, and no temporaries as large as all values together, which foreach has
-    "adamw": Entry(torch.optim.AdamW, {"fused": True}, ADAM_DEGREES),
-    "adafactor": Entry(torch.optim.Adafactor, {}, None),
+    "adamw": Entry(torch.optim.AdamW, FUSED, ADAM_DEGREES),
+    # torch's own scales by the size of the parameter, which is zero where coordinates begin
+    "adafactor": Entry(Factored),
+    "adalomo": Entry(Factored, {"scaled": True}),
+    "averaged": Entry(
+        Averaged, {"beta": 0.9}, {**_MEAN, **ADAM_DEGREES}, matrices_only=torch.optim.AdamW, normalizes=False
+    ),
+    # a mean of what was divided before it came here (residual `precondition`); all else by Adafactor itself
+    "flora": Entry(
+        Averaged, {"beta": 0.9}, _MEAN, matrices_only=Factored, tables=_ADAFACTOR, vectors=_ADAFACTOR
+    ),
+    "mofasgd": Entry(
+        MomentumFactorizedSgd,
+        {"rank": 16},
+        matrices_only=torch.optim.AdamW,
+        tables={"betas": (0.9, 0.95)},
+    ),
     "muon": Entry(
         torch.optim.Muon,
         {"adjust_lr_fn": "match_rms_adamw"},
@@ -111,7 +145,21 @@ OPTIMIZERS: dict[str, Entry] = {
     ),
 }
 
+PACKAGED: dict[str, tuple[str, str]] = {"adamw8bit": ("bitsandbytes.optim", "AdamW8bit")}
+"""Rules of packages that a run needs only if it asks for them, by module and class (extra 'quant')."""
+
 _REFUSED = {"LBFGS": "it needs several evaluations a step", "SparseAdam": "it needs sparse gradients"}
+
+
+def _packaged(name: str) -> type[torch.optim.Optimizer]:
+    module, cls = PACKAGED[name]
+    try:
+        return getattr(import_module(module), cls)
+    except ImportError as error:
+        raise UsageError(
+            f"optimizer '{name}' needs the package {module.split('.')[0]} ({error}); pip install 'zolr[quant]', or use "
+            "optimizer 'adamw'"
+        ) from error
 
 
 def _is_torch_class(name: str) -> bool:

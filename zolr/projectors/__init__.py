@@ -4,6 +4,8 @@ Convention: a projector is scaled so that `E[lift(project(G))] = c G` with `c = 
 mean the same thing in every subspace and at every rank.
 """
 
+from collections.abc import Sequence
+from math import sqrt
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from zolr.errors import UsageError
 from zolr.keys import Key
 from zolr.probes import one_thread
-from zolr.spectra import Moments, Spectrum
+from zolr.spectra import Moments, Spectrum, inclusion_probabilities, picked, sample
 from zolr.subspaces import Left, Right, Subspace
 
 Side = Literal["right", "left", "short"]
@@ -88,6 +90,23 @@ class Fixed:
     def eigenpairs(self) -> int:
         """None."""
         return 0
+
+
+class Patient(Fixed):
+    """A law that is asked again the later, the more alike its draws for one weight are."""
+
+    def likeness(self, before: Subspace, after: Subspace) -> Tensor:
+        """How alike two draws are, shape (), 1 for the same."""
+        raise NotImplementedError
+
+    def gap(self, gap: int, seen: Sequence[float]) -> int:
+        """Windows of a method that one draw lasts.
+
+        Args:
+            gap: the same before the last draw.
+            seen: likeness of consecutive draws so far, the last one last.
+        """
+        raise NotImplementedError
 
 
 def check_rank(rank: int, c: float = 1.0) -> None:
@@ -195,17 +214,58 @@ def geodesic(basis: Tensor, u: Tensor, angles: Tensor, v: Tensor) -> Tensor:
     return basis + (basis @ v * (angles.cos() - 1) + u * angles.sin()) @ v.mT
 
 
+def gaussian_basis(length: int, rank: int, key: Key, like: Tensor, c: float = 1.0) -> Tensor:
+    """`(length, rank)` of independent `N(0, c / rank)` entries, drawn on the host: `E[P Pᵀ] = c I`."""
+    return (key.normal((length, rank)).to(working_dtype(like)) * sqrt(c / rank)).to(like)
+
+
+def sampled(
+    spectrum: Spectrum, rank: int, key: Key, like: Tensor, *, alpha: float = 0.0, c: float = 1.0
+) -> Tensor:
+    """`[ sqrt(c / pi_i) q_i ]`, `(n, r)`, for a set of r directions drawn with water-filled marginals pi.
+
+    Args:
+        spectrum: directions with a name and an eigenvalue each; all others share one, and are drawn Haar-uniformly.
+        alpha: share of the uniform law in pi; where fewer than r directions carry anything, the others share the rest.
+    """
+    n, named = spectrum.vectors.shape
+    if not alpha and not spectrum.rest:
+        n = named  # nothing else is ever drawn
+    sigma = torch.cat((spectrum.values, torch.full((n - named,), spectrum.rest, dtype=torch.float64)))
+    pi = inclusion_probabilities(sigma, rank)
+    spare = rank - float(pi.sum())
+    if spare > 0.5:  # fewer directions carry anything than may be drawn: spend the others uniformly
+        free = pi == 0
+        pi = torch.where(free, spare / free.sum(), pi)
+    pi = (1 - alpha) * pi + alpha * rank / n
+    drawn = sample(pi, key.fold_in("sample"), rank)
+    count = rank if named == n else int((drawn < named).sum())
+    chosen = picked(drawn, drawn < named, count)
+    vectors = spectrum.vectors.cpu().to(working_dtype(like))  # (n, k)
+    columns = [vectors[:, chosen] * (c / pi[chosen]).sqrt().to(vectors)]
+    others = rank - count
+    if others:
+        gauss = key.fold_in("rest").normal((len(vectors), others)).to(vectors)
+        gauss = gauss - vectors @ (vectors.mT @ gauss)
+        # twice is enough for full precision
+        complement = orthonormal(gauss - vectors @ (vectors.mT @ gauss))
+        columns.append(complement * sqrt(c / float(pi[named])))
+    return torch.cat(columns, dim=1).to(like)
+
+
 from zolr.projectors.coordinate import Coordinate  # noqa: E402  (the files obey the protocol above)
 from zolr.projectors.dependent import Dependent  # noqa: E402
 from zolr.projectors.gaussian import Gaussian  # noqa: E402
 from zolr.projectors.identity import Identity  # noqa: E402
 from zolr.projectors.jump import Jump  # noqa: E402
+from zolr.projectors.plumage import Plumage  # noqa: E402
 from zolr.projectors.power_iteration import PowerIteration  # noqa: E402
 from zolr.projectors.srht import Srht  # noqa: E402
 from zolr.projectors.stiefel import Stiefel  # noqa: E402
-from zolr.projectors.svd import Svd  # noqa: E402
+from zolr.projectors.svd import LazySvd, Svd  # noqa: E402
 from zolr.projectors.tracking import Tracking  # noqa: E402
 from zolr.projectors.two_sided import TwoSidedHaar  # noqa: E402
+from zolr.projectors.viewed import View  # noqa: E402
 from zolr.projectors.walk import Walk  # noqa: E402
 
 PROJECTORS: dict[str, type] = {
@@ -220,5 +280,8 @@ PROJECTORS: dict[str, type] = {
     "tracking": Tracking,
     "walk": Walk,
     "jump": Jump,
+    "lazy_svd": LazySvd,
+    "plumage": Plumage,
+    "viewed": View,
     "identity": Identity,
 }

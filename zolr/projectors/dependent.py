@@ -17,11 +17,10 @@ from zolr.projectors import (
     check_side,
     haar,
     one_sided,
-    orthonormal,
     projected_length,
-    working_dtype,
+    sampled,
 )
-from zolr.spectra import Moments, Spectrum, isotropic, mixed_probabilities, picked, sample
+from zolr.spectra import Moments, Spectrum, isotropic
 from zolr.subspaces import Left, Right, Subspace
 
 
@@ -112,23 +111,7 @@ class Dependent:
         r = min(self.rank, n)
         if spectrum is None:
             return one_sided(self.side, shape, (haar(n, r, key, like) * sqrt(self.c * n / r)).to(like))
-        named = spectrum.values.shape[0]
-        sigma = torch.cat((spectrum.values, torch.full((n - named,), spectrum.rest, dtype=torch.float64)))
-        pi = mixed_probabilities(sigma, r, self.alpha)
-        drawn = sample(pi, key.fold_in("sample"), r)
-        count = r if named == n else int((drawn < named).sum())
-        chosen = picked(drawn, drawn < named, count)
-        vectors = spectrum.vectors.cpu().to(working_dtype(like))  # (n, k)
-        columns = [vectors[:, chosen] * (self.c / pi[chosen]).sqrt().to(vectors)]
-        others = r - count
-        if others:
-            gauss = key.fold_in("rest").normal((n, others)).to(vectors)
-            gauss = gauss - vectors @ (vectors.mT @ gauss)
-            complement = orthonormal(
-                gauss - vectors @ (vectors.mT @ gauss)
-            )  # twice is enough for full precision
-            columns.append(complement * sqrt(self.c / float(pi[named])))
-        return one_sided(self.side, shape, torch.cat(columns, dim=1).to(like))
+        return one_sided(self.side, shape, sampled(spectrum, r, key, like, alpha=self.alpha, c=self.c))
 
     def observe(self, subspace: Subspace, moments: Moments | None, grad: Tensor) -> Moments:
         """Add one gradient in the coordinates to the window's moments."""

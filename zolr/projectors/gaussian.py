@@ -1,13 +1,20 @@
 """Independent Gaussian entries: the law of FLORA, RSO and LOZO."""
 
 from dataclasses import dataclass
-from math import sqrt
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from zolr.keys import Key
-from zolr.projectors import Fixed, Side, check_rank, check_side, one_sided, projected_length, working_dtype
+from zolr.projectors import (
+    Fixed,
+    Side,
+    check_rank,
+    check_side,
+    gaussian_basis,
+    one_sided,
+    projected_length,
+)
 from zolr.subspaces import Subspace
 
 
@@ -42,7 +49,4 @@ class Gaussian(Fixed):
     def draw(self, shape: tuple[int, ...], key: Key, *, like: Tensor, **_: Any) -> Subspace:
         """Draw the subspace of one weight."""
         n = projected_length(self.side, shape)
-        r = min(self.rank, n)
-        return one_sided(
-            self.side, shape, (key.normal((n, r)).to(working_dtype(like)) * sqrt(self.c / r)).to(like)
-        )
+        return one_sided(self.side, shape, gaussian_basis(n, min(self.rank, n), key, like, self.c))

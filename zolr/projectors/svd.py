@@ -1,14 +1,26 @@
 """The leading singular directions of a gradient."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from zolr.errors import UsageError
 from zolr.keys import Key
-from zolr.projectors import Fixed, Side, check_rank, check_side, leading, one_sided, oriented
-from zolr.subspaces import Subspace
+from zolr.probes import one_thread
+from zolr.projectors import (
+    Fixed,
+    Patient,
+    Side,
+    check_rank,
+    check_side,
+    is_right,
+    one_sided,
+    working_dtype,
+)
+from zolr.subspaces import Left, Right, Subspace, TwoSided
 
 
 @dataclass(frozen=True)
@@ -20,7 +32,8 @@ class Svd(Fixed):
 
     Args:
         rank: r, at least 1; capped at the shorter side.
-        side: "right" (input side), "left" (output side), or "short" (the smaller one, as published).
+        side: "right" (input side), "left" (output side), "short" (the smaller one, as published), or "both": `Uᵀ G V`
+            with the leading vectors of both sides, r² coordinates (the "full" of the released code).
 
     Raises:
         UsageError: rank below 1, or an unknown side.
@@ -35,13 +48,14 @@ class Svd(Fixed):
     """
 
     rank: int = 8
-    side: Side = "short"
+    side: Side | Literal["both"] = "short"
     needs: ClassVar[Literal["nothing", "gradient"]] = "gradient"
     unbiased: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_rank(self.rank)
-        check_side(self.side)
+        if self.side != "both":
+            check_side(self.side)
 
     def draw(
         self, shape: tuple[int, ...], key: Key, *, like: Tensor, gradient: Tensor | None = None, **_: Any
@@ -55,4 +69,64 @@ class Svd(Fixed):
             raise UsageError(
                 "projector 'svd' needs a dense gradient to draw from; use a dense method such as 'galore'"
             )
-        return one_sided(self.side, shape, leading(oriented(self.side, gradient, like), self.rank).to(like))
+        # so turned that the projected side comes last: a weight and its transpose get the same numbers
+        turned = not is_right("short" if self.side == "both" else self.side, shape)
+        oriented = (gradient.mT if turned else gradient).to(working_dtype(like))
+        with one_thread():
+            other, _, vectors = torch.linalg.svd(oriented, full_matrices=False)  # (l, s), (s,), (s, n)
+        basis = _leading(vectors.mT, self.rank, like)
+        if self.side != "both":
+            return one_sided(self.side, shape, basis)
+        opposite = _leading(other, self.rank, like)
+        return TwoSided(basis, opposite) if turned else TwoSided(opposite, basis)
+
+
+def _leading(vectors: Tensor, rank: int, like: Tensor) -> Tensor:
+    """A copy, or the whole of the factor would live as long as the basis; contiguous, as it comes back from a file."""
+    return vectors[:, :rank].to(like).clone(memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True)
+class LazySvd(Svd, Patient):
+    """`svd` for each weight at its own pace: the gap between its draws doubles whenever the last ones were alike.
+
+    Alike is the absolute cosine of the leading directions of consecutive draws; the gap doubles at a draw when the mean of
+    the last `memory` cosines is at least `threshold`.
+
+    Args:
+        threshold: in (0, 1].
+        memory: number of cosines that are averaged, at least 1; before that many were seen, the gap stays.
+
+    Raises:
+        UsageError: a setting out of range.
+
+    Reference: Q-GaLore arXiv 2407.08296.
+    """
+
+    threshold: float = 0.4
+    memory: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.threshold <= 1 or self.memory < 1:
+            raise UsageError(
+                f"threshold = {self.threshold}, memory = {self.memory} are out of range; use a threshold in (0, 1] and a "
+                "memory of at least 1"
+            )
+
+    def likeness(self, before: Subspace, after: Subspace) -> Tensor:
+        """Absolute cosine of the leading directions; the sign of a singular vector means nothing."""
+        return torch.linalg.vecdot(_first(before), _first(after)).abs()
+
+    def gap(self, gap: int, seen: Sequence[float]) -> int:
+        """Twice as long where the last draws were alike."""
+        last = seen[-self.memory :]
+        alike = len(last) == self.memory and sum(last) / self.memory >= self.threshold
+        return 2 * gap if alike else gap
+
+
+def _first(subspace: Subspace) -> Tensor:
+    if isinstance(subspace, TwoSided):
+        return subspace.right[:, 0]
+    assert isinstance(subspace, Left | Right)  # the kinds that `svd` draws
+    return subspace.basis[:, 0]

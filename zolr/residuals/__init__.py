@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zolr.errors import UsageError
 from zolr.keys import Key
-from zolr.subspaces import Full, Subspace
+from zolr.subspaces import Full, Subspace, Viewed
 
 State = dict[str, Tensor]
 Step = Callable[[Tensor], Tensor]
@@ -45,6 +45,7 @@ class Residual(Protocol):
 
     dense: ClassVar[bool]  # whether it means anything only where gradients are dense
     reads_moments: ClassVar[bool]  # whether it must know the optimizer's state by name
+    normalizes: ClassVar[bool]  # whether it makes the size of a step independent of that of the gradient
 
     def whole(self, key: Key) -> bool:
         """Whether the optimizer has the whole space instead of the subspace in the window of that name."""
@@ -83,6 +84,7 @@ class Plain:
 
     dense: ClassVar[bool] = True
     reads_moments: ClassVar[bool] = False
+    normalizes: ClassVar[bool] = False
 
     def whole(self, key: Key) -> bool:
         """Never."""
@@ -171,12 +173,19 @@ def add_lifted(weight: Tensor, subspace: Subspace, coords: Tensor, factor: float
     """`weight += factor * lift(coords)`, with no second matrix of that size where the lift is a thin product."""
     if isinstance(subspace, Full):
         weight.add_(coords, alpha=factor)
+    elif isinstance(subspace, Viewed) and weight.is_contiguous():
+        weight.view(-1, subspace.basis.shape[0]).addmm_(coords, subspace.basis.mT, alpha=factor)
+    elif isinstance(subspace, Viewed):
+        weight.add_(subspace.lift(coords), alpha=factor)
     else:
         weight.addmm_(*subspace.outer(coords), alpha=factor)
 
 
-from zolr.residuals.drop import Drop  # noqa: E402  (the files obey the protocol above)
+from zolr.residuals.compensate import Compensate  # noqa: E402  (the files obey the protocol above)
+from zolr.residuals.drop import Drop  # noqa: E402
 from zolr.residuals.error_feedback import ErrorFeedback  # noqa: E402
+from zolr.residuals.precondition import Precondition  # noqa: E402
+from zolr.residuals.projfactor import ProjFactor  # noqa: E402
 from zolr.residuals.recover import Recover  # noqa: E402
 from zolr.residuals.replace import Replace  # noqa: E402
 
@@ -185,4 +194,7 @@ RESIDUALS: dict[str, type] = {
     "recover": Recover,
     "replace": Replace,
     "error_feedback": ErrorFeedback,
+    "compensate": Compensate,
+    "precondition": Precondition,
+    "projfactor": ProjFactor,
 }

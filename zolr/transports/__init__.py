@@ -38,6 +38,13 @@ class Transport(Protocol):
 from zolr.transports.align import Align  # noqa: E402  (the files obey the protocol above)
 from zolr.transports.aware import Aware  # noqa: E402
 from zolr.transports.keep import Keep  # noqa: E402
+from zolr.transports.reproject import Reproject  # noqa: E402
 from zolr.transports.reset import Reset  # noqa: E402
 
-TRANSPORTS: dict[str, type] = {"reset": Reset, "keep": Keep, "align": Align, "aware": Aware}
+TRANSPORTS: dict[str, type] = {
+    "reset": Reset,
+    "keep": Keep,
+    "align": Align,
+    "aware": Aware,
+    "reproject": Reproject,
+}
