@@ -66,7 +66,6 @@ CASES = {
     "dependent fo": Case("dependent", "fo"),
     "fwd stiefel": Case("stiefel", "fwd"),
     "adamw": Case("adamw", "fo"),
-    "adamw, selective checkpointing": Case("adamw", "fo", SELECTIVE),
     "adamw, checkpointing": Case("adamw", "fo", CHECKPOINTING),
 }
 

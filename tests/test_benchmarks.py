@@ -100,3 +100,12 @@ def test_peers_that_are_not_there_are_rows_that_say_so(tmp_path: Path) -> None:
     assert ours["ratio"] > 0 and ours["peak_bytes"] > case["conditions"]["weights_bytes"]
     for row in case["rows"].values():
         assert ("failed" in row) != ("ratio" in row)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_transports_shows_which_moments_survive_a_jump() -> None:
+    rows = [line.split("|")[1:-1] for line in ran("transports.py").splitlines()[2:]]
+    sizes = {name.strip(): [float(x) for x in numbers] for name, *numbers in rows}
+    assert set(sizes) >= {"reset", "keep", "align", "aware"}
+    assert sizes["aware"][4] > 2 * sizes["aware"][0]  # 20 steps after
+    assert abs(sizes["reset"][4] - sizes["reset"][0]) < 0.05

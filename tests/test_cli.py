@@ -235,6 +235,7 @@ def failed(outcome: tuple[int, str, str], code: int, message: str) -> None:
         (["finetune", "--steps", 3, "--warmup", 3], 2, "--warmup 3 leaves none of 3 steps"),
         (["finetune", "--paradigm", "fo", "--objective", "accuracy"], 2, "--objective accuracy has no derivative.*--paradigm zo"),
         (["finetune", "--paradigm", "zo", "--checkpointing"], 2, "--checkpointing is for backprop.*leave it out"),
+        (["finetune", "--paradigm", "fo", "--checkpointing", "selectiv"], 2, "'selectiv': did you mean 'selective'"),
         (["finetune", "--config", "absent.toml"], 2, "cannot read config file absent.toml"),
         (["finetune", "--model", "x", "--paradigm", "fo"], 2, "nothing to train on; give --task"),
         (["finetune", "--data-dir", "absent", "--task", "sst2"], 3, "absent: there is no train.tsv of task 'sst2'"),
@@ -722,3 +723,25 @@ def test_every_part_of_a_method_has_a_flag() -> None:
     given = {"law": "gaussian", "sides": 1, "directions": "orthonormal", "signs": "together", "probes": 2}
     made = Finetune.gather({"paradigm": "zo", **given}, None).composed().estimator
     assert {name: getattr(made, name) for name in given} == given
+
+
+SWITCHED: list[tuple[tuple[str, ...], str]] = [
+    ((), "false"),
+    (("--checkpointing",), "true"),
+    (("--checkpointing", "--lr", "1e-3"), "true"),
+    (("--checkpointing", "on"), "true"),
+    (("--checkpointing=off",), "false"),
+    (("--no-checkpointing",), "false"),
+    (("--checkpointing", "selective"), '"selective"'),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), SWITCHED)
+def test_a_switch_goes_with_and_without_a_word(
+    zolr: Run, tmp_path: Path, words: tuple[str, ...], expected: str
+) -> None:
+    code, out, err = zolr("finetune", "--paradigm", "fo", *words, "--print-config")
+    assert code == 0 and f"checkpointing = {expected}\n" in out, err
+    (tmp_path / "run.toml").write_text(out)
+    code, again, err = zolr("finetune", "--config", tmp_path / "run.toml", "--print-config")
+    assert code == 0 and again == out, err

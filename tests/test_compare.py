@@ -270,13 +270,12 @@ def test_outcomes_are_told_apart() -> None:
 
 
 def test_labels_tell_the_rows_apart_in_few_words() -> None:
-    words = (
-        "adamw@steps=4,adamw@checkpointing=true@steps=4,lora:zo,mezo@steps=3,mezo@steps=5,stiefel:fo@lr=1e-3"
-    )
+    words = "adamw@steps=4,adamw@checkpointing=true@steps=4,adamw@checkpointing=selective,lora:zo,mezo@steps=3,mezo@steps=5,stiefel:fo@lr=1e-3"
     named = list(labels(dict(variant(word) for word in words.split(","))).values())
     assert named == [
         "adamw",
         "adamw + checkpointing",
+        "adamw + selective checkpointing",
         "lora:zo",
         "mezo steps=3",
         "mezo steps=5",
