@@ -164,6 +164,8 @@ class Engine:
             raise UsageError(f"lr = {lr} is no learning rate; use a positive number")
         if lr is None and method.paradigm != "zo":
             raise UsageError(f"paradigm '{method.paradigm}' needs a learning rate; give lr")
+        if lr is None and _eps(method) is _NO_EPS:
+            raise UsageError("the rate of this estimator cannot be measured; give lr")
         if weight_decay < 0 or (clip is not None and not clip > 0):
             raise UsageError(f"weight_decay = {weight_decay} and clip = {clip} must not be negative")
         if isinstance(hold_rank, bool) or not isinstance(hold_rank, int) or hold_rank < 1:
@@ -351,6 +353,7 @@ class Engine:
         old, before = core.space, dict(self.optimizer.state.get(core.value, {}))
         with self._transported(variable, old, Full(variable.shape) if whole else new):
             core.open(new, whole)
+        variable.steps_in = core.space
         if old is not None and core.space is not None:
             after = self.optimizer.state.get(core.value, {})
             settings = self._group_of(core.value)
@@ -843,6 +846,7 @@ class Engine:
             v.window, v.decay, v.moved = saved["window"], saved["decay"], saved["moved"]
             if v.name in self._cores:
                 self._cores[v.name].load(saved["core"])
+                v.steps_in = self._cores[v.name].space
             self.optimizer.state.pop(before, None)
             self._replace(before, self.trained(v))
             if saved["optimizer"]:

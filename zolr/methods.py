@@ -6,15 +6,18 @@ from difflib import get_close_matches
 from typing import Any
 
 from zolr.errors import UsageError
-from zolr.estimators import ESTIMATORS, PARADIGMS, Estimator
+from zolr.estimators import ESTIMATORS, PARADIGMS, POINTS, Estimator
+from zolr.estimators.ascent import Ascent
 from zolr.estimators.backprop import Backprop
 from zolr.estimators.forward import Forward
+from zolr.estimators.lookahead import Lookahead
 from zolr.estimators.spsa import Spsa
 from zolr.optim import OptimizerRule
 from zolr.projectors import PROJECTORS, Projector
 from zolr.projectors.dependent import Dependent
 from zolr.projectors.gaussian import Gaussian
 from zolr.projectors.identity import Identity
+from zolr.projectors.range_finder import RangeFinder
 from zolr.projectors.stiefel import Stiefel
 from zolr.projectors.svd import Svd
 from zolr.projectors.two_sided import TwoSidedHaar
@@ -275,6 +278,51 @@ _ROWS = (
         lr={"fo": 5e-4},
     ),
     Row(
+        "adazo-sam",
+        "sharpness-aware AdamW: forward passes find the way uphill, one backward pass from there is descended",
+        {"fo": Method(Ascent(Backprop(), Spsa(eps=1e-3)), Identity(), ADAMW)},
+        "A = (1/q) sum_j [(L(W + eps Z_j) - L(W - eps Z_j)) / (2 eps)] Z_j, Z_j random signs; AdamW on G(W + rho A / |A|)",
+        "arXiv 2502.19571",
+        "derived sheets of the paper, which differ in the sign of A: ours goes uphill, as SAM does; |A| over all weights, rho = "
+        "0.05 (SAM's), q = 1, eps = 1e-3 and signs in place of Gaussian entries are our choices",
+        "2 q forwards beside the backward; the moved weights are a second copy of them until backward has passed",
+        lr={"fo": 5e-5},
+    ),
+    Row(
+        "lorenza",
+        "adazo-sam inside the range of a gradient: probes, descent and moments in a low-rank subspace",
+        {
+            "fo": Method(
+                Ascent(Backprop(), Spsa(eps=1e-3), within=True),
+                RangeFinder(rank=32),
+                ADAMW,
+                Keep(),
+                200,
+                dense=True,
+                scale=0.25,
+                projects="linear",
+            )
+        },
+        "Q = orth(G Omega) every refresh_every steps; A = (1/q) sum_j c_j Q Z_j, c_j the slope along Q Z_j; R = Qᵀ G(W + rho A / |A|); "
+        "W <- W - lr a Q N(R), N Adam",
+        "arXiv 2502.19571",
+        "derived sheets of the paper, which disagree on the shape of the probes: ours are random signs in all coordinates of the "
+        "subspace; scale, kept moments, side and embeddings as galore has them; a new Q is taken from the gradient at the moved point",
+        "weights without a subspace are not moved uphill, and none is before the first subspace; dense gradients as in galore",
+        lr={"fo": 5e-4},
+    ),
+    Row(
+        "extrapolation",
+        "extragradient: the gradient at a look-ahead point, applied at the weights",
+        {"fo": Method(Lookahead(Backprop()), Identity(), SGD)},
+        "W <- W - lr G(W - reach G(W)), both on the same batches; along 'noise': W <- W - lr G(W + reach Z), Z standard normal",
+        "arXiv 2006.05720",
+        "the abstract; equations inferred from extragradient (Korpelevich 1976), reach = lr at first",
+        "two backward passes a step (one along 'noise'); the variant along the gradient of the step before is left out: it needs "
+        "a copy of that gradient as state",
+        lr={"fo": 1e-2},
+    ),
+    Row(
         "sgd",
         "plain SGD by backprop",
         {"fo": Method(Backprop(), Identity(), SGD)},
@@ -363,6 +411,8 @@ def compose(
     directions: str | None = None,
     signs: str | None = None,
     residual: str | None = None,
+    point: str | None = None,
+    reach: float | None = None,
 ) -> Method:
     """A row of METHODS with some of its parts or settings replaced.
 
@@ -402,6 +452,8 @@ def compose(
             )
         if type(result.estimator) is not cls:
             result = replace(result, estimator=cls(**_shared(result.estimator, cls)))
+    if point is not None:
+        result = replace(result, estimator=_at_point(result.estimator, _lookup("point", POINTS, point)))
     result = replace(
         result,
         projector=_with(
@@ -419,6 +471,7 @@ def compose(
             sides=sides,
             directions=directions,
             signs=signs,
+            reach=reach,
         ),
     )
     if optimizer is not None and optimizer != result.optimizer.name:
@@ -438,10 +491,27 @@ def compose(
     return result
 
 
+def _at_point(estimator: Any, cls: type) -> Any:
+    """The estimator evaluated at another point, with default settings unless it is already."""
+    if type(estimator) is cls:
+        return estimator
+    inner = estimator.inner if type(estimator) in POINTS.values() else estimator
+    return cls(inner, Spsa(eps=1e-3)) if cls is Ascent else cls(inner)
+
+
 def _with(part: Any, owner: str, **settings: Any) -> Any:
     given = {name: value for name, value in settings.items() if value is not None}
     known = {f.name for f in fields(part)}
+    # what an evaluation point does not know is for what it wraps, or for the probes that it sends ahead
+    within = [getattr(part, name) for name in ("inner", "guess") if name in known]
+    inner: dict[str, dict[str, Any]] = {}
     for name in given:
         if name not in known:
-            raise UsageError(f"{owner} has no setting '{name}'; leave it out")
+            place = next((p for p in within if name in {f.name for f in fields(p)}), None)
+            if place is None:
+                raise UsageError(f"{owner} has no setting '{name}'; leave it out")
+            field_name = "inner" if place is within[0] else "guess"
+            inner.setdefault(field_name, {})[name] = given[name]
+    given = {name: value for name, value in given.items() if name in known}
+    given |= {name: replace(getattr(part, name), **more) for name, more in inner.items()}
     return replace(part, **given) if given else part

@@ -50,6 +50,7 @@ OTHER_OPTIMIZER = 2.5e-4
 PARTS = (
     "projector", "rank", "refresh_every", "optimizer", "transport", "side",
     "probes", "eps", "law", "sides", "directions", "signs",
+    "point", "reach",
 )  # fmt: skip
 
 RANK = 128  # `held.RANK`, without torch, which --help must not import
@@ -97,6 +98,18 @@ class Composition(Settings):
     signs: str | None = flag(
         None,
         "Both signs of a probe in sequence, or together in one forward (zo).",
+        "Method",
+        shown="the method's",
+    )
+    point: str | None = flag(
+        None,
+        "Where the gradient is taken: ascent (uphill by probes, as SAM), lookahead (extragradient).",
+        "Method",
+        shown="the method's, else at the weights",
+    )
+    reach: float | None = flag(
+        None,
+        "How far that point is: ascent a length, lookahead a factor on the gradient.",
         "Method",
         shown="the method's",
     )

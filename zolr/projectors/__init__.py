@@ -142,6 +142,7 @@ from zolr.projectors.coordinate import Coordinate  # noqa: E402  (the files obey
 from zolr.projectors.dependent import Dependent  # noqa: E402
 from zolr.projectors.gaussian import Gaussian  # noqa: E402
 from zolr.projectors.identity import Identity  # noqa: E402
+from zolr.projectors.range_finder import RangeFinder  # noqa: E402
 from zolr.projectors.srht import Srht  # noqa: E402
 from zolr.projectors.stiefel import Stiefel  # noqa: E402
 from zolr.projectors.svd import Svd  # noqa: E402
@@ -155,5 +156,6 @@ PROJECTORS: dict[str, type] = {
     "srht": Srht,
     "two_sided": TwoSidedHaar,
     "svd": Svd,
+    "range_finder": RangeFinder,
     "identity": Identity,
 }
