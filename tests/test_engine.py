@@ -90,6 +90,8 @@ def small(name: str, paradigm: str | None = None, every: int = 3, **settings: An
     if hasattr(method.projector, "rank"):
         rank = min(3, method.projector.rank)
         method = replace(method, projector=replace(method.projector, rank=rank), refresh_every=every)  # type: ignore[type-var]
+    if method.layers.every and "switch_every" not in settings:
+        method = replace(method, layers=replace(method.layers, every=1))  # type: ignore[type-var]
     return method
 
 
@@ -788,6 +790,14 @@ MORE: dict[str, tuple[Method, dict[str, Any]]] = {
     "adamw in bfloat16": (small("adamw"), {"dtype": torch.bfloat16}),
     "stiefel in bfloat16": (small("stiefel", "fo"), {"dtype": torch.bfloat16}),
     "in place": (small("lozo"), {"realization": "inplace"}),
+    # a period that ends in the middle, and one that ends where the run is saved
+    **{
+        f"{name}, every {every}": (small(name, switch_every=every), {})
+        for name in ("badam", "lisa")
+        for every in (2, 3)
+    },
+    "galore, cycle": (small("galore", blocks="cycle", switch_every=2), {}),
+    "stiefel zo, sampled": (small("stiefel", "zo", blocks="sampled", switch_every=3, eps=1e-2), {}),
 }
 
 
@@ -1108,8 +1118,9 @@ LOW = [torch.bfloat16, torch.float16]
 def test_a_low_precision_model_has_float32_coordinates_and_trains(name, paradigm, dtype):
     model = net(dtype)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
-    engine = Engine(model, small(name, paradigm), lr=None if paradigm == "zo" else 1e-2, loss=loss)
-    infos = [engine.step([batch]) for batch in BATCHES[:5]]
+    method = small(name, paradigm)
+    engine = Engine(model, method, lr=None if paradigm == "zo" else 1e-2, loss=loss)
+    infos = [engine.step([batch]) for batch in BATCHES[:5] * (4 if method.layers.every else 1)]
     assert not any(i.skipped for i in infos)
     assert all(v.value.dtype == torch.float32 for v in engine.variables)
     assert all(
@@ -1263,11 +1274,10 @@ def test_detach_gives_the_plain_model_back(name, paradigm):
     keys, kinds = list(model.state_dict()), [type(m) for m in model.modules()]
     needs = {n: p.requires_grad for n, p in model.named_parameters()}
     contents = [sorted(m.__dict__) for m in model.modules()]
-    engine = Engine(
-        model, small(name, paradigm), lr=1e-2, loss=loss, weight_decay=0.1, select="linear+embedding+norm"
-    )
+    method = small(name, paradigm)
+    engine = Engine(model, method, lr=1e-2, loss=loss, weight_decay=0.1, select="linear+embedding+norm")
     assert list(model.state_dict()) == keys and not any(p.requires_grad for p in model.parameters())
-    for batch in BATCHES[:5]:
+    for batch in BATCHES[:5] * (4 if method.layers.every else 1):
         engine.step([batch])
     weights = live(model, engine)
     plain = engine.detach()

@@ -14,7 +14,7 @@ FLOORS: dict[str, int] = {
         (
             ("errors", "keys"),
             ("subspaces", "probes", "spectra", "held"),
-            ("variables", "projectors", "estimators", "transports", "residuals", "optim"),
+            ("variables", "projectors", "estimators", "transports", "residuals", "layers", "optim"),
             ("methods", "tuning", "dense", "engine"),
             ("tasks", "models", "lora", "memory", "checkpoints", "training", "adapters"),
             ("cli",),

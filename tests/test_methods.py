@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import adamw, extragradient, galore, lozo, mezo, sam, subzero
+from oracle import adamw, blocks, extragradient, galore, lozo, mezo, sam, subzero
 from torch import Tensor, nn
 
 from zolr.engine import Engine
@@ -17,6 +17,9 @@ from zolr.estimators.ascent import Ascent
 from zolr.estimators.backprop import Backprop
 from zolr.estimators.lookahead import Lookahead
 from zolr.estimators.spsa import Spsa
+from zolr.layers.bernoulli import Bernoulli
+from zolr.layers.cycle import Cycle
+from zolr.layers.sampled import Sampled
 from zolr.methods import ADAMW, METHODS, SGD, Method, compose, key_of
 from zolr.optim import OptimizerRule
 from zolr.projectors import PROJECTORS
@@ -158,6 +161,18 @@ EQUAL: dict[str, tuple[Method, dict[str, Any], Oracle, dict[str, Any]]] = {
         },
     ),
     "extrapolation": (compose("extrapolation", reach=0.5), {}, extragradient.run, {"reach": 0.5}),
+    "badam": (
+        compose("badam", switch_every=2),
+        {"weight_decay": 0.1},
+        blocks.run,
+        {"every": 2, "weight_decay": 0.1},
+    ),
+    "lisa": (
+        replace(compose("lisa"), layers=Sampled(count=3, every=2)),
+        {"weight_decay": 0.1},
+        blocks.run,
+        {"every": 2, "count": 3, "weight_decay": 0.1},
+    ),
     "extrapolation along noise": (
         Method(Lookahead(Backprop(), 0.1, "noise"), Identity(), SGD),
         {},
@@ -275,6 +290,8 @@ def test_every_row_trains_every_weight_and_lowers_the_loss(name, paradigm):
     rank = getattr(method.projector, "rank", None)
     if rank is not None:
         method = replace(method, projector=replace(method.projector, rank=min(4, rank)), refresh_every=WINDOW)
+    if method.layers.every:
+        method = replace(method, layers=replace(method.layers, every=1))  # type: ignore[type-var]
     ids = torch.cat([x for x, _ in BATCHES])
     batch = ids, (3 * ids + 1) % 11
     rates = {"fo": 0.5 if method.optimizer.name == "sgd" else 1e-2, "zo": None, "fwd": 1e-2}
@@ -348,6 +365,18 @@ def test_m1_lorenza_with_its_whole_range_at_no_distance_is_galore_in_that_range(
     # rank full: Q spans the whole space, so that with a rule that no rotation changes the weights are those of sgd
     method = replace(compose("lorenza", rank=12, reach=0.0, refresh_every=1, optimizer="sgd"), scale=1.0)
     assert distance(trained(method, 0.1), trained(compose("sgd"), 0.1)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "layers", [Sampled(count=7, every=3), Bernoulli(share=1.0, every=3), Cycle(every=len(BATCHES) + 1)]
+)
+def test_m1_a_policy_under_which_all_are_active_is_none(layers):
+    one = {"select": lambda name, _: name.startswith("up.")} if isinstance(layers, Cycle) else {}
+    for name in ("adamw", "galore", "lozo"):
+        plain = compose(
+            name, refresh_every=None if name == "adamw" else WINDOW, rank=None if name == "adamw" else 2
+        )
+        assert distance(trained(replace(plain, layers=layers), **one), trained(plain, **one)) == 0.0
 
 
 def test_m1_lozo_m_without_momentum_is_lozo():

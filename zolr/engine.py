@@ -19,13 +19,14 @@ from zolr.estimators.likelihood_ratio import LikelihoodRatio
 from zolr.estimators.spsa import Spsa
 from zolr.held import RANK, shapes
 from zolr.keys import Key
+from zolr.layers import blocks_of
 from zolr.methods import Method
 from zolr.projectors import Learner
 from zolr.projectors.identity import Identity
 from zolr.spectra import Moments, Sketch, Spectrum
 from zolr.subspaces import Full, Subspace, rebuild
 from zolr.tuning import Caution, Tuning, tune
-from zolr.variables import Realization, Variable, attach, detach
+from zolr.variables import Realization, Variable, Variables, attach, detach
 
 NOTED_LOSS = 0.01  # share of what held weights were moved by; a user hears of more
 
@@ -189,11 +190,14 @@ class Engine:
         self._cores: dict[str, Core] = {}  # of the weights that a dense method projects
         self._moments: dict[str, Moments] = {}
         self._spectra: dict[str, Spectrum] = {}
-        predicate = selection(model, select)
+        self._blocks = blocks_of(shapes(model), method.layers.outside)
+        chosen = selection(model, select)
+        predicate = lambda name, p: name in self._blocks and chosen(name, p)  # noqa: E731
         total = sum(map(prod, shapes(model).values()))
         self._projected = selection(model, method.projects)
         self._check_rank(model, lambda name, p: predicate(name, p) and self._projected(name, p))
         self.variables = attach(model, predicate, realization, hold=hold, cap=hold_rank)
+        self.active, self._period = self.variables, 0
         self.trained_share = sum(v.weight.numel() for v in self.variables) / total
         self._told = False  # that held weights have lost something
         self.base_lr = lr
@@ -220,6 +224,7 @@ class Engine:
             [self.trained(v) for v in self.variables], self.base_lr or 1.0, tables
         )
         self._set_schedule()
+        self._activate(0)
         # a direction as large as a weight is applied one weight at a time, so that one of them is alive
         self.streams = method.dense or (
             method.paradigm == "zo" and clip is None and any(v.space.blocked for v in self.variables)
@@ -275,6 +280,29 @@ class Engine:
                 f"{self.step_count}; use a larger hold_rank, a smaller rank, or refresh less often",
                 stacklevel=5,
             )
+
+    # ---- layers --------------------------------------------------------------------------------------------------
+
+    def active_in(self, period: int) -> Variables:
+        """The variables that are active in a period of the method's layer policy."""
+        blocks = list(dict.fromkeys(b for v in self.variables if (b := self._blocks[v.name]) is not None))
+        if not blocks or self.method.layers.every is None:
+            return self.variables
+        chosen = {
+            blocks[i] for i in self.method.layers.active(len(blocks), period, self.key.fold_in("layers"))
+        }
+        return Variables(v for v in self.variables if self._blocks[v.name] in (None, *chosen))
+
+    def _activate(self, period: int) -> None:
+        """Begin a period: what is not active in it rests, and loses its optimizer state unless the policy keeps it."""
+        self._period, self.active = period, self.active_in(period)
+        working = {v.name for v in self.active}
+        self._resting = [v for v in self.variables if v.name not in working]
+        for variable in [] if self.method.layers.keeps else self._resting:
+            self.optimizer.state.pop(self.trained(variable), None)
+            if variable.name in self._cores:
+                self._cores[variable.name].due = True
+                self._cores[variable.name].kept.clear()
 
     # ---- windows -------------------------------------------------------------------------------------------------
 
@@ -449,6 +477,8 @@ class Engine:
 
     def _step(self, batches: Sequence[Any]) -> Info:
         forwards = 0
+        if self.method.layers.every and self.step_count // self.method.layers.every != self._period:
+            self._activate(self.step_count // self.method.layers.every)
         every = self.method.refresh_every
         refreshed = bool(every and self.step_count % every == 0 and self.step_count != self._refreshed_at)
         if self._watches and (refreshed or not self._spectra):
@@ -520,7 +550,7 @@ class Engine:
     def _try_signs(self, batches: Sequence[Any]) -> int:
         """Evaluate both signs together and in sequence once, and go on in sequence where they differ."""
         estimator = cast(Spsa, self.method.estimator)
-        settled, reason = estimator.tried(self._loss_of, batches, self.variables, self.key.fold_in("signs"))
+        settled, reason = estimator.tried(self._loss_of, batches, self.active, self.key.fold_in("signs"))
         if settled is not estimator:
             warnings.warn(f"signs are evaluated in sequence, not together: {reason}", stacklevel=4)
             self.method = replace(self.method, estimator=settled)
@@ -533,12 +563,14 @@ class Engine:
     def _estimate(self, loss: Any, batches: Sequence[Any], emit: Any, key: Key) -> Estimate:
         estimator = self.method.estimator
         if self.method.paradigm != "fo":
-            return estimator(loss, batches, self.variables, emit, key)
+            return estimator(loss, batches, self.active, emit, key)
+        for variable in self._resting:
+            variable.value.requires_grad_(False)
         device = self.variables[0].value.device
         # dropout draws from the global generators: give it a name, and leave them as found
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(key.fold_in("dropout").integer() >> 1)
-            return estimator(loss, batches, self.variables, emit, key)
+            return estimator(loss, batches, self.active, emit, key)
 
     def _finite(self, estimate: Estimate, gradients: Sequence[Tensor]) -> bool:
         """Whether the step may be applied: one answer from the device for the loss and all gradients together."""
@@ -658,7 +690,7 @@ class Engine:
         estimator = self.method.estimator
         self.tuning = tune(
             lambda: mean_loss(self._loss_of, batches),
-            self.variables,
+            self.active,
             self.key.fold_in("tuning"),
             eps=_eps(self.method),
             normalized=self.method.optimizer.normalizes,
@@ -795,6 +827,7 @@ class Engine:
             "version": 1,
             "step": self.step_count,
             "refreshed_at": self._refreshed_at,
+            "period": self._period,
             "seed": self.seed,
             "lr": [float(group["lr"]) for group in self.optimizer.param_groups],
             "base_lr": self.base_lr,
@@ -859,6 +892,7 @@ class Engine:
                 s = saved["spectrum"]
                 self._spectra[v.name] = Spectrum(s["vectors"], s["values"], float(s["rest"]))
         self.step_count, self._refreshed_at = state["step"], state["refreshed_at"]
+        self._activate(state.get("period", 0))
         self._caution = None if state["caution"] is None else Caution(**state["caution"])
         if self._scheduler is not None and state["scheduler"] is not None:
             self._scheduler.load_state_dict(state["scheduler"])

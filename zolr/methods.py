@@ -12,6 +12,10 @@ from zolr.estimators.backprop import Backprop
 from zolr.estimators.forward import Forward
 from zolr.estimators.lookahead import Lookahead
 from zolr.estimators.spsa import Spsa
+from zolr.layers import LAYERS, Layers
+from zolr.layers.all import All
+from zolr.layers.cycle import Cycle
+from zolr.layers.sampled import Sampled
 from zolr.optim import OptimizerRule
 from zolr.projectors import PROJECTORS, Projector
 from zolr.projectors.dependent import Dependent
@@ -45,6 +49,7 @@ class Method:
         projects: matrices that have a subspace: "all", or categories joined by "+" (see `engine.selection`); others
             have their whole space, as vectors do.
         residual: what a dense method does with the part of a gradient that the subspace does not hold.
+        layers: which blocks of the model are active at a time.
 
     Raises:
         UsageError: parts that cannot work together.
@@ -59,6 +64,7 @@ class Method:
     scale: float = 1.0
     projects: str = "all"
     residual: Residual = field(default_factory=Drop)
+    layers: Layers = field(default_factory=All)
 
     def __post_init__(self) -> None:
         every = self.refresh_every
@@ -323,6 +329,28 @@ _ROWS = (
         lr={"fo": 1e-2},
     ),
     Row(
+        "badam",
+        "Adam on one block of layers at a time, all in turn",
+        {"fo": Method(Backprop(), Identity(), ADAMW, layers=Cycle(every=50))},
+        "K = 50 steps of AdamW from a fresh state on one block, all else fixed; then the next block, in a random order each round",
+        "arXiv 2404.02827",
+        "released code (order, K, state discarded at a switch; embeddings, head and last norm left out); the schedule runs on over "
+        "switches",
+        "below float32 every trained weight keeps a float32 master, not only those of the block; --outside blocks gives "
+        "embeddings and head turns of their own",
+        lr={"fo": 5e-5},
+    ),
+    Row(
+        "lisa",
+        "AdamW on embeddings, head and a few random blocks, drawn anew every so often",
+        {"fo": Method(Backprop(), Identity(), ADAMW, layers=Sampled(count=2, every=20))},
+        "every K = 20 steps gamma = 2 blocks are drawn; AdamW on these, embeddings and head; all else fixed",
+        "arXiv 2403.17919",
+        "released code (uniform draw, embeddings and head always, optimizer state kept)",
+        "kept state grows to that of AdamW as blocks are met; below float32 every trained weight keeps a float32 master",
+        lr={"fo": 5e-5},
+    ),
+    Row(
         "sgd",
         "plain SGD by backprop",
         {"fo": Method(Backprop(), Identity(), SGD)},
@@ -413,6 +441,9 @@ def compose(
     residual: str | None = None,
     point: str | None = None,
     reach: float | None = None,
+    blocks: str | None = None,
+    switch_every: int | None = None,
+    outside: str | None = None,
 ) -> Method:
     """A row of METHODS with some of its parts or settings replaced.
 
@@ -482,6 +513,12 @@ def compose(
         result = replace(
             result, residual=part, dense=result.dense or (part.dense and result.paradigm == "fo")
         )
+    if blocks is not None:
+        cls = _lookup("blocks", LAYERS, blocks)
+        if type(result.layers) is not cls:
+            result = replace(result, layers=cls())
+    owner = f"blocks '{key_of(LAYERS, result.layers)}'"
+    result = replace(result, layers=_with(result.layers, owner, every=switch_every, outside=outside))
     if transport is not None:
         result = replace(result, transport=_lookup("transport", TRANSPORTS, transport)())
     if refresh_every is not None:

@@ -50,7 +50,7 @@ OTHER_OPTIMIZER = 2.5e-4
 PARTS = (
     "projector", "rank", "refresh_every", "optimizer", "transport", "side",
     "probes", "eps", "law", "sides", "directions", "signs",
-    "point", "reach",
+    "point", "reach", "blocks", "switch_every", "outside",
 )  # fmt: skip
 
 RANK = 128  # `held.RANK`, without torch, which --help must not import
@@ -110,6 +110,21 @@ class Composition(Settings):
     reach: float | None = flag(
         None,
         "How far that point is: ascent a length, lookahead a factor on the gradient.",
+        "Method",
+        shown="the method's",
+    )
+    blocks: str | None = flag(
+        None,
+        "Blocks of layers that are trained at a time: all, cycle, sampled, bernoulli.",
+        "Method",
+        shown="the method's",
+    )
+    switch_every: int | None = flag(
+        None, "Steps until other blocks are trained.", "Method", shown="the method's"
+    )
+    outside: str | None = flag(
+        None,
+        "Embeddings, head and what else is in no block: always trained, never, or blocks of their own (blocks).",
         "Method",
         shown="the method's",
     )
