@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from zolr.projectors.identity import Identity
 from zolr.spectra import Moments, Sketch, Spectrum
 from zolr.subspaces import Full, Subspace, rebuild
 from zolr.tuning import Caution, Tuning, tune
-from zolr.variables import Realization, Variable, Variables, attach, detach
+from zolr.variables import Gathered, Realization, Variable, Variables, attach, detach
 
 NOTED_LOSS = 0.01  # share of what held weights were moved by; a user hears of more
 
@@ -121,7 +122,9 @@ class Engine:
         weight_decay: decoupled decay of matrices (not of biases and norms), exact inside a window.
         schedule: factor on `lr` as a function of the step, or a function of the optimizer that gives a torch
             scheduler.
-        clip: largest norm of the gradient over all coordinates; None for no clipping.
+        clip: largest norm of the gradient over all coordinates; None for no clipping. A dense method, which has one gradient
+            at a time, clips as `Method.clipping` says, by the norm of its dense gradients (of the coordinates where these are
+            all that micro-batches leave).
         realization: how a perturbation reaches a weight: "auto", "side", "rebuild" or "inplace".
         guard: skip steps whose loss is not finite; costs the one host synchronization of a step.
         hold: never write the weights (True), or those a predicate of name and parameter names: what they are moved by
@@ -175,10 +178,6 @@ class Engine:
             raise UsageError(
                 "realization 'inplace' holds one sign at a time; use signs 'sequence', or realization 'auto'"
             )
-        if method.dense and clip is not None:
-            raise UsageError(
-                f"clip = {clip} needs all gradients at once, a dense method has one; leave clip out"
-            )
         self.model, self.method, self.seed = model, method, seed
         self.key = Key(seed)
         self.weight_decay, self.clip, self.guard = weight_decay, clip, guard
@@ -205,6 +204,8 @@ class Engine:
         self._scheduler: Any = None
         self._refreshed_at = 0
         self._dropped = False  # a streamed gradient of this step was not finite
+        self._norm: Tensor | None = None  # of the streamed gradients of the step before
+        self._measured = 0  # passes of this step that only measured a norm
         # only for a rate that the engine chose, and that the slopes go into
         self._caution: Caution | None = None
         self._untried = getattr(method.estimator, "signs", "sequence") == "together"
@@ -494,7 +495,7 @@ class Engine:
         key = self.key.fold_in("step", self.step_count)
         with self._cautious() as lr:
             estimate, finite = self._advance(batches, key, lr)
-        forwards += self.method.estimator.forwards(len(batches))
+        forwards += self.method.estimator.forwards(len(batches)) * (1 + self._measured)
         slopes = estimate.slopes
         slope = None if slopes is None or not self.guard else float(slopes.square().mean().sqrt())
         if finite:
@@ -531,21 +532,86 @@ class Engine:
         """Estimate and apply; what was seen, and whether it was applied."""
         received: list[tuple[Variable, Tensor]] = []
         loss: Callable[[Any], Any] = self._loss_of
-        if self.streams:
-            emit: Callable[[Variable, Tensor], None] = self._stream(lr)
-            if self.method.paradigm == "fo" and self.guard:
-                loss = self._guarded(loss)
-        else:
-            emit = lambda variable, gradient: received.append((variable, gradient))  # noqa: E731
-        self._dropped = False
+        squares: list[Tensor] = []
+        emit: Callable[[Variable, Tensor], None] = lambda v, gradient: received.append((v, gradient))  # noqa: E731
+        if self.streams and self.method.paradigm == "fo" and self.guard:
+            loss = self._guarded(loss)
+        self._dropped, self._measured = False, 0
         try:
-            estimate = self._estimate(loss, batches, emit, key)
+            if self.streams:
+                factor = self._clip_factor(loss, batches, key) if self.clip is not None else None
+                emit = self._stream(lr, factor, squares)
+            with self._gathering(len(batches)):
+                estimate = self._estimate(loss, batches, emit, key)
         except _NonFinite:
             estimate, received = Estimate(torch.tensor(float("nan"))), []
         finite = self._finite(estimate, [gradient for _, gradient in received])
         if finite and not self.streams:
             self._apply(received, lr)
+        if finite and squares:
+            self._norm = torch.stack(squares).sum().sqrt()
         return estimate, finite
+
+    @torch.no_grad()
+    def _clip_factor(self, loss: Any, batches: Sequence[Any], key: Key) -> Tensor:
+        """What streamed gradients are multiplied by: from their own norm, by a pass of its own, or from that of the step before.
+
+        The first step has none before it.
+        """
+        norm = self._norm
+        if self.method.clipping == "twice" or norm is None:
+            squares: list[Tensor] = []
+
+            @torch.no_grad()
+            def measure(variable: Variable, gradient: Tensor) -> None:
+                squares.append(self._square(variable, variable.mask(gradient)))
+
+            self._measured = 1
+            with self._gathering(len(batches)):
+                self._estimate(loss, batches, measure, key)
+            norm = torch.stack(squares).sum().sqrt()
+        assert self.clip is not None
+        return (self.clip / (norm + 1e-6)).clamp(max=1.0)
+
+    def _square(self, variable: Variable, gradient: Tensor) -> Tensor:
+        """Squared norm of a streamed gradient: dense, or in the coordinates where other micro-batches left no more."""
+        core, gathered = self._cores.get(variable.name), variable.gathered
+        if (
+            core is not None
+            and core.space is not None
+            and gathered is not None
+            and gathered.total is not None
+        ):
+            gradient = core.space.project(gradient) + gathered.total
+        return gradient.double().square().sum()
+
+    @contextmanager
+    def _gathering(self, batches: int) -> Iterator[None]:
+        """Accumulate the gradients of micro-batches in the coordinates, if the method wants that."""
+        chosen = [v for v in self.active if v.name in self._cores]
+        if self.method.accumulate == "dense" or batches == 1:
+            chosen = []
+        for variable in chosen:
+            variable.gathered = Gathered(partial(self._projected_part, variable, self._cores[variable.name]))
+        try:
+            yield
+        finally:
+            for variable in chosen:
+                variable.gathered = None
+
+    def _projected_part(
+        self, variable: Variable, core: Core, gradient: Tensor, count: Tensor | float
+    ) -> Tensor:
+        """The gradient of a micro-batch in the coordinates; the first one of a window gives the subspace."""
+        gradient = variable.mask(gradient)
+        if core.due and self.guard:
+            self._dropped = self._dropped or not bool(torch.isfinite(gradient).all())
+        if self._dropped:
+            return gradient.new_zeros(())
+        if core.due:
+            self._renew(variable, core, gradient / count)
+        assert core.space is not None
+        return core.space.project(gradient)
 
     def _try_signs(self, batches: Sequence[Any]) -> int:
         """Evaluate both signs together and in sequence once, and go on in sequence where they differ."""
@@ -630,10 +696,16 @@ class Engine:
             variable.moved = True
             variable.commit()
 
-    def _stream(self, lr: float) -> Callable[[Variable, Tensor], None]:
+    def _stream(
+        self, lr: float, factor: Tensor | None, squares: list[Tensor]
+    ) -> Callable[[Variable, Tensor], None]:
         """An `emit` that applies each gradient at once, while no other is alive.
 
         A gradient that is not finite, and all that follow it, are dropped; backprop may have applied earlier ones.
+
+        Args:
+            factor: on all gradients, from clipping.
+            squares: receives their squared norms before that.
         """
         exact = self.method.estimator.exact
         judged = False
@@ -644,10 +716,17 @@ class Engine:
             if self.guard and not self._dropped and not judged:
                 # every forward-only gradient is a slope times a direction: one of them tells for all
                 self._dropped = not bool(torch.isfinite(gradient if exact else gradient.flatten()[:1]).all())
+                if variable.gathered is not None and variable.gathered.total is not None:
+                    self._dropped |= not bool(torch.isfinite(variable.gathered.total).all())
                 judged = not exact
             if self._dropped:
                 return
             gradient = variable.mask(gradient)
+            gathered = None if variable.gathered is None else variable.gathered.total
+            if factor is not None:
+                squares.append(self._square(variable, gradient))
+                gradient = gradient.mul_(factor)
+                gathered = None if gathered is None else gathered * factor
             core, residual = self._cores.get(variable.name), self.method.residual
             if core is None:
                 self._observe(variable, gradient)
@@ -659,6 +738,7 @@ class Engine:
                     self._renew(variable, core, gradient)
 
                 def step(coords: Tensor) -> Tensor:
+                    coords = coords if gathered is None else coords + gathered
                     self._observe(variable, coords)
                     self._step_alone(core.value, coords)
                     return core.value.data
@@ -828,6 +908,7 @@ class Engine:
             "step": self.step_count,
             "refreshed_at": self._refreshed_at,
             "period": self._period,
+            "norm": None if self._norm is None else self._norm.clone(),
             "seed": self.seed,
             "lr": [float(group["lr"]) for group in self.optimizer.param_groups],
             "base_lr": self.base_lr,
@@ -893,6 +974,8 @@ class Engine:
                 self._spectra[v.name] = Spectrum(s["vectors"], s["values"], float(s["rest"]))
         self.step_count, self._refreshed_at = state["step"], state["refreshed_at"]
         self._activate(state.get("period", 0))
+        norm = state.get("norm")
+        self._norm = None if norm is None else norm.to(self.variables[0].value.device, copy=True)
         self._caution = None if state["caution"] is None else Caution(**state["caution"])
         if self._scheduler is not None and state["scheduler"] is not None:
             self._scheduler.load_state_dict(state["scheduler"])

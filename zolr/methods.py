@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 from zolr.errors import UsageError
 from zolr.estimators import ESTIMATORS, PARADIGMS, POINTS, Estimator
@@ -50,6 +50,12 @@ class Method:
             have their whole space, as vectors do.
         residual: what a dense method does with the part of a gradient that the subspace does not hold.
         layers: which blocks of the model are active at a time.
+        accumulate: where a dense method sums the gradients of micro-batches: "dense" (a sum as large as the weights; exact),
+            or "coordinates" (each is projected as it comes; a new subspace is taken from the first one of its step, so that
+            all of a step are in one subspace). Weights without a subspace have a dense sum in any case.
+        clipping: how a dense method, which has one gradient at a time, clips by their norm together: "last" (by the norm of
+            the step before, at no cost; the first step as "twice") or "twice" (by their own norm, from a backward pass
+            more). Other methods have all gradients at once and clip exactly.
 
     Raises:
         UsageError: parts that cannot work together.
@@ -65,6 +71,8 @@ class Method:
     projects: str = "all"
     residual: Residual = field(default_factory=Drop)
     layers: Layers = field(default_factory=All)
+    accumulate: Literal["dense", "coordinates"] = "dense"
+    clipping: Literal["last", "twice"] = "last"
 
     def __post_init__(self) -> None:
         every = self.refresh_every
@@ -92,6 +100,22 @@ class Method:
             raise UsageError(
                 f"residual '{key_of(RESIDUALS, self.residual)}' needs dense gradients, which this method never forms; "
                 "use residual 'drop', or a dense method such as 'galore'"
+            )
+        if self.accumulate not in ("dense", "coordinates"):
+            raise UsageError(
+                f"accumulate '{self.accumulate}' is not known; use 'dense', or 'coordinates' for a dense method"
+            )
+        if self.clipping not in ("last", "twice"):
+            raise UsageError(f"clipping '{self.clipping}' is not known; use 'last' or 'twice'")
+        if self.accumulate == "coordinates" and (not self.dense or isinstance(self.projector, Identity)):
+            raise UsageError(
+                "accumulate 'coordinates' is for methods that project dense gradients; this one has no larger sums than "
+                "its coordinates, use 'dense'"
+            )
+        if self.accumulate == "coordinates" and self.residual.dense:
+            raise UsageError(
+                f"residual '{key_of(RESIDUALS, self.residual)}' needs the dense gradient of a step, which accumulation in "
+                "the coordinates never sums; use accumulate 'dense', or residual 'drop'"
             )
         if isinstance(self.transport, Align) and self.optimizer.degrees is None:
             raise UsageError(
@@ -280,7 +304,8 @@ _ROWS = (
         "arXiv 2403.03507",
         "released code (side, scale a = 0.25, kept moments; embeddings, head and vectors by plain AdamW at the unscaled rate); "
         "moments are float32 whatever the weights are",
-        "dense gradients: one alive at a time, but all of them while micro-batches accumulate; no clipping",
+        "dense gradients: one alive at a time, but sums of all while micro-batches accumulate (--accumulate-in coordinates has "
+        "none); clipping by the norm of the step before (--clip-by twice: exact, by a second backward pass)",
         lr={"fo": 5e-4},
     ),
     Row(
@@ -444,6 +469,8 @@ def compose(
     blocks: str | None = None,
     switch_every: int | None = None,
     outside: str | None = None,
+    accumulate_in: str | None = None,
+    clip_by: str | None = None,
 ) -> Method:
     """A row of METHODS with some of its parts or settings replaced.
 
@@ -513,6 +540,15 @@ def compose(
         result = replace(
             result, residual=part, dense=result.dense or (part.dense and result.paradigm == "fo")
         )
+    if accumulate_in is not None:
+        result = replace(result, accumulate=accumulate_in)  # pyright: ignore[reportArgumentType]
+    if clip_by is not None:
+        if not result.dense:
+            raise UsageError(
+                f"clip_by '{clip_by}' is for dense methods; this one has all gradients at once and clips by their norm, "
+                "leave it out"
+            )
+        result = replace(result, clipping=clip_by)  # pyright: ignore[reportArgumentType]
     if blocks is not None:
         cls = _lookup("blocks", LAYERS, blocks)
         if type(result.layers) is not cls:

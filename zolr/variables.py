@@ -69,6 +69,29 @@ class Site:
         return parameter
 
 
+class Gathered:
+    """Where the gradients of all micro-batches but the last go as they come, in place of a dense sum.
+
+    Args:
+        project: gradient `(m, n)` of the summed loss of a micro-batch, and the count of what is summed -> coordinates.
+    """
+
+    def __init__(self, project: Callable[[Tensor, Tensor | float], Tensor]) -> None:
+        self.project = project
+        self.total: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, gradient: Tensor, count: Tensor | float) -> None:
+        """Take one gradient."""
+        coords = self.project(gradient, count)
+        self.total = coords if self.total is None else self.total + coords
+
+    @torch.no_grad()
+    def divide(self, count: Tensor | float) -> None:
+        """Make the sum a mean."""
+        self.total = None if self.total is None else self.total / count
+
+
 class Variable:
     """One trained weight of a model.
 
@@ -133,6 +156,7 @@ class Variable:
         self.steps_in: Subspace | None = (
             None  # where a dense method steps, which has no coordinates of its own here
         )
+        self.gathered: Gathered | None = None  # of a dense method that accumulates in its coordinates
         if self.held and len(self.shape) == 2:
             m, n = self.shape
             self.stack = Stack((m, n), cap, weight.data)

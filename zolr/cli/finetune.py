@@ -50,7 +50,7 @@ OTHER_OPTIMIZER = 2.5e-4
 PARTS = (
     "projector", "rank", "refresh_every", "optimizer", "transport", "side",
     "probes", "eps", "law", "sides", "directions", "signs",
-    "point", "reach", "blocks", "switch_every", "outside",
+    "point", "reach", "blocks", "switch_every", "outside", "accumulate_in", "clip_by",
 )  # fmt: skip
 
 RANK = 128  # `held.RANK`, without torch, which --help must not import
@@ -125,6 +125,18 @@ class Composition(Settings):
     outside: str | None = flag(
         None,
         "Embeddings, head and what else is in no block: always trained, never, or blocks of their own (blocks).",
+        "Method",
+        shown="the method's",
+    )
+    accumulate_in: str | None = flag(
+        None,
+        "Where a dense method sums micro-batches: dense, or coordinates (in the subspace, as they come).",
+        "Method",
+        shown="the method's",
+    )
+    clip_by: str | None = flag(
+        None,
+        "The norm by which a dense method clips: last (of the step before), twice (by a second backward pass).",
         "Method",
         shown="the method's",
     )

@@ -124,6 +124,19 @@ def moved(offsets: Mapping[Variable, Callable[[], Tensor]]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def ungathered(variables: Sequence[Variable]) -> Iterator[None]:
+    """Have gradients inside the context come whole, though the last evaluation of the step gathers them."""
+    before = [v.gathered for v in variables]
+    for variable in variables:
+        variable.gathered = None
+    try:
+        yield
+    finally:
+        for variable, gathered in zip(variables, before, strict=True):
+            variable.gathered = gathered
+
+
 class OfInner:
     """An attribute of an evaluation point that is that of the estimator inside."""
 

@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from zolr.errors import UsageError
-from zolr.estimators import Emit, Estimate, Estimator, Loss, OfInner, check_reach, moved, same_noise, seen_at
+from zolr.estimators import (
+    Emit,
+    Estimate,
+    Estimator,
+    Loss,
+    OfInner,
+    check_reach,
+    moved,
+    same_noise,
+    seen_at,
+    ungathered,
+)
 from zolr.keys import Key
 from zolr.probes import Probe
 from zolr.variables import Variable, layout
@@ -77,7 +88,8 @@ class Lookahead:
         def keep(variable: Variable, gradient: Tensor) -> None:
             offsets[variable] = partial(_itself, gradient.mul_(-self.reach))
 
-        return self.inner(loss, batches, variables, keep, key), offsets
+        with ungathered(variables):
+            return self.inner(loss, batches, variables, keep, key), offsets
 
 
 def _scaled(noise: Probe, variable: Variable, reach: float) -> Tensor:
