@@ -33,6 +33,8 @@ NOTED_LOSS = 0.01  # share of what held weights were moved by; a user hears of m
 
 CATEGORIES = ("attention", "linear", "head", "embedding", "bias", "norm")
 
+TABLES = ("embedding", "head")  # what has a row for each token
+
 Loss = Callable[[nn.Module, Any], Any]
 Schedule = Callable[[Any], Any]
 
@@ -190,10 +192,14 @@ class Engine:
         self._moments: dict[str, Moments] = {}
         self._spectra: dict[str, Spectrum] = {}
         self._blocks = blocks_of(shapes(model), method.layers.outside)
-        chosen = selection(model, select)
-        predicate = lambda name, p: name in self._blocks and chosen(name, p)  # noqa: E731
+        chosen, kinds = selection(model, select), categories(model)
+        tables = {name for name, kind in kinds.items() if kind in TABLES}
+        frozen = tables if method.tables == "frozen" else set()
+        predicate = lambda name, p: name in self._blocks and name not in frozen and chosen(name, p)  # noqa: E731
         total = sum(map(prod, shapes(model).values()))
-        self._projected = selection(model, method.projects)
+        projected = selection(model, method.projects)
+        own = tables if method.tables is not None else set()
+        self._projected = lambda n, p: method.tables == "subspace" if n in own else projected(n, p)
         self._check_rank(model, lambda name, p: predicate(name, p) and self._projected(name, p))
         self.variables = attach(model, predicate, realization, hold=hold, cap=hold_rank)
         self.active, self._period = self.variables, 0
@@ -220,7 +226,7 @@ class Engine:
         self._check_held()
         self._open_windows()
         kinds = categories(self.model)
-        tables = [self.trained(v) for v in self.variables if kinds.get(v.name) in ("embedding", "head")]
+        tables = [self.trained(v) for v in self.variables if kinds.get(v.name) in TABLES]
         self.optimizer = method.optimizer.build(
             [self.trained(v) for v in self.variables], self.base_lr or 1.0, tables
         )

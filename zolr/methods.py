@@ -48,6 +48,8 @@ class Method:
         scale: factor on what a dense method lifts (GaLore's alpha).
         projects: matrices that have a subspace: "all", or categories joined by "+" (see `engine.selection`); others
             have their whole space, as vectors do.
+        tables: embeddings and heads: "full" (in their whole space), "subspace" (projected as other matrices are) or "frozen"
+            (not trained); None leaves them to `projects` and to what is selected for training.
         residual: what a dense method does with the part of a gradient that the subspace does not hold.
         layers: which blocks of the model are active at a time.
         accumulate: where a dense method sums the gradients of micro-batches: "dense" (a sum as large as the weights; exact),
@@ -73,6 +75,7 @@ class Method:
     layers: Layers = field(default_factory=All)
     accumulate: Literal["dense", "coordinates"] = "dense"
     clipping: Literal["last", "twice"] = "last"
+    tables: Literal["full", "subspace", "frozen"] | None = None
 
     def __post_init__(self) -> None:
         every = self.refresh_every
@@ -100,6 +103,13 @@ class Method:
             raise UsageError(
                 f"residual '{key_of(RESIDUALS, self.residual)}' needs dense gradients, which this method never forms; "
                 "use residual 'drop', or a dense method such as 'galore'"
+            )
+        if self.tables not in (None, "full", "subspace", "frozen"):
+            raise UsageError(f"tables '{self.tables}' is not known; use 'full', 'subspace' or 'frozen'")
+        if self.tables == "subspace" and isinstance(self.projector, Identity):
+            raise UsageError(
+                "tables 'subspace' needs a projector, and 'identity' has the whole space; use tables 'full' or 'frozen', or "
+                "projector 'stiefel'"
             )
         if self.accumulate not in ("dense", "coordinates"):
             raise UsageError(
@@ -471,6 +481,7 @@ def compose(
     outside: str | None = None,
     accumulate_in: str | None = None,
     clip_by: str | None = None,
+    tables: str | None = None,
 ) -> Method:
     """A row of METHODS with some of its parts or settings replaced.
 
@@ -540,6 +551,12 @@ def compose(
         result = replace(
             result, residual=part, dense=result.dense or (part.dense and result.paradigm == "fo")
         )
+    if tables is not None:
+        if row.adapter is not None and tables != "frozen":
+            raise UsageError(
+                f"method '{row.name}' trains its adapter and no embedding or head, so tables '{tables}' cannot be; leave it out"
+            )
+        result = replace(result, tables=tables)  # pyright: ignore[reportArgumentType]
     if accumulate_in is not None:
         result = replace(result, accumulate=accumulate_in)  # pyright: ignore[reportArgumentType]
     if clip_by is not None:

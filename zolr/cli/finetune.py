@@ -51,6 +51,7 @@ PARTS = (
     "projector", "rank", "refresh_every", "optimizer", "transport", "side",
     "probes", "eps", "law", "sides", "directions", "signs",
     "point", "reach", "blocks", "switch_every", "outside", "accumulate_in", "clip_by",
+    "tables",
 )  # fmt: skip
 
 RANK = 128  # `held.RANK`, without torch, which --help must not import
@@ -60,7 +61,19 @@ MAY_CHANGE = ("steps", "device", "threads")  # on --resume; anything else would 
 
 
 @dataclass(frozen=True)
-class Composition(Settings):
+class TablePolicy(Settings):
+    """What becomes of embeddings and heads, which are most of a small model."""
+
+    tables: Literal["full", "subspace", "frozen"] | None = flag(
+        None,
+        "Embeddings and head: full (trained as a whole), subspace (projected), frozen (not trained).",
+        "Method",
+        shown="as the method and --train have it",
+    )
+
+
+@dataclass(frozen=True)
+class Composition(TablePolicy):
     """How to train."""
 
     method: str | None = flag(None, "A row of `zolr methods`.", "Method", shown="stiefel")
