@@ -100,3 +100,16 @@ def test_peers_that_are_not_there_are_rows_that_say_so(tmp_path: Path) -> None:
     assert ours["ratio"] > 0 and ours["peak_bytes"] > case["conditions"]["weights_bytes"]
     for row in case["rows"].values():
         assert ("failed" in row) != ("ratio" in row)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_all_methods_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    output = tmp_path / "methods.json"
+    arguments = ("--task", "finetune", "--only", "adamw", "--smoke", "--output", output)
+    ran("methods.py", *arguments)
+    (case,) = json.loads(output.read_text())["cases"].values()
+    (first,) = case.values()
+    assert "failed" not in first and first["state_bytes"] > 0 and first["peak_bytes"] > first["state_bytes"]
+    before = output.read_text()
+    assert "finetune/adamw:fo" in ran("methods.py", *arguments)
+    assert json.loads(output.read_text()) == json.loads(before)

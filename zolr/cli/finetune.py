@@ -51,7 +51,7 @@ PARTS = (
     "projector", "rank", "refresh_every", "optimizer", "transport", "side",
     "probes", "eps", "law", "sides", "directions", "signs",
     "point", "reach", "blocks", "switch_every", "outside", "accumulate_in", "clip_by",
-    "tables",
+    "tables", "residual",
 )  # fmt: skip
 
 RANK = 128  # `held.RANK`, without torch, which --help must not import
@@ -93,6 +93,12 @@ class Composition(TablePolicy):
     )
     transport: str | None = flag(
         None, "Optimizer state at a refresh: reset, keep, align.", "Method", shown="the method's"
+    )
+    residual: str | None = flag(
+        None,
+        "What a dense method does with the part of a gradient outside the subspace: drop, ...",
+        "Method",
+        shown="the method's",
     )
     probes: int | None = flag(None, "Directions a step (zo, fwd).", "Method", shown="the method's")
     eps: float | None = flag(None, "Probe radius (zo).", "Method", shown="measured, or the method's")
