@@ -109,3 +109,16 @@ def test_the_benchmark_of_transports_shows_which_moments_survive_a_jump() -> Non
     assert set(sizes) >= {"reset", "keep", "align", "aware"}
     assert sizes["aware"][4] > 2 * sizes["aware"][0]  # 20 steps after
     assert abs(sizes["reset"][4] - sizes["reset"][0]) < 0.05
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_all_methods_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    output = tmp_path / "methods.json"
+    arguments = ("--task", "finetune", "--only", "adamw", "--smoke", "--output", output)
+    ran("methods.py", *arguments)
+    (case,) = json.loads(output.read_text())["cases"].values()
+    (first,) = case.values()
+    assert "failed" not in first and first["state_bytes"] > 0 and first["peak_bytes"] > first["state_bytes"]
+    before = output.read_text()
+    assert "finetune/adamw:fo" in ran("methods.py", *arguments)
+    assert json.loads(output.read_text()) == json.loads(before)

@@ -10,13 +10,16 @@ import torch.nn.functional as F
 from oracle import (
     adamw,
     apollo,
+    blocks,
     dpzero,
+    extragradient,
     fzoo,
     galore,
     ldadam,
     lozo,
     mezo,
     recovered,
+    sam,
     subzero,
     zo_adam,
     zo_hgd,
@@ -26,12 +29,17 @@ from torch import Tensor, nn
 
 from zolr.engine import Engine
 from zolr.errors import UsageError
-from zolr.estimators import ESTIMATORS, PARADIGMS, changed, setting
+from zolr.estimators import ESTIMATORS, PARADIGMS, POINTS, changed, setting
+from zolr.estimators.ascent import Ascent
 from zolr.estimators.backprop import Backprop
 from zolr.estimators.coordinates import Coordinates
+from zolr.estimators.lookahead import Lookahead
 from zolr.estimators.mixture import Mixture
 from zolr.estimators.private_spsa import PrivateSpsa
 from zolr.estimators.spsa import Spsa
+from zolr.layers.bernoulli import Bernoulli
+from zolr.layers.cycle import Cycle
+from zolr.layers.sampled import Sampled
 from zolr.methods import ADAMW, METHODS, SGD, Method, compose, key_of
 from zolr.optim import OptimizerRule
 from zolr.projectors import PROJECTORS
@@ -214,7 +222,7 @@ EQUAL: dict[str, tuple[Method, dict[str, Any], Oracle, dict[str, Any]]] = {
         galore.run,
         {
             **{"rank": 3, "every": WINDOW, "scale": 0.25, "weight_decay": 0.1},
-            "projected": [f"{name}.weight" for name in ("query", "value", "up", "down", "head")],
+            "projected": LINEAR,
         },
     ),
     "fira": (like_fira("fira"), DECAY, recovered.run, FIRA),
@@ -265,6 +273,40 @@ EQUAL: dict[str, tuple[Method, dict[str, Any], Oracle, dict[str, Any]]] = {
         DECAY,
         recovered.run,
         {**FIRA, "move": recovered.jumped, "aware": True},
+    ),
+    "adazo-sam": (
+        compose("adazo-sam", probes=3, reach=0.3),
+        {"weight_decay": 0.1},
+        sam.run,
+        {"rho": 0.3, "probes": 3, "weight_decay": 0.1},
+    ),
+    "lorenza": (
+        compose("lorenza", rank=3, refresh_every=WINDOW, probes=2, reach=0.3),
+        {"weight_decay": 0.1},
+        sam.run,
+        {
+            **{"rho": 0.3, "probes": 2, "weight_decay": 0.1},
+            **{"rank": 3, "every": WINDOW, "scale": 0.25, "projected": LINEAR},
+        },
+    ),
+    "extrapolation": (compose("extrapolation", reach=0.5), {}, extragradient.run, {"reach": 0.5}),
+    "badam": (
+        compose("badam", switch_every=2),
+        {"weight_decay": 0.1},
+        blocks.run,
+        {"every": 2, "weight_decay": 0.1},
+    ),
+    "lisa": (
+        replace(compose("lisa"), layers=Sampled(count=3, every=2)),
+        {"weight_decay": 0.1},
+        blocks.run,
+        {"every": 2, "count": 3, "weight_decay": 0.1},
+    ),
+    "extrapolation along noise": (
+        Method(Lookahead(Backprop(), 0.1, "noise"), Identity(), SGD),
+        {},
+        extragradient.run,
+        {"reach": 0.1, "noise": True},
     ),
 }
 
@@ -379,6 +421,8 @@ def test_every_row_trains_every_weight_and_lowers_the_loss(name, paradigm):
     rank = getattr(method.projector, "rank", None)
     if rank is not None:
         method = replace(method, projector=replace(method.projector, rank=min(4, rank)), refresh_every=WINDOW)
+    if method.layers.every:
+        method = replace(method, layers=replace(method.layers, every=1))  # type: ignore[type-var]
     ids = torch.cat([x for x, _ in BATCHES])
     batch = ids, (3 * ids + 1) % 11
     rates = {"fo": 0.5 if method.optimizer.name == "sgd" else 1e-2, "zo": None, "fwd": 1e-2}
@@ -405,7 +449,7 @@ def test_every_row_states_what_it_is(name):
         assert paradigm == "zo" or row.lr[paradigm] is not None  # only forward-only runs can choose
         for registry, part in (
             (PROJECTORS, method.projector),
-            (ESTIMATORS, method.estimator),
+            (ESTIMATORS | POINTS, method.estimator),
             (TRANSPORTS, method.transport),
             (RESIDUALS, method.residual),
         ):
@@ -428,6 +472,49 @@ def test_m1_a_subspace_as_large_as_the_weight_is_plain_sgd(projector, every):
     method = replace(method, scale=1.0)
     few = BATCHES[:10]
     assert distance(trained(method, 0.1, few), trained(compose("sgd"), 0.1, few)) < 1e-10
+
+
+@pytest.mark.parametrize(("name", "same"), [("adazo-sam", "adamw"), ("extrapolation", "sgd")])
+def test_m1_an_evaluation_point_at_no_distance_is_the_estimator_itself(name, same):
+    assert distance(trained(compose(name, reach=0.0)), trained(compose(same))) == 0.0
+    assert distance(trained(compose(name, reach=0.3)), trained(compose(same))) > 1e-6
+
+
+@pytest.mark.parametrize("name", ["stiefel", "galore", "lozo"])
+@pytest.mark.parametrize("point", POINTS)
+def test_m1_the_same_goes_for_any_estimator_and_subspace(name, point):
+    plain = compose(name, "zo" if name == "lozo" else "fo", rank=2, refresh_every=WINDOW)
+    reach = 1e-3 if name == "lozo" else 0.3  # a slope times a direction is a long way
+    there, here = (replace(plain, estimator=at_point(plain.estimator, point, r)) for r in (reach, 0.0))
+    assert distance(trained(here), trained(plain)) == 0.0
+    assert distance(trained(there), trained(plain)) > 1e-6
+    realized = [trained(there, realization=r) for r in ("side", "rebuild", "inplace")]
+    assert max(distance(realized[0], other) for other in realized[1:]) < 1e-10
+
+
+def at_point(estimator: Any, point: str, reach: float) -> Any:
+    """The estimator evaluated elsewhere."""
+    if point == "ascent":
+        return Ascent(estimator, Spsa(eps=1e-3), reach)
+    return Lookahead(estimator, reach)
+
+
+def test_m1_lorenza_with_its_whole_range_at_no_distance_is_galore_in_that_range():
+    # rank full: Q spans the whole space, so that with a rule that no rotation changes the weights are those of sgd
+    method = replace(compose("lorenza", rank=12, reach=0.0, refresh_every=1, optimizer="sgd"), scale=1.0)
+    assert distance(trained(method, 0.1), trained(compose("sgd"), 0.1)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "layers", [Sampled(count=7, every=3), Bernoulli(share=1.0, every=3), Cycle(every=len(BATCHES) + 1)]
+)
+def test_m1_a_policy_under_which_all_are_active_is_none(layers):
+    one = {"select": lambda name, _: name.startswith("up.")} if isinstance(layers, Cycle) else {}
+    for name in ("adamw", "galore", "lozo"):
+        plain = compose(
+            name, refresh_every=None if name == "adamw" else WINDOW, rank=None if name == "adamw" else 2
+        )
+        assert distance(trained(replace(plain, layers=layers), **one), trained(plain, **one)) == 0.0
 
 
 def test_m1_lozo_m_without_momentum_is_lozo():

@@ -90,6 +90,7 @@ class Compiled:
         points = [v.shifted_to for v in self.variables]
         key = (
             torch.is_grad_enabled(),
+            tuple(v.value.requires_grad for v in self.variables),  # those that are trained now
             self.training(),
             str(structure),
             tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves),

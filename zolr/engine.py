@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import isfinite, prod, sqrt
 from typing import Any, cast
 
@@ -19,17 +20,20 @@ from zolr.estimators import Estimate, changed, mean_loss, rows_of, same_noise, s
 from zolr.estimators.spsa import Spsa
 from zolr.held import RANK, shapes
 from zolr.keys import Key
+from zolr.layers import blocks_of
 from zolr.methods import Method
 from zolr.projectors import Learner, Patient
 from zolr.projectors.identity import Identity
 from zolr.spectra import Moments, Sketch, Spectrum
 from zolr.subspaces import Full, Subspace, rebuild
 from zolr.tuning import Caution, Tuning, tune
-from zolr.variables import Realization, Variable, attach, detach
+from zolr.variables import Gathered, Realization, Variable, Variables, attach, detach
 
 NOTED_LOSS = 0.01  # share of what held weights were moved by; a user hears of more
 
 CATEGORIES = ("attention", "linear", "head", "embedding", "bias", "norm")
+
+TABLES = ("embedding", "head")  # what has a row for each token
 
 Loss = Callable[[nn.Module, Any], Any]
 Schedule = Callable[[Any], Any]
@@ -129,7 +133,9 @@ class Engine:
         weight_decay: decoupled decay of matrices (not of biases and norms), exact inside a window.
         schedule: factor on `lr` as a function of the step, or a function of the optimizer that gives a torch
             scheduler.
-        clip: largest norm of the gradient over all coordinates; None for no clipping.
+        clip: largest norm of the gradient over all coordinates; None for no clipping. A dense method, which has one gradient
+            at a time, clips as `Method.clipping` says, by the norm of its dense gradients (of the coordinates where these are
+            all that micro-batches leave).
         realization: how a perturbation reaches a weight: "auto", "side", "rebuild" or "inplace".
         guard: skip steps whose loss is not finite; costs the one host synchronization of a step.
         hold: never write the weights (True), or those a predicate of name and parameter names: what they are moved by
@@ -176,6 +182,8 @@ class Engine:
         if lr is None and not method.tunable:
             why = "a private method" if method.private else f"paradigm '{method.paradigm}'"
             raise UsageError(f"{why} needs a learning rate; give lr")
+        if lr is None and _eps(method) is _NO_EPS:
+            raise UsageError("the rate of this estimator cannot be measured; give lr")
         if weight_decay < 0 or (clip is not None and not clip > 0):
             raise UsageError(f"weight_decay = {weight_decay} and clip = {clip} must not be negative")
         if isinstance(hold_rank, bool) or not isinstance(hold_rank, int) or hold_rank < 1:
@@ -183,10 +191,6 @@ class Engine:
         if realization == "inplace" and setting(method.estimator, "signs") == "together":
             raise UsageError(
                 "realization 'inplace' holds one sign at a time; use signs 'sequence', or realization 'auto'"
-            )
-        if method.dense and clip is not None:
-            raise UsageError(
-                f"clip = {clip} needs all gradients at once, a dense method has one; leave clip out"
             )
         self.model, self.method, self.seed = model, method, seed
         self.key = Key(seed)
@@ -199,11 +203,18 @@ class Engine:
         self._cores: dict[str, Core] = {}  # of the weights that a dense method projects
         self._moments: dict[str, Moments] = {}
         self._spectra: dict[str, Spectrum] = {}
-        predicate = selection(model, select)
+        self._blocks = blocks_of(shapes(model), method.layers.outside)
+        chosen, kinds = selection(model, select), categories(model)
+        tables = {name for name, kind in kinds.items() if kind in TABLES}
+        frozen = tables if method.tables == "frozen" else set()
+        predicate = lambda name, p: name in self._blocks and name not in frozen and chosen(name, p)  # noqa: E731
         total = sum(map(prod, shapes(model).values()))
-        self._projected = selection(model, method.projects)
+        projected = selection(model, method.projects)
+        own = tables if method.tables is not None else set()
+        self._projected = lambda n, p: method.tables == "subspace" if n in own else projected(n, p)
         self._check_rank(model, lambda name, p: predicate(name, p) and self._projected(name, p))
         self.variables = attach(model, predicate, realization, hold=hold, cap=hold_rank)
+        self.active, self._period = self.variables, 0
         self.trained_share = sum(v.weight.numel() for v in self.variables) / total
         if compile and method.dense:
             raise UsageError(
@@ -217,6 +228,8 @@ class Engine:
         self._scheduler: Any = None
         self._refreshed_at = 0
         self._dropped = False  # a streamed gradient of this step was not finite
+        self._norm: Tensor | None = None  # of the streamed gradients of the step before
+        self._measured = 0  # passes of this step that only measured a norm
         # only for a rate that the engine chose, and that the slopes go into
         self._caution: Caution | None = None
         self._untried = setting(method.estimator, "signs") == "together"
@@ -231,11 +244,12 @@ class Engine:
         self._check_held()
         self._open_windows()
         kinds = categories(self.model)
-        tables = [self.trained(v) for v in self.variables if kinds.get(v.name) in ("embedding", "head")]
+        tables = [self.trained(v) for v in self.variables if kinds.get(v.name) in TABLES]
         self.optimizer = method.optimizer.build(
             [self.trained(v) for v in self.variables], self.base_lr or 1.0, tables
         )
         self._set_schedule()
+        self._activate(0)
         # a direction as large as a weight is applied one weight at a time, so that one of them is alive
         self.streams = method.dense or (
             method.paradigm == "zo" and clip is None and any(v.space.blocked for v in self.variables)
@@ -291,6 +305,29 @@ class Engine:
                 f"{self.step_count}; use a larger hold_rank, a smaller rank, or refresh less often",
                 stacklevel=5,
             )
+
+    # ---- layers --------------------------------------------------------------------------------------------------
+
+    def active_in(self, period: int) -> Variables:
+        """The variables that are active in a period of the method's layer policy."""
+        blocks = list(dict.fromkeys(b for v in self.variables if (b := self._blocks[v.name]) is not None))
+        if not blocks or self.method.layers.every is None:
+            return self.variables
+        chosen = {
+            blocks[i] for i in self.method.layers.active(len(blocks), period, self.key.fold_in("layers"))
+        }
+        return Variables(v for v in self.variables if self._blocks[v.name] in (None, *chosen))
+
+    def _activate(self, period: int) -> None:
+        """Begin a period: what is not active in it rests, and loses its optimizer state unless the policy keeps it."""
+        self._period, self.active = period, self.active_in(period)
+        working = {v.name for v in self.active}
+        self._resting = [v for v in self.variables if v.name not in working]
+        for variable in [] if self.method.layers.keeps else self._resting:
+            self.optimizer.state.pop(self.trained(variable), None)
+            if variable.name in self._cores:
+                self._cores[variable.name].due = True
+                self._cores[variable.name].kept.clear()
 
     # ---- windows -------------------------------------------------------------------------------------------------
 
@@ -374,6 +411,7 @@ class Engine:
         old, before = core.space, dict(self.optimizer.state.get(core.value, {}))
         with self._transported(variable, old, Full(variable.shape) if whole else new):
             core.open(new, whole)
+        variable.steps_in = core.space
         if old is not None and core.space is not None:
             after = self.optimizer.state.get(core.value, {})
             settings = self._group_of(core.value)
@@ -480,6 +518,8 @@ class Engine:
 
     def _step(self, batches: Sequence[Any]) -> Info:
         forwards = 0
+        if self.method.layers.every and self.step_count // self.method.layers.every != self._period:
+            self._activate(self.step_count // self.method.layers.every)
         every = self.method.refresh_every
         refreshed = bool(every and self.step_count % every == 0 and self.step_count != self._refreshed_at)
         if self._watches and (refreshed or not self._spectra):
@@ -495,7 +535,7 @@ class Engine:
         key = self.key.fold_in("step", self.step_count)
         with self._cautious() as lr:
             seen = self._advance(batches, key, lr)
-        forwards += self.method.estimator.forwards(len(batches))
+        forwards += self.method.estimator.forwards(len(batches)) * (1 + self._measured)
         slope, finite = seen.slope, seen.finite
         if finite:
             self.step_count += 1
@@ -531,26 +571,91 @@ class Engine:
         """Estimate and apply; what was seen, and whether it was applied."""
         received: list[tuple[Variable, Tensor]] = []
         loss: Callable[[Any], Any] = self._fast
-        if self.streams:
-            emit: Callable[[Variable, Tensor], None] = self._stream(lr)
-            if self.method.paradigm == "fo" and self.guard:
-                loss = self._guarded(loss)
-        else:
-            emit = lambda variable, gradient: received.append((variable, gradient))  # noqa: E731
-        self._dropped = False
+        squares: list[Tensor] = []
+        emit: Callable[[Variable, Tensor], None] = lambda v, gradient: received.append((v, gradient))  # noqa: E731
+        if self.streams and self.method.paradigm == "fo" and self.guard:
+            loss = self._guarded(loss)
+        self._dropped, self._measured = False, 0
         try:
-            estimate = self._estimate(loss, batches, emit, key)
+            if self.streams:
+                factor = self._clip_factor(loss, batches, key) if self.clip is not None else None
+                emit = self._stream(lr, factor, squares)
+            with self._gathering(len(batches)):
+                estimate = self._estimate(loss, batches, emit, key)
         except _NonFinite:
             estimate, received = Estimate(torch.tensor(float("nan"))), []
         seen = self._judged(estimate, [gradient for _, gradient in received])
         if seen.finite and not self.streams:
             self._apply(received, lr)
+        if seen.finite and squares:
+            self._norm = torch.stack(squares).sum().sqrt()
         return seen
+
+    @torch.no_grad()
+    def _clip_factor(self, loss: Any, batches: Sequence[Any], key: Key) -> Tensor:
+        """What streamed gradients are multiplied by: from their own norm, by a pass of its own, or from that of the step before.
+
+        The first step has none before it.
+        """
+        norm = self._norm
+        if self.method.clipping == "twice" or norm is None:
+            squares: list[Tensor] = []
+
+            @torch.no_grad()
+            def measure(variable: Variable, gradient: Tensor) -> None:
+                squares.append(self._square(variable, variable.mask(gradient)))
+
+            self._measured = 1
+            with self._gathering(len(batches)):
+                self._estimate(loss, batches, measure, key)
+            norm = torch.stack(squares).sum().sqrt()
+        assert self.clip is not None
+        return (self.clip / (norm + 1e-6)).clamp(max=1.0)
+
+    def _square(self, variable: Variable, gradient: Tensor) -> Tensor:
+        """Squared norm of a streamed gradient: dense, or in the coordinates where other micro-batches left no more."""
+        core, gathered = self._cores.get(variable.name), variable.gathered
+        if (
+            core is not None
+            and core.space is not None
+            and gathered is not None
+            and gathered.total is not None
+        ):
+            gradient = core.space.project(gradient) + gathered.total
+        return gradient.double().square().sum()
+
+    @contextmanager
+    def _gathering(self, batches: int) -> Iterator[None]:
+        """Accumulate the gradients of micro-batches in the coordinates, if the method wants that."""
+        chosen = [v for v in self.active if v.name in self._cores]
+        if self.method.accumulate == "dense" or batches == 1:
+            chosen = []
+        for variable in chosen:
+            variable.gathered = Gathered(partial(self._projected_part, variable, self._cores[variable.name]))
+        try:
+            yield
+        finally:
+            for variable in chosen:
+                variable.gathered = None
+
+    def _projected_part(
+        self, variable: Variable, core: Core, gradient: Tensor, count: Tensor | float
+    ) -> Tensor:
+        """The gradient of a micro-batch in the coordinates; the first one of a window gives the subspace."""
+        gradient = variable.mask(gradient)
+        if core.due and self.guard:
+            self._dropped = self._dropped or not bool(torch.isfinite(gradient).all())
+        if self._dropped:
+            return gradient.new_zeros(())
+        if core.due:
+            self._renew(variable, core, gradient / count)
+        assert core.space is not None
+        return core.space.project(gradient)
 
     def _try_signs(self, batches: Sequence[Any]) -> int:
         """Evaluate both signs together and in sequence once, and go on in sequence where they differ."""
         estimator = cast(Spsa, self.method.estimator)
-        settled, reason = estimator.tried(self._loss_of, batches, self.variables, self.key.fold_in("signs"))
+        settled, reason = estimator.tried(self._loss_of, batches, self.active, self.key.fold_in("signs"))
         if settled is not estimator:
             warnings.warn(f"signs are evaluated in sequence, not together: {reason}", stacklevel=4)
             self.method = replace(self.method, estimator=settled)
@@ -566,12 +671,14 @@ class Engine:
     def _estimate(self, loss: Any, batches: Sequence[Any], emit: Any, key: Key) -> Estimate:
         estimator = self.method.estimator
         if self.method.paradigm != "fo":
-            return estimator(loss, batches, self.variables, emit, key)
+            return estimator(loss, batches, self.active, emit, key)
+        for variable in self._resting:
+            variable.value.requires_grad_(False)
         device = self.variables[0].value.device
         # dropout draws from the global generators: give it a name, and leave them as found
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(key.fold_in("dropout").integer() >> 1)
-            return estimator(loss, batches, self.variables, emit, key)
+            return estimator(loss, batches, self.active, emit, key)
 
     def _judged(self, estimate: Estimate, gradients: Sequence[Tensor]) -> "_Seen":
         """What a step saw, and whether it may be applied: all of it in the one wait for the device of a step."""
@@ -632,10 +739,16 @@ class Engine:
             variable.moved = True
             variable.commit()
 
-    def _stream(self, lr: float) -> Callable[[Variable, Tensor], None]:
+    def _stream(
+        self, lr: float, factor: Tensor | None, squares: list[Tensor]
+    ) -> Callable[[Variable, Tensor], None]:
         """An `emit` that applies each gradient at once, while no other is alive.
 
         A gradient that is not finite, and all that follow it, are dropped; backprop may have applied earlier ones.
+
+        Args:
+            factor: on all gradients, from clipping.
+            squares: receives their squared norms before that.
         """
         exact = self.method.estimator.exact
         judged = False
@@ -646,10 +759,17 @@ class Engine:
             if self.guard and not self._dropped and not judged:
                 # every forward-only gradient is a slope times a direction: one of them tells for all
                 self._dropped = not bool(torch.isfinite(gradient if exact else gradient.flatten()[:1]).all())
+                if variable.gathered is not None and variable.gathered.total is not None:
+                    self._dropped |= not bool(torch.isfinite(variable.gathered.total).all())
                 judged = not exact
             if self._dropped:
                 return
             gradient = variable.mask(gradient)
+            gathered = None if variable.gathered is None else variable.gathered.total
+            if factor is not None:
+                squares.append(self._square(variable, gradient))
+                gradient = gradient.mul_(factor)
+                gathered = None if gathered is None else gathered * factor
             core, residual = self._cores.get(variable.name), self.method.residual
             if core is None:
                 self._observe(variable, gradient)
@@ -661,6 +781,7 @@ class Engine:
                     self._renew(variable, core, gradient)
 
                 def step(coords: Tensor) -> Tensor:
+                    coords = coords if gathered is None else coords + gathered
                     self._observe(variable, coords)
                     self._step_alone(core.value, coords)
                     return core.value.data
@@ -693,7 +814,7 @@ class Engine:
         estimator = self.method.estimator
         self.tuning = tune(
             lambda: mean_loss(self._loss_of, batches),
-            self.variables,
+            self.active,
             self.key.fold_in("tuning"),
             eps=_eps(self.method),
             normalized=self.method.optimizer.normalizes,
@@ -831,6 +952,8 @@ class Engine:
             "version": 1,
             "step": self.step_count,
             "refreshed_at": self._refreshed_at,
+            "period": self._period,
+            "norm": None if self._norm is None else self._norm.clone(),
             "seed": self.seed,
             "lr": [float(group["lr"]) for group in self.optimizer.param_groups],
             "base_lr": self.base_lr,
@@ -882,6 +1005,7 @@ class Engine:
             v.window, v.decay, v.moved = saved["window"], saved["decay"], saved["moved"]
             if v.name in self._cores:
                 self._cores[v.name].load(saved["core"])
+                v.steps_in = self._cores[v.name].space
             self.optimizer.state.pop(before, None)
             self._replace(before, self.trained(v))
             if saved["optimizer"]:
@@ -894,6 +1018,9 @@ class Engine:
                 s = saved["spectrum"]
                 self._spectra[v.name] = Spectrum(s["vectors"], s["values"], float(s["rest"]))
         self.step_count, self._refreshed_at = state["step"], state["refreshed_at"]
+        self._activate(state.get("period", 0))
+        norm = state.get("norm")
+        self._norm = None if norm is None else norm.to(self.variables[0].value.device, copy=True)
         self._caution = None if state["caution"] is None else Caution(**state["caution"])
         if self._scheduler is not None and state["scheduler"] is not None:
             self._scheduler.load_state_dict(state["scheduler"])

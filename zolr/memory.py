@@ -35,7 +35,8 @@ from zolr.engine import Engine
 from zolr.errors import BudgetError, UsageError
 from zolr.estimators import changed, setting
 from zolr.held import RANK
-from zolr.methods import Adapter, Method
+from zolr.layers import LAYERS
+from zolr.methods import Adapter, Method, key_of
 from zolr.models import (
     Checkpointing,
     Codes,
@@ -327,6 +328,10 @@ WINDOW = 2
 # From the third micro-batch on nothing is new but the batches themselves, which all exist from the beginning
 ENOUGH_BATCHES = 3
 
+# Periods of a layer policy among which the worst is looked for
+PERIODS = 64
+LONG = 1 << 10  # steps of a period there, so that none ends while it is looked at
+
 # What a peak is made of. "rest": the batch, directions of probes, weights rebuilt for one use, gradients of
 # activations, scratch
 PARTS = ("weights", "coords", "gradients", "optimizer", "activations", "logits", "rest")
@@ -483,10 +488,16 @@ def predict(
             engine.optimizer.register_step_post_hook(lambda *_: live.leave_phase())
             if profile:
                 _label_as_made(engine, live)
-            for _ in range(WINDOW * _windows(method) + 1 if method.refresh_every else WINDOW):
-                live.base_phase("open")
-                engine.step(batches[:ENOUGH_BATCHES])
-                _label_kept(engine, live)
+            steps = WINDOW * _windows(method) + 1 if method.refresh_every else WINDOW
+            if method.layers.every:
+                _keep_states(engine)
+                live.reset_peak()
+            for period in _worst_periods(engine):
+                engine.step_count = max(engine.step_count, period * (method.layers.every or 0))
+                for _ in range(steps):
+                    live.base_phase("open")
+                    engine.step(batches[:ENOUGH_BATCHES])
+                    _label_kept(engine, live)
         counted = LiveBytes()
         weights = counted.track(net)
         held = kept(engine)
@@ -509,6 +520,11 @@ def predict(
         ]
         if quantize is not None:
             assumptions.append(f"{quantize} codes in the base model, one weight decoded at a time")
+        if method is not None and method.layers.every:
+            assumptions.append(
+                f"blocks '{key_of(LAYERS, method.layers)}': the worst of the first {PERIODS} periods, optimizer state of "
+                f"{'all blocks, as after many of them' if method.layers.keeps else 'the active blocks'}"
+            )
         if hold:
             assumptions.append(
                 f"rank {hold_rank} beside every held matrix, which it reaches after many windows"
@@ -705,6 +721,32 @@ def _batch(objective: str, rows: int, tokens: int) -> dict[str, Tensor]:
     return batch
 
 
+def _worst_periods(engine: Engine) -> list[int]:
+    """Periods of a layer policy in which a step may take most: with the most numbers active, and with the deepest backward."""
+    if engine.method.layers.every is None:
+        return [0]
+    order = {v.name: i for i, v in enumerate(engine.variables)}
+    size, depth = {}, {}
+    for period in range(PERIODS):
+        active = engine.active_in(period)
+        size[period] = sum(v.weight.numel() for v in active)
+        # models list their weights from the input on, so that the first active one is where backward ends
+        inner = [order[v.name] for v in active if engine._blocks[v.name] is not None]
+        depth[period] = min(inner, default=0)
+    deepest = min(depth, key=lambda period: (depth[period], -size[period]))
+    return sorted({max(size, key=lambda period: size[period]), deepest})
+
+
+def _keep_states(engine: Engine) -> None:
+    """Give every weight the optimizer state that it has after many periods, one gradient alive at a time."""
+    if not engine.method.layers.keeps:
+        return
+    for variable in engine.variables:
+        value = engine.trained(variable)
+        if value.numel():
+            engine._step_alone(value, torch.zeros_like(value))
+
+
 def _windows(method: Method) -> int:
     """Windows after which a run holds all it ever will: a spectrum gains as many directions in each as it sees."""
     projector = method.projector
@@ -765,7 +807,11 @@ def _runnable(method: Method, signs: str | None) -> Method:
         estimator = changed(estimator, signs=signs)
     if setting(estimator, "eps", 0.0) is None:
         estimator = changed(estimator, eps=1e-3)
-    return replace(method, estimator=estimator, refresh_every=method.refresh_every and WINDOW)
+    layers: Any = method.layers
+    if layers.every is not None:
+        layers = replace(layers, every=LONG)
+    every = method.refresh_every and WINDOW
+    return replace(method, estimator=estimator, refresh_every=every, layers=layers)
 
 
 def _in_phases(loss: Any, live: LiveBytes, after: str) -> Any:

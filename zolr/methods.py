@@ -4,16 +4,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from difflib import get_close_matches
 from math import sqrt
-from typing import Any
+from typing import Any, Literal
 
 from zolr.errors import UsageError
-from zolr.estimators import ESTIMATORS, PARADIGMS, Estimator, changed, setting
+from zolr.estimators import ESTIMATORS, PARADIGMS, POINTS, Estimator, changed, setting
+from zolr.estimators.ascent import Ascent
 from zolr.estimators.backprop import Backprop
 from zolr.estimators.coordinates import Coordinates
 from zolr.estimators.forward import Forward
+from zolr.estimators.lookahead import Lookahead
 from zolr.estimators.mixture import Mixture
 from zolr.estimators.private_spsa import PrivateSpsa, epsilon_of
 from zolr.estimators.spsa import Spsa
+from zolr.layers import LAYERS, Layers
+from zolr.layers.all import All
+from zolr.layers.cycle import Cycle
+from zolr.layers.sampled import Sampled
 from zolr.optim import OptimizerRule
 from zolr.projectors import PROJECTORS, Projector
 from zolr.projectors.dependent import Dependent
@@ -22,6 +28,7 @@ from zolr.projectors.identity import Identity
 from zolr.projectors.jump import Jump
 from zolr.projectors.plumage import Plumage
 from zolr.projectors.power_iteration import PowerIteration
+from zolr.projectors.range_finder import RangeFinder
 from zolr.projectors.stiefel import Stiefel
 from zolr.projectors.svd import LazySvd, Svd
 from zolr.projectors.tracking import Tracking
@@ -59,7 +66,16 @@ class Method:
         scale: factor on what a dense method lifts (GaLore's alpha).
         projects: matrices that have a subspace: "all", or categories joined by "+" (see `engine.selection`); others
             have their whole space, as vectors do.
+        tables: embeddings and heads: "full" (in their whole space), "subspace" (projected as other matrices are) or "frozen"
+            (not trained); None leaves them to `projects` and to what is selected for training.
         residual: what a dense method does with the part of a gradient that the subspace does not hold.
+        layers: which blocks of the model are active at a time.
+        accumulate: where a dense method sums the gradients of micro-batches: "dense" (a sum as large as the weights; exact),
+            or "coordinates" (each is projected as it comes; a new subspace is taken from the first one of its step, so that
+            all of a step are in one subspace). Weights without a subspace have a dense sum in any case.
+        clipping: how a dense method, which has one gradient at a time, clips by their norm together: "last" (by the norm of
+            the step before, at no cost; the first step as "twice") or "twice" (by their own norm, from a backward pass
+            more). Other methods have all gradients at once and clip exactly.
 
     Raises:
         UsageError: parts that cannot work together.
@@ -74,6 +90,10 @@ class Method:
     scale: float = 1.0
     projects: str = "all"
     residual: Residual = field(default_factory=Drop)
+    layers: Layers = field(default_factory=All)
+    accumulate: Literal["dense", "coordinates"] = "dense"
+    clipping: Literal["last", "twice"] = "last"
+    tables: Literal["full", "subspace", "frozen"] | None = None
 
     def __post_init__(self) -> None:
         every = self.refresh_every
@@ -98,6 +118,7 @@ class Method:
         if self.dense and self.paradigm != "fo":
             raise UsageError(f"paradigm '{self.paradigm}' gives no dense gradient; use --paradigm fo")
         self._check_residual()
+        self._check_streams()
         if self.private and self.projector.learns_from == "inputs":
             raise UsageError(
                 f"projector '{key_of(PROJECTORS, self.projector)}' learns from inputs without noise, so estimator "
@@ -112,6 +133,31 @@ class Method:
             raise UsageError(
                 f"transport '{key_of(TRANSPORTS, self.transport)}' does not know the state of optimizer "
                 f"'{self.optimizer.name}'; use transport 'reset' or 'keep'"
+            )
+
+    def _check_streams(self) -> None:
+        if self.tables not in (None, "full", "subspace", "frozen"):
+            raise UsageError(f"tables '{self.tables}' is not known; use 'full', 'subspace' or 'frozen'")
+        if self.tables == "subspace" and isinstance(self.projector, Identity):
+            raise UsageError(
+                "tables 'subspace' needs a projector, and 'identity' has the whole space; use tables 'full' or 'frozen', or "
+                "projector 'stiefel'"
+            )
+        if self.accumulate not in ("dense", "coordinates"):
+            raise UsageError(
+                f"accumulate '{self.accumulate}' is not known; use 'dense', or 'coordinates' for a dense method"
+            )
+        if self.clipping not in ("last", "twice"):
+            raise UsageError(f"clipping '{self.clipping}' is not known; use 'last' or 'twice'")
+        if self.accumulate == "coordinates" and (not self.dense or isinstance(self.projector, Identity)):
+            raise UsageError(
+                "accumulate 'coordinates' is for methods that project dense gradients; this one has no larger sums than "
+                "its coordinates, use 'dense'"
+            )
+        if self.accumulate == "coordinates" and self.residual.dense:
+            raise UsageError(
+                f"residual '{key_of(RESIDUALS, self.residual)}' needs the dense gradient of a step, which accumulation in "
+                "the coordinates never sums; use accumulate 'dense', or residual 'drop'"
             )
 
     def _check_residual(self) -> None:
@@ -431,7 +477,8 @@ _ROWS = (
         "arXiv 2403.03507",
         "released code (side, scale a = 0.25, kept moments; embeddings, head and vectors by plain AdamW at the unscaled rate); "
         "moments are float32 whatever the weights are",
-        "dense gradients: one alive at a time, but all of them while micro-batches accumulate; no clipping",
+        "dense gradients: one alive at a time, but sums of all while micro-batches accumulate (--accumulate-in coordinates has "
+        "none); clipping by the norm of the step before (--clip-by twice: exact, by a second backward pass)",
         lr={"fo": 5e-4},
     ),
     Row(
@@ -734,6 +781,73 @@ _ROWS = (
         lr={"fo": 1e-3},
     ),
     Row(
+        "adazo-sam",
+        "sharpness-aware AdamW: forward passes find the way uphill, one backward pass from there is descended",
+        {"fo": Method(Ascent(Backprop(), Spsa(eps=1e-3)), Identity(), ADAMW)},
+        "A = (1/q) sum_j [(L(W + eps Z_j) - L(W - eps Z_j)) / (2 eps)] Z_j, Z_j random signs; AdamW on G(W + rho A / |A|)",
+        "arXiv 2502.19571",
+        "derived sheets of the paper, which differ in the sign of A: ours goes uphill, as SAM does; |A| over all weights, rho = "
+        "0.05 (SAM's), q = 1, eps = 1e-3 and signs in place of Gaussian entries are our choices",
+        "2 q forwards beside the backward; the moved weights are a second copy of them until backward has passed",
+        lr={"fo": 5e-5},
+    ),
+    Row(
+        "lorenza",
+        "adazo-sam inside the range of a gradient: probes, descent and moments in a low-rank subspace",
+        {
+            "fo": Method(
+                Ascent(Backprop(), Spsa(eps=1e-3), within=True),
+                RangeFinder(rank=32),
+                ADAMW,
+                Keep(),
+                200,
+                dense=True,
+                scale=0.25,
+                projects="linear",
+            )
+        },
+        "Q = orth(G Omega) every refresh_every steps; A = (1/q) sum_j c_j Q Z_j, c_j the slope along Q Z_j; R = Qᵀ G(W + rho A / |A|); "
+        "W <- W - lr a Q N(R), N Adam",
+        "arXiv 2502.19571",
+        "derived sheets of the paper, which disagree on the shape of the probes: ours are random signs in all coordinates of the "
+        "subspace; scale, kept moments, side and embeddings as galore has them; a new Q is taken from the gradient at the moved point",
+        "weights without a subspace are not moved uphill, and none is before the first subspace; dense gradients as in galore",
+        lr={"fo": 5e-4},
+    ),
+    Row(
+        "extrapolation",
+        "extragradient: the gradient at a look-ahead point, applied at the weights",
+        {"fo": Method(Lookahead(Backprop()), Identity(), SGD)},
+        "W <- W - lr G(W - reach G(W)), both on the same batches; along 'noise': W <- W - lr G(W + reach Z), Z standard normal",
+        "arXiv 2006.05720",
+        "the abstract; equations inferred from extragradient (Korpelevich 1976), reach = lr at first",
+        "two backward passes a step (one along 'noise'); the variant along the gradient of the step before is left out: it needs "
+        "a copy of that gradient as state",
+        lr={"fo": 1e-2},
+    ),
+    Row(
+        "badam",
+        "Adam on one block of layers at a time, all in turn",
+        {"fo": Method(Backprop(), Identity(), ADAMW, layers=Cycle(every=50))},
+        "K = 50 steps of AdamW from a fresh state on one block, all else fixed; then the next block, in a random order each round",
+        "arXiv 2404.02827",
+        "released code (order, K, state discarded at a switch; embeddings, head and last norm left out); the schedule runs on over "
+        "switches",
+        "below float32 every trained weight keeps a float32 master, not only those of the block; --outside blocks gives "
+        "embeddings and head turns of their own",
+        lr={"fo": 5e-5},
+    ),
+    Row(
+        "lisa",
+        "AdamW on embeddings, head and a few random blocks, drawn anew every so often",
+        {"fo": Method(Backprop(), Identity(), ADAMW, layers=Sampled(count=2, every=20))},
+        "every K = 20 steps gamma = 2 blocks are drawn; AdamW on these, embeddings and head; all else fixed",
+        "arXiv 2403.17919",
+        "released code (uniform draw, embeddings and head always, optimizer state kept)",
+        "kept state grows to that of AdamW as blocks are met; below float32 every trained weight keeps a float32 master",
+        lr={"fo": 5e-5},
+    ),
+    Row(
         "sgd",
         "plain SGD by backprop",
         {"fo": Method(Backprop(), Identity(), SGD)},
@@ -825,6 +939,14 @@ def compose(
     limit: float | None = None,
     noise: float | None = None,
     residual: str | None = None,
+    point: str | None = None,
+    reach: float | None = None,
+    blocks: str | None = None,
+    switch_every: int | None = None,
+    outside: str | None = None,
+    accumulate_in: str | None = None,
+    clip_by: str | None = None,
+    tables: str | None = None,
 ) -> Method:
     """A row of METHODS with some of its parts or settings replaced.
 
@@ -874,6 +996,8 @@ def compose(
     if rank is not None and result.optimizer.owns_rank and isinstance(result.projector, Identity):
         settings = {**result.optimizer.settings, "rank": rank}
         result, rank = replace(result, optimizer=replace(result.optimizer, settings=settings)), None
+    if point is not None:
+        result = replace(result, estimator=_at_point(result.estimator, _lookup("point", POINTS, point)))
     result = replace(
         result,
         projector=_with(
@@ -893,6 +1017,7 @@ def compose(
             signs=signs,
             limit=limit,
             noise=noise,
+            reach=reach,
         ),
     )
     if residual is not None:
@@ -901,6 +1026,27 @@ def compose(
         result = replace(
             result, residual=part, dense=result.dense or (part.dense and result.paradigm == "fo")
         )
+    if tables is not None:
+        if row.adapter is not None and tables != "frozen":
+            raise UsageError(
+                f"method '{row.name}' trains its adapter and no embedding or head, so tables '{tables}' cannot be; leave it out"
+            )
+        result = replace(result, tables=tables)  # pyright: ignore[reportArgumentType]
+    if accumulate_in is not None:
+        result = replace(result, accumulate=accumulate_in)  # pyright: ignore[reportArgumentType]
+    if clip_by is not None:
+        if not result.dense:
+            raise UsageError(
+                f"clip_by '{clip_by}' is for dense methods; this one has all gradients at once and clips by their norm, "
+                "leave it out"
+            )
+        result = replace(result, clipping=clip_by)  # pyright: ignore[reportArgumentType]
+    if blocks is not None:
+        cls = _lookup("blocks", LAYERS, blocks)
+        if type(result.layers) is not cls:
+            result = replace(result, layers=cls())
+    owner = f"blocks '{key_of(LAYERS, result.layers)}'"
+    result = replace(result, layers=_with(result.layers, owner, every=switch_every, outside=outside))
     if transport is not None:
         result = replace(result, transport=_lookup("transport", TRANSPORTS, transport)())
     if refresh_every is not None:
@@ -911,6 +1057,14 @@ def compose(
 
 
 _ABSENT = object()
+
+
+def _at_point(estimator: Any, cls: type) -> Any:
+    """The estimator evaluated at another point, with default settings unless it is already."""
+    if type(estimator) is cls:
+        return estimator
+    inner = estimator.inner if type(estimator) in POINTS.values() else estimator
+    return cls(inner, Spsa(eps=1e-3)) if cls is Ascent else cls(inner)
 
 
 def _with(part: Any, owner: str, **settings: Any) -> Any:

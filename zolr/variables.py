@@ -69,6 +69,29 @@ class Site:
         return parameter
 
 
+class Gathered:
+    """Where the gradients of all micro-batches but the last go as they come, in place of a dense sum.
+
+    Args:
+        project: gradient `(m, n)` of the summed loss of a micro-batch, and the count of what is summed -> coordinates.
+    """
+
+    def __init__(self, project: Callable[[Tensor, Tensor | float], Tensor]) -> None:
+        self.project = project
+        self.total: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, gradient: Tensor, count: Tensor | float) -> None:
+        """Take one gradient."""
+        coords = self.project(gradient, count)
+        self.total = coords if self.total is None else self.total + coords
+
+    @torch.no_grad()
+    def divide(self, count: Tensor | float) -> None:
+        """Make the sum a mean."""
+        self.total = None if self.total is None else self.total / count
+
+
 class Variable:
     """One trained weight of a model.
 
@@ -133,6 +156,11 @@ class Variable:
         self._value: nn.Parameter | None = None
         self._space: tuple[Subspace, Space] | None = None
         self.steady = False
+        self._offset: Callable[[], Tensor] | None = None
+        self.steps_in: Subspace | None = (
+            None  # where a dense method steps, which has no coordinates of its own here
+        )
+        self.gathered: Gathered | None = None  # of a dense method that accumulates in its coordinates
         if self.held and len(self.shape) == 2:
             m, n = self.shape
             self.stack = Stack((m, n), cap, weight.data)
@@ -234,7 +262,7 @@ class Variable:
     def within(self, subspace: Subspace) -> Iterator[None]:
         """Another subspace around the stored weight inside the context, its coordinates at zero; nothing is folded."""
         before = self.subspace, self.value
-        self.subspace = self.without_frozen_row(subspace)
+        self.subspace = _widened(self.without_frozen_row(subspace), self.weight.dtype)
         self.value = nn.Parameter(
             self.weight.new_zeros(subspace.coords_shape, dtype=self.dtype), requires_grad=False
         )
@@ -314,8 +342,8 @@ class Variable:
 
     @property
     def plain(self) -> bool:
-        """Whether the point carries no tangent and no vmap axis."""
-        return self._plain
+        """Whether the point carries no tangent and no vmap axis, and is not that of another estimate's choice."""
+        return self._plain and self._offset is None
 
     @property
     def redrawn(self) -> bool:
@@ -369,6 +397,28 @@ class Variable:
                 self._point, self._rows, self._plain = before
 
     @contextmanager
+    def offset_by(self, offset: Callable[[], Tensor]) -> Iterator[None]:
+        """Have every evaluation inside the context moved by `offset()`, on top of `at` and `shifted`; `value` stays.
+
+        The gradient in `value` is then that at the moved point. The context has to span the backward pass: activation
+        checkpoints run the forward again in it.
+
+        Args:
+            offset: gives a tensor of coords_shape, the same one at every call; called again at every use, so that what
+                is as large as a weight need not be kept.
+        """
+        before, self._offset = self._offset, offset
+        try:
+            yield
+        finally:
+            self._offset = before
+
+    @torch.no_grad()
+    def _displacement(self) -> Tensor:
+        assert self._offset is not None
+        return self.mask(self._offset().to(self.value))
+
+    @contextmanager
     def _walked(self, shift: Shift, scale: float | Tensor) -> Iterator[None]:
         """MeZO's in-place walk as published: the weight itself is moved and moved back, with its rounding drift."""
         self._walk(shift, float(scale))
@@ -399,6 +449,15 @@ class Variable:
 
     def point(self) -> Tensor | None:
         """Coordinates to evaluate at, or None when the stored weight alone is the answer."""
+        point = self._center()
+        if self._offset is None:
+            return point
+        if point is None and self.is_full:
+            point = (self.weight.t() if self.transposed else self.weight).detach().to(self.dtype)
+        return self._displacement() if point is None else point + self._displacement()
+
+    def _center(self) -> Tensor | None:
+        """The point without an offset."""
         if self._point is not None:
             return self._point
         if torch.is_grad_enabled():
@@ -427,6 +486,8 @@ class Variable:
                     part = part.clone()
                     part[self.frozen_row - rows.start] = 0
                 oriented[rows] += (scale * part).to(weight.dtype)
+            if self._offset is not None:
+                oriented += self._displacement().to(weight.dtype)
             return weight
         if point is None:
             return None if self.decay == 1.0 else self.weight * self.decay

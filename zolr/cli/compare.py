@@ -17,7 +17,7 @@ import typer
 
 from zolr.cli import runs
 from zolr.cli.config import Settings, add, flag, nearest, spelled
-from zolr.cli.finetune import Finetune, Schedule
+from zolr.cli.finetune import Finetune, Schedule, TablePolicy
 from zolr.cli.variants import variant
 from zolr.cli.workload import DEMO_TASK, DataChoice, Machine, ModelChoice
 from zolr.errors import BudgetError, StorageError, UsageError, ZolrError
@@ -74,7 +74,7 @@ class Report(Settings):
 
 
 @dataclass(frozen=True)
-class Compare(Report, Contest, Machine, Schedule, DataChoice, ModelChoice):
+class Compare(Report, Contest, Machine, Schedule, TablePolicy, DataChoice, ModelChoice):
     """Settings of `zolr compare`."""
 
 
@@ -226,7 +226,9 @@ def _plans(
     """
     from zolr import lora
 
-    known = {f.name for kind in (Machine, Schedule, DataChoice, ModelChoice) for f in fields(kind)}
+    known = {
+        f.name for kind in (Machine, Schedule, TablePolicy, DataChoice, ModelChoice) for f in fields(kind)
+    }
     shared = {name: getattr(settings, name) for name in known}
     shared["memory_budget"] = None  # the budget decides which methods run, and changes none of them
     if terms.equal is not None and terms.equal[0] == "steps":

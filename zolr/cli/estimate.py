@@ -54,6 +54,12 @@ class Estimate(Settings):
         shown="stiefel:zo,stiefel:fo,adamw",
         aliases=("methods",),
     )
+    tables: Literal["full", "subspace", "frozen"] | None = flag(
+        None,
+        "Embeddings and head: full (trained as a whole), subspace (projected), frozen (not trained).",
+        "Method",
+        shown="as each method has it",
+    )
     batch_size: Annotated[int, Ge(1)] | None = flag(
         None, "Rows of a forward pass.", "Training", shown="as zolr finetune has it for the paradigm"
     )
@@ -193,6 +199,7 @@ def plan_of(settings: Estimate, own: Mapping[str, Any]) -> Finetune:
         "max_length": settings.max_length,
         "dtype": settings.dtype,
         "quantize": settings.quantize,
+        "tables": settings.tables,
         "checkpointing": settings.checkpointing if own["paradigm"] == "fo" else False,
     }
     plan = Finetune(**{**shared, **own}).filled()
@@ -262,6 +269,7 @@ def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
     result = {
         "head": objective,
         "train": select,
+        "tables": plan.tables,
         "batch_size": rows,
         "accumulate": plan.accumulate,
         "max_length": length,
@@ -337,7 +345,10 @@ def assumed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         recomputed = ", activations recomputed" if row["checkpointing"] else ""
         recomputed += " in half of the layers" if row["checkpointing"] == "selective" else ""
-        own = f"trains {row['train']}, {row['head']} loss, accumulates {row['accumulate']}{recomputed}"
+        tables = f", tables {row['tables']}" if row.get("tables") else ""
+        own = (
+            f"trains {row['train']}{tables}, {row['head']} loss, accumulates {row['accumulate']}{recomputed}"
+        )
         for text in (*row["assumptions"], own):
             said.setdefault(text, []).append(row["name"])
     return [

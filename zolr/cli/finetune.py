@@ -53,6 +53,8 @@ OTHER_OPTIMIZER = 2.5e-4
 PARTS = (
     "projector", "rank", "refresh_every", "optimizer", "transport", "residual", "side",
     "probes", "eps", "law", "sides", "directions", "signs", "limit", "noise",
+    "point", "reach", "blocks", "switch_every", "outside", "accumulate_in", "clip_by",
+    "tables",
 )  # fmt: skip
 
 RANK = 64  # `held.RANK`, without torch, which --help must not import
@@ -65,7 +67,19 @@ MAY_CHANGE = ("steps", "device", "threads")  # on --resume; anything else would 
 
 
 @dataclass(frozen=True)
-class Composition(Settings):
+class TablePolicy(Settings):
+    """What becomes of embeddings and heads, which are most of a small model."""
+
+    tables: Literal["full", "subspace", "frozen"] | None = flag(
+        None,
+        "Embeddings and head: full (trained as a whole), subspace (projected), frozen (not trained).",
+        "Method",
+        shown="as the method and --train have it",
+    )
+
+
+@dataclass(frozen=True)
+class Composition(TablePolicy):
     """How to train."""
 
     method: str | None = flag(None, "A row of `zolr methods`.", "Method", shown="stiefel")
@@ -116,6 +130,45 @@ class Composition(Settings):
     noise: float | None = flag(
         None,
         "Noise of a step, in units of --limit over the examples (dpzero).",
+        "Method",
+        shown="the method's",
+    )
+    point: str | None = flag(
+        None,
+        "Where the gradient is taken: ascent (uphill by probes, as SAM), lookahead (extragradient).",
+        "Method",
+        shown="the method's, else at the weights",
+    )
+    reach: float | None = flag(
+        None,
+        "How far that point is: ascent a length, lookahead a factor on the gradient.",
+        "Method",
+        shown="the method's",
+    )
+    blocks: str | None = flag(
+        None,
+        "Blocks of layers that are trained at a time: all, cycle, sampled, bernoulli.",
+        "Method",
+        shown="the method's",
+    )
+    switch_every: int | None = flag(
+        None, "Steps until other blocks are trained.", "Method", shown="the method's"
+    )
+    outside: str | None = flag(
+        None,
+        "Embeddings, head and what else is in no block: always trained, never, or blocks of their own (blocks).",
+        "Method",
+        shown="the method's",
+    )
+    accumulate_in: str | None = flag(
+        None,
+        "Where a dense method sums micro-batches: dense, or coordinates (in the subspace, as they come).",
+        "Method",
+        shown="the method's",
+    )
+    clip_by: str | None = flag(
+        None,
+        "The norm by which a dense method clips: last (of the step before), twice (by a second backward pass).",
         "Method",
         shown="the method's",
     )

@@ -4,8 +4,8 @@ An estimator is an ordinary gradient estimator over a list of tensors (the varia
 projector, never writes a value and leaves no `.grad` behind.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -44,6 +44,14 @@ class Estimator(Protocol):
 
     def forwards(self, batches: int) -> int:
         """Number of forward passes that one step over so many micro-batches costs (a backward counts as two)."""
+        ...
+
+
+class Prober(Estimator, Protocol):
+    """An estimator whose gradient is `mean_i slope_i z_i` over directions that can be drawn again."""
+
+    def draw(self, variables: Sequence[Variable], key: Key) -> Sequence[Callable[..., Tensor]]:
+        """The directions of the step of that name."""
         ...
 
 
@@ -187,6 +195,51 @@ def same_noise(device: torch.device) -> Iterator[Callable[[], None]]:
         yield rewind
 
 
+@contextmanager
+def moved(offsets: Mapping[Variable, Callable[[], Tensor]]) -> Iterator[None]:
+    """Have every evaluation inside the context moved by these offsets (see `Variable.offset_by`)."""
+    with ExitStack() as stack:
+        for variable, offset in offsets.items():
+            stack.enter_context(variable.offset_by(offset))
+        yield
+
+
+@contextmanager
+def ungathered(variables: Sequence[Variable]) -> Iterator[None]:
+    """Have gradients inside the context come whole, though the last evaluation of the step gathers them."""
+    before = [v.gathered for v in variables]
+    for variable in variables:
+        variable.gathered = None
+    try:
+        yield
+    finally:
+        for variable, gathered in zip(variables, before, strict=True):
+            variable.gathered = gathered
+
+
+class OfInner:
+    """An attribute of an evaluation point that is that of the estimator inside."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, point: Any, owner: type | None = None) -> Any:
+        return self if point is None else getattr(point.inner, self.name)
+
+
+def seen_at(first: Estimate | None, last: Estimate) -> Estimate:
+    """What a step that evaluates at two points saw: the loss of the first one, unless that of the last is not finite."""
+    if first is None:
+        return last
+    return Estimate(torch.where(last.loss.isfinite(), first.loss, last.loss), last.slopes)
+
+
+def check_reach(reach: float) -> None:
+    """Refuse a distance that means nothing."""
+    if not 0 <= reach < float("inf"):
+        raise UsageError(f"reach = {reach} is no distance; use a number of at least 0 (0 evaluates in place)")
+
+
 def combine(variable: Variable, directions: Sequence[Callable[..., Tensor]], weights: Tensor) -> Tensor:
     """`sum_i weights[i] * z_i` in one variable's coordinates."""
     gradient: Tensor | None = None
@@ -302,10 +355,12 @@ def check_eps(eps: float | None) -> None:
         )
 
 
-from zolr.estimators.backprop import Backprop  # noqa: E402  (the files obey the protocol above)
+from zolr.estimators.ascent import Ascent  # noqa: E402  (the files obey the protocol above)
+from zolr.estimators.backprop import Backprop  # noqa: E402
 from zolr.estimators.coordinates import Coordinates  # noqa: E402
 from zolr.estimators.forward import Forward  # noqa: E402
 from zolr.estimators.likelihood_ratio import LikelihoodRatio  # noqa: E402
+from zolr.estimators.lookahead import Lookahead  # noqa: E402
 from zolr.estimators.mixture import Mixture  # noqa: E402
 from zolr.estimators.private_spsa import PrivateSpsa  # noqa: E402
 from zolr.estimators.spsa import Spsa  # noqa: E402
@@ -321,3 +376,6 @@ ESTIMATORS: dict[str, type] = {
 }
 
 PARADIGMS = {"fo": "backprop", "zo": "spsa", "fwd": "forward"}
+
+# where another estimator evaluates, if not at the weights
+POINTS: dict[str, type] = {"ascent": Ascent, "lookahead": Lookahead}

@@ -19,7 +19,7 @@ class Backprop:
 
     The dense `G (m, n)` is never formed and autograd saves `x P (tokens, r)` in place of `x (tokens, n)`. During the
     backward of the last micro-batch every gradient is emitted as soon as it is complete, so that a caller that uses it
-    at once has one alive.
+    at once has one alive. Those of earlier micro-batches are summed, or handed to `Variable.gathered` as they come.
     """
 
     paradigm: ClassVar[Literal["fo", "zo", "fwd"]] = "fo"
@@ -41,11 +41,20 @@ class Backprop:
         pending = {id(v.value): v for v in variables}
         handles = []
         total: Tensor | None = None
+        n: Tensor | float = 0.0
         count: Tensor | float = 0.0
         differentiable = False
 
+        def gather(value: Tensor) -> None:
+            gathered = pending[id(value)].gathered
+            if gathered is not None and value.grad is not None:
+                gathered.add(value.grad, n)
+                value.grad = None
+
         def hand_over(value: Tensor) -> None:
             variable = pending.pop(id(value))
+            if variable.gathered is not None:
+                variable.gathered.divide(count)
             gradient, value.grad = value.grad, None
             assert gradient is not None
             emit(variable, gradient if isinstance(count, float) and count == 1.0 else gradient.div_(count))
@@ -59,8 +68,11 @@ class Backprop:
                     part, n = totals(loss(batch))
                     count = count + n
                     total = part.detach().double() if total is None else total + part.detach().double()
-                    if i == len(batches) - 1:
-                        handles = [v.register_post_accumulate_grad_hook(hand_over) for v in values]
+                    if i in (0, len(batches) - 1):
+                        for handle in handles:
+                            handle.remove()
+                        hook = hand_over if i == len(batches) - 1 else gather
+                        handles = [v.register_post_accumulate_grad_hook(hook) for v in values]
                     if part.requires_grad:
                         differentiable = True
                         part.backward()

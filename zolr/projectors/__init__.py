@@ -260,6 +260,7 @@ from zolr.projectors.identity import Identity  # noqa: E402
 from zolr.projectors.jump import Jump  # noqa: E402
 from zolr.projectors.plumage import Plumage  # noqa: E402
 from zolr.projectors.power_iteration import PowerIteration  # noqa: E402
+from zolr.projectors.range_finder import RangeFinder  # noqa: E402
 from zolr.projectors.srht import Srht  # noqa: E402
 from zolr.projectors.stiefel import Stiefel  # noqa: E402
 from zolr.projectors.svd import LazySvd, Svd  # noqa: E402
@@ -283,5 +284,6 @@ PROJECTORS: dict[str, type] = {
     "lazy_svd": LazySvd,
     "plumage": Plumage,
     "viewed": View,
+    "range_finder": RangeFinder,
     "identity": Identity,
 }
