@@ -164,7 +164,7 @@ def _with_values(args: Sequence[str], switches: Sequence[str]) -> list[str]:
     ['--x=on', '--y=off', '--x', 'half']
     """
     found = []
-    for here, after in zip(args, [*args[1:], "--"], strict=True):
+    for here, after in zip(args, [*args[1:], "--"], strict=False):  # no arguments have no "--" either
         name = spelled(here)
         if name in switches and after.startswith("-"):
             here = f"{name}=on"
