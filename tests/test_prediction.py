@@ -33,7 +33,13 @@ def short(method: Method, window: int = 3) -> Method:
     estimator: Any = method.estimator
     if getattr(estimator, "eps", 1.0) is None:
         estimator = replace(estimator, eps=1e-3)
-    return replace(method, estimator=estimator, refresh_every=method.refresh_every and window)
+    layers: Any = method.layers
+    if layers.every is not None:
+        layers = replace(
+            layers, every=2
+        )  # both blocks of a model are met, for as long as state needs to be there
+    every = method.refresh_every and window
+    return replace(method, estimator=estimator, refresh_every=every, layers=layers)
 
 
 def batches(objective: str, rows: int, tokens: int, count: int) -> list[dict[str, torch.Tensor]]:
