@@ -36,7 +36,11 @@ def short(method: Method, window: int = 3) -> Method:
         estimator = changed(estimator, eps=1e-3)
     if setting(estimator, "probes", 1) > 3:
         estimator = changed(estimator, probes=3)
-    return replace(method, estimator=estimator, refresh_every=method.refresh_every and window)
+    layers: Any = method.layers
+    if layers.every is not None:  # both blocks of a model are met, for as long as state needs to be there
+        layers = replace(layers, every=2)
+    every = method.refresh_every and window
+    return replace(method, estimator=estimator, refresh_every=every, layers=layers)
 
 
 def batches(objective: str, rows: int, tokens: int, count: int) -> list[dict[str, torch.Tensor]]:

@@ -8,6 +8,11 @@ import torch
 from zolr.keys import Key
 
 
+def drawn(count, key):
+    """The permutation of that name: by the 64-bit hashes of its numbers."""
+    return [i for _, i in sorted((key.fold_in(i).integer(), i) for i in range(count))]
+
+
 def run(
     model, loss, batches, *, lr, every, count=None, seed=0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
 ):
@@ -22,13 +27,13 @@ def run(
         period = step // every
         if count is None:
             turn, position = period // len(modules), period % len(modules)
-            order = Key(seed).fold_in("layers").fold_in("round", turn).permutation(len(modules))
-            active = {modules[int(order[position])]}
+            order = drawn(len(modules), Key(seed).fold_in("layers", "round", turn))
+            active = {modules[order[position]]}
             if step % every == 0:
                 state = {}
         else:
-            order = Key(seed).fold_in("layers").fold_in("period", period).permutation(len(modules))
-            active = {modules[i] for i in order[:count].tolist()}
+            order = drawn(len(modules), Key(seed).fold_in("layers", "period", period))
+            active = {modules[i] for i in order[:count]}
         chosen = {n: p for n, p in parameters.items() if n.split(".")[0] in active}
         gradients = torch.autograd.grad(loss(model, batch), list(chosen.values()))
         for (name, parameter), gradient in zip(chosen.items(), gradients, strict=True):

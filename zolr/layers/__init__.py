@@ -76,6 +76,11 @@ def blocks_of(sizes: Mapping[str, tuple[int, ...]], outside: Outside) -> dict[st
     return result
 
 
+def shuffled(blocks: int, key: Key) -> list[int]:
+    """A uniform permutation of `range(blocks)`, from hashes alone: tensors without data (predictions) have no random numbers."""
+    return sorted(range(blocks), key=lambda block: key.fold_in(block).integer())
+
+
 def check_every(every: int) -> None:
     """Refuse a length of periods that means nothing."""
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:

@@ -35,6 +35,5 @@ class Bernoulli:
 
     def active(self, blocks: int, period: int, key: Key) -> Collection[int]:
         """Those whose coin says yes."""
-        coins = key.fold_in("period", period).uniform((blocks,))
-        chosen = (coins < self.share).nonzero()[:, 0].tolist()
-        return chosen or (int(coins.argmin()),)
+        coins = [key.fold_in("period", period, block).integer() / 2**64 for block in range(blocks)]
+        return [i for i, coin in enumerate(coins) if coin < self.share] or (coins.index(min(coins)),)

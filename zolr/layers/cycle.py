@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from zolr.errors import UsageError
 from zolr.keys import Key
-from zolr.layers import Outside, check_every, check_outside
+from zolr.layers import Outside, check_every, check_outside, shuffled
 
 
 @dataclass(frozen=True)
@@ -39,5 +39,5 @@ class Cycle:
         """The one whose turn it is."""
         turn, position = divmod(period, blocks)
         if self.order == "random":
-            return (int(key.fold_in("round", turn).permutation(blocks)[position]),)
+            return (shuffled(blocks, key.fold_in("round", turn))[position],)
         return (position if self.order == "ascending" else blocks - 1 - position,)

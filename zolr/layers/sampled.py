@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from zolr.errors import UsageError
 from zolr.keys import Key
-from zolr.layers import Outside, check_every, check_outside
+from zolr.layers import Outside, check_every, check_outside, shuffled
 
 
 @dataclass(frozen=True)
@@ -37,4 +37,4 @@ class Sampled:
 
     def active(self, blocks: int, period: int, key: Key) -> Collection[int]:
         """The first ones of a permutation."""
-        return key.fold_in("period", period).permutation(blocks)[: self.count].tolist()
+        return shuffled(blocks, key.fold_in("period", period))[: self.count]
