@@ -179,10 +179,10 @@ class Engine:
     ) -> None:
         if lr is not None and not 0 < lr < float("inf"):
             raise UsageError(f"lr = {lr} is no learning rate; use a positive number")
-        if lr is None and not method.tunable:
+        if lr is None and (method.paradigm != "zo" or method.private):
             why = "a private method" if method.private else f"paradigm '{method.paradigm}'"
             raise UsageError(f"{why} needs a learning rate; give lr")
-        if lr is None and _eps(method) is _NO_EPS:
+        if lr is None and (not method.tunable or _eps(method) is _NO_EPS):
             raise UsageError("the rate of this estimator cannot be measured; give lr")
         if weight_decay < 0 or (clip is not None and not clip > 0):
             raise UsageError(f"weight_decay = {weight_decay} and clip = {clip} must not be negative")

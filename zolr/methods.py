@@ -195,7 +195,10 @@ class Method:
     @property
     def tunable(self) -> bool:
         """Whether an engine may choose the learning rate from losses that it measures."""
-        return self.paradigm == "zo" and not self.private
+        elsewhere = isinstance(
+            self.estimator, tuple(POINTS.values())
+        )  # what is measured is not where a step is taken
+        return self.paradigm == "zo" and not self.private and not elsewhere
 
     @property
     def normalizes(self) -> bool:
