@@ -366,7 +366,8 @@ def test_a_refresh_and_a_streamed_step_are_seen_with_all_they_hold():
     assert refreshed.phase == "open" and refreshed.parts["optimizer"] == refreshed.optimizer_bytes > 0
     streamed = predict(small(), plain_adamw("mezo", "zo"), **size)
     table = 512 * 64 * 4
-    assert streamed.phase == "optimizer" and streamed.parts["gradients"] == table  # one alive at a time
+    # one table alive at a time, and all vectors, which are made together
+    assert streamed.phase == "optimizer" and table <= streamed.parts["gradients"] < 1.2 * table
 
 
 def test_logits_and_rebuilt_weights_are_no_activations():
