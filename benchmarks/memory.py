@@ -129,7 +129,10 @@ def table(options: argparse.Namespace) -> int:
     if options.output:
         kept = json.loads(options.output.read_text()) if options.output.exists() else {}
         size = f"{options.batch_size} x {options.max_length}"
-        kept[f"{options.model}, {size}, {options.dtype}, {options.objective}"] = found
+        more = [f"rank {options.rank}"] * bool(options.rank) + [f"trained {options.train}"] * bool(
+            options.train
+        )
+        kept[", ".join((options.model, size, options.dtype, options.objective, *more))] = found
         options.output.parent.mkdir(exist_ok=True)
         options.output.write_text(json.dumps(kept, indent=1) + "\n")
     if options.json:
