@@ -86,6 +86,9 @@ class Compiled:
         if any(v.redrawn for v in self.variables):
             self._give_up(RuntimeError("directions as large as a weight are drawn in each forward anew"))
             return self.loss(batch)
+        if any(v.decay != 1.0 for v in self.variables):
+            self._give_up(RuntimeError("weight decay changes a number inside of the forward at every step"))
+            return self.loss(batch)
         leaves, structure = tree_flatten(batch)
         points = [v.shifted_to for v in self.variables]
         key = (
@@ -95,7 +98,6 @@ class Compiled:
             str(structure),
             tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves),
             tuple(None if p is None else p.shape for p in points),
-            tuple(v.decay for v in self.variables),
             # only a forward at the values themselves leaves out what has not moved
             tuple(p is None and v.moved for v, p in zip(self.variables, points, strict=True))
             if not torch.is_grad_enabled()

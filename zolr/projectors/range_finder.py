@@ -12,10 +12,9 @@ from zolr.projectors import (
     Side,
     check_rank,
     check_side,
-    is_right,
     one_sided,
+    oriented,
     orthonormal,
-    working_dtype,
 )
 from zolr.subspaces import Subspace
 
@@ -58,7 +57,6 @@ class RangeFinder(Fixed):
             raise UsageError(
                 "projector 'range_finder' needs a dense gradient to draw from; use a dense method such as 'lorenza'"
             )
-        # so turned that the projected side comes last: a weight and its transpose get the same numbers
-        oriented = (gradient if is_right(self.side, shape) else gradient.mT).to(working_dtype(like))
-        omega = key.normal((oriented.shape[0], min(self.rank, *oriented.shape))).to(oriented)
-        return one_sided(self.side, shape, orthonormal(oriented.mT @ omega).to(like))
+        grad = oriented(self.side, gradient, like)  # (m, n), or (n, m)
+        omega = key.normal((grad.shape[0], min(self.rank, *grad.shape))).to(grad)
+        return one_sided(self.side, shape, orthonormal(grad.mT @ omega).to(like))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
+from zolr.errors import UsageError
 from zolr.subspaces import Change
 
 State = dict[str, Any]
@@ -33,6 +34,20 @@ class Transport(Protocol):
             The new state; an empty one makes the optimizer start afresh.
         """
         ...
+
+
+def known_degrees(name: str, state: State, degrees: Mapping[str, int] | None) -> Mapping[str, int]:
+    """The degrees of an optimizer's state, for a transport that must know them all.
+
+    Raises:
+        UsageError: a state tensor has no known degree.
+    """
+    unknown = sorted(set(state) - set(degrees or {}))
+    if degrees is None or unknown:
+        raise UsageError(
+            f"transport '{name}' does not know the state '{', '.join(unknown)}'; use transport 'reset' or 'keep'"
+        )
+    return degrees
 
 
 from zolr.transports.align import Align  # noqa: E402  (the files obey the protocol above)

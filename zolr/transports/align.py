@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from zolr.errors import UsageError
 from zolr.subspaces import Change
-from zolr.transports import State
+from zolr.transports import State, known_degrees
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,6 @@ class Align:
         """
         if change is None or not state:
             return {}
-        if degrees is None or any(name not in degrees for name in state):
-            unknown = ", ".join(sorted(set(state) - set(degrees or {})))
-            raise UsageError(
-                f"transport 'align' does not know the state '{unknown}'; use transport 'reset' or 'keep'"
-            )
+        degrees = known_degrees("align", state, degrees)
         maps = {0: lambda x: x, 1: change.gradients, 2: lambda v: change.squares(v).clamp_min(0)}
         return {name: maps[degrees[name]](value) for name, value in state.items()}

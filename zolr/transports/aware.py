@@ -8,7 +8,7 @@ from torch import Tensor
 
 from zolr.errors import UsageError
 from zolr.subspaces import Change
-from zolr.transports import State
+from zolr.transports import State, known_degrees
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,7 @@ class Aware:
         """
         if change is None or not state:
             return {}
-        if degrees is None or any(name not in degrees for name in state):
-            unknown = ", ".join(sorted(set(state) - set(degrees or {})))
-            raise UsageError(
-                f"transport 'aware' does not know the state '{unknown}'; use transport 'reset' or 'keep'"
-            )
+        degrees = known_degrees("aware", state, degrees)
         first: Tensor | None = next((x for name, x in state.items() if degrees[name] == 1), None)
         carried = {}
         for name, value in state.items():

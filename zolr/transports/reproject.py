@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from zolr.errors import UsageError
 from zolr.subspaces import Change
-from zolr.transports import State
+from zolr.transports import State, known_degrees
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,6 @@ class Reproject:
         """
         if change is None or not state:
             return {}
-        if degrees is None or any(name not in degrees for name in state):
-            unknown = ", ".join(sorted(set(state) - set(degrees or {})))
-            raise UsageError(
-                f"transport 'reproject' does not know the state '{unknown}'; use transport 'reset' or 'keep'"
-            )
+        degrees = known_degrees("reproject", state, degrees)
         maps = {0: lambda x: x, 1: change.lifted, 2: lambda v: change.squares(v).clamp_min(0)}
         return {name: maps[degrees[name]](value) for name, value in state.items()}
