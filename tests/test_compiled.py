@@ -60,13 +60,27 @@ def batch(rows: int = 6) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, 12, generator=numbers), torch.randint(3, (rows,), generator=numbers)
 
 
-ONE_WAIT = [("stiefel", "zo"), ("lozo", "zo"), ("subzero", "zo"), ("stiefel", "fo"), ("adamw", "fo")]
+ONE_WAIT = [
+    ("stiefel", "zo"),
+    ("lozo", "zo"),
+    ("subzero", "zo"),
+    ("mezo", "zo"),
+    ("stiefel", "fo"),
+    ("adamw", "fo"),
+]
+
+
+def composed(name: str, paradigm: str, **windows: int) -> zolr.Method:
+    """A row with nothing left to choose; windows are of those that have a subspace."""
+    eps = {"eps": 1e-3} if paradigm == "zo" else {}
+    return zolr.compose(
+        name, paradigm, **eps, **({} if name in ("adamw", "mezo") else {"rank": 2, **windows})
+    )
 
 
 @pytest.mark.parametrize(("name", "paradigm"), ONE_WAIT)
 def test_a_step_waits_for_the_device_once(name, paradigm):
-    more = ({"eps": 1e-3} if paradigm == "zo" else {}) | ({"rank": 2} if name != "adamw" else {})
-    engine = zolr.Engine(Net(), zolr.compose(name, paradigm, **more), lr=1e-3, loss=loss)
+    engine = zolr.Engine(Net(), composed(name, paradigm), lr=1e-3, loss=loss)
     with Waiting(engine) as first:
         engine.step([batch()])
     with Waiting(engine) as second:
@@ -76,8 +90,7 @@ def test_a_step_waits_for_the_device_once(name, paradigm):
 
 @pytest.mark.parametrize(("name", "paradigm"), ONE_WAIT)
 def test_without_a_guard_a_step_never_waits(name, paradigm):
-    more = ({"eps": 1e-3} if paradigm == "zo" else {}) | ({"rank": 2} if name != "adamw" else {})
-    engine = zolr.Engine(Net(), zolr.compose(name, paradigm, **more), lr=1e-3, loss=loss, guard=False)
+    engine = zolr.Engine(Net(), composed(name, paradigm), lr=1e-3, loss=loss, guard=False)
     with Waiting(engine) as seen:
         engine.step([batch()])
     assert seen.count == 0
@@ -86,10 +99,7 @@ def test_without_a_guard_a_step_never_waits(name, paradigm):
 def trained(
     paradigm: str, compile: bool, net: nn.Module | None = None, name: str = "stiefel"
 ) -> tuple[list[float], zolr.Engine]:
-    more = ({"eps": 1e-3} if paradigm == "zo" else {}) | (
-        {"rank": 2, "refresh_every": 3} if name != "adamw" else {}
-    )
-    method = zolr.compose(name, paradigm, **more)
+    method = composed(name, paradigm, refresh_every=3)
     net = net or Net()
     engine = zolr.Engine(net, method, lr=1e-2, loss=loss, compile=compile)
     data = tuple(part.to(next(net.parameters()).device) for part in batch())

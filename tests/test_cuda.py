@@ -87,6 +87,7 @@ def waits(engine: Engine, data) -> int:
     ("name", "paradigm", "guard", "expected"),
     [
         ("stiefel", "zo", True, 1),
+        ("mezo", "zo", True, 1),
         ("stiefel", "fo", True, 1),
         ("stiefel", "zo", False, 0),
         ("stiefel", "fo", False, 0),

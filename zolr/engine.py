@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zolr.compiled import Compiled
 from zolr.dense import Core
 from zolr.errors import UsageError
-from zolr.estimators import Estimate, changed, mean_loss, rows_of, same_noise, setting
+from zolr.estimators import Estimate, Measuring, changed, mean_loss, rows_of, same_noise, setting
 from zolr.estimators.spsa import Spsa
 from zolr.held import RANK, shapes
 from zolr.keys import Key
@@ -569,34 +569,64 @@ class Engine:
 
     def _advance(self, batches: Sequence[Any], key: Key, lr: float) -> "_Seen":
         """Estimate and apply; what was seen, and whether it was applied."""
-        received: list[tuple[Variable, Tensor]] = []
-        loss: Callable[[Any], Any] = self._fast
-        squares: list[Tensor] = []
-        emit: Callable[[Variable, Tensor], None] = lambda v, gradient: received.append((v, gradient))  # noqa: E731
-        if self.streams and self.method.paradigm == "fo" and self.guard:
-            loss = self._guarded(loss)
         self._dropped, self._measured = False, 0
-        try:
-            if self.streams:
-                factor = self._clip_factor(loss, batches, key) if self.clip is not None else None
-                emit = self._stream(lr, factor, squares)
+        if not self.streams:
+            received: list[tuple[Variable, Tensor]] = []
             with self._gathering(len(batches)):
-                estimate = self._estimate(loss, batches, emit, key)
-        except _NonFinite:
-            estimate, received = Estimate(torch.tensor(float("nan"))), []
-        seen = self._judged(estimate, [gradient for _, gradient in received])
-        if seen.finite and not self.streams:
-            self._apply(received, lr)
+                estimate = self._estimate(self._fast, batches, lambda v, g: received.append((v, g)), key)
+            seen = self._judged(estimate, [gradient for _, gradient in received])
+            if seen.finite:
+                self._apply(received, lr)
+            return seen
+        squares: list[Tensor] = []
+        if self.method.estimator.exact:
+            seen = self._advance_streamed(batches, key, lr, squares)
+        else:
+            seen = self._advance_measured(batches, key, lr, squares)
         if seen.finite and squares:
             self._norm = torch.stack(squares).sum().sqrt()
         return seen
 
+    def _advance_streamed(
+        self, batches: Sequence[Any], key: Key, lr: float, squares: list[Tensor]
+    ) -> "_Seen":
+        """Apply dense gradients as backprop has them; one that is not finite ends the step, those before it stand."""
+        loss = self._guarded(self._fast) if self.guard else self._fast
+
+        def run(emit: Callable[[Variable, Tensor], None]) -> Estimate:
+            with self._gathering(len(batches)):
+                return self._estimate(loss, batches, emit, key)
+
+        try:
+            factor = self._clip_factor(run)
+            estimate = run(self._stream(lr, factor, squares))
+        except _NonFinite:
+            estimate = Estimate(torch.tensor(float("nan")))
+        return self._judged(estimate, [])
+
+    def _advance_measured(
+        self, batches: Sequence[Any], key: Key, lr: float, squares: list[Tensor]
+    ) -> "_Seen":
+        """Measure slopes, judge them, then make and apply one gradient after the other."""
+        found = cast(Measuring, self.method.estimator).measure(self._fast, batches, self.active, key)
+        seen = self._judged(Estimate(found.loss, found.slopes), [])
+        if seen.finite:
+            factor = self._clip_factor(partial(found.hand_over, self.active))
+            self._measured = 0  # the second norm costs no forward
+            found.hand_over(self.active, self._stream(lr, factor, squares))
+        return seen
+
     @torch.no_grad()
-    def _clip_factor(self, loss: Any, batches: Sequence[Any], key: Key) -> Tensor:
+    def _clip_factor(self, run: Callable[[Callable[[Variable, Tensor], None]], Any]) -> Tensor | None:
         """What streamed gradients are multiplied by: from their own norm, by a pass of its own, or from that of the step before.
 
         The first step has none before it.
+
+        Args:
+            run: hands all gradients of the step to what it is given.
         """
+        if self.clip is None:
+            return None
         norm = self._norm
         if self.method.clipping == "twice" or norm is None:
             squares: list[Tensor] = []
@@ -606,10 +636,8 @@ class Engine:
                 squares.append(self._square(variable, variable.mask(gradient)))
 
             self._measured = 1
-            with self._gathering(len(batches)):
-                self._estimate(loss, batches, measure, key)
+            run(measure)
             norm = torch.stack(squares).sum().sqrt()
-        assert self.clip is not None
         return (self.clip / (norm + 1e-6)).clamp(max=1.0)
 
     def _square(self, variable: Variable, gradient: Tensor) -> Tensor:
@@ -750,18 +778,13 @@ class Engine:
             factor: on all gradients, from clipping.
             squares: receives their squared norms before that.
         """
-        exact = self.method.estimator.exact
-        judged = False
 
         @torch.no_grad()
         def emit(variable: Variable, gradient: Tensor) -> None:
-            nonlocal judged
-            if self.guard and not self._dropped and not judged:
-                # every forward-only gradient is a slope times a direction: one of them tells for all
-                self._dropped = not bool(torch.isfinite(gradient if exact else gradient.flatten()[:1]).all())
+            if self.guard and self.method.estimator.exact and not self._dropped:
+                self._dropped = not bool(torch.isfinite(gradient).all())
                 if variable.gathered is not None and variable.gathered.total is not None:
                     self._dropped |= not bool(torch.isfinite(variable.gathered.total).all())
-                judged = not exact
             if self._dropped:
                 return
             gradient = variable.mask(gradient)

@@ -26,7 +26,9 @@ class Estimator(Protocol):
     """A frozen rule that turns losses into one gradient per variable."""
 
     paradigm: ClassVar[Literal["fo", "zo", "fwd"]]  # the family it belongs to
-    exact: ClassVar[bool]  # the gradient is that of the given batches, without noise of the estimator's own
+    exact: ClassVar[
+        bool
+    ]  # the gradient is that of the given batches, without noise; what is not exact is `Measuring`
 
     def __call__(
         self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], emit: Emit, key: Key

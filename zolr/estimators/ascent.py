@@ -1,10 +1,10 @@
 """Another estimator's gradient a little way uphill, in a direction that forward passes have found."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from zolr.estimators import (
     Emit,
     Estimate,
     Estimator,
+    Found,
     Loss,
+    Measuring,
     OfInner,
     Prober,
     check_reach,
@@ -65,14 +67,32 @@ class Ascent:
         self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], emit: Emit, key: Key
     ) -> Estimate:
         """Emit the gradients; see `Estimator`."""
+        if not self.exact:
+            return self.measure(loss, batches, variables, key).hand_over(variables, emit)
+        with self._there(loss, batches, variables, key) as seen:
+            there = self.inner(loss, batches, variables, emit, key)
+        return seen_at(seen, there)
+
+    @torch.no_grad()
+    def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
+        """Measure the slopes that `inner` has there; see `Measuring`."""
+        with self._there(loss, batches, variables, key) as seen:
+            there = cast(Measuring, self.inner).measure(loss, batches, variables, key)
+        return replace(there, loss=seen_at(seen, Estimate(there.loss)).loss)
+
+    @contextmanager
+    def _there(
+        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key
+    ) -> Iterator[Estimate | None]:
+        """Every evaluation inside the context is at the other point; what was seen on the way there."""
         if not self.reach:
-            return self.inner(loss, batches, variables, emit, key)
+            yield None
+            return
         with same_noise(variables[0].value.device) as rewind:
             seen, offsets = self._uphill(loss, batches, variables, key.fold_in("ascent"))
             rewind()
             with moved(offsets):
-                there = self.inner(loss, batches, variables, emit, key)
-        return seen_at(seen, there)
+                yield seen
 
     @torch.no_grad()
     def _uphill(

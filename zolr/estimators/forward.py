@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zolr.errors import UsageError
-from zolr.estimators import Emit, Estimate, Loss, check_probes, combine, mean_loss, same_noise
+from zolr.estimators import Emit, Estimate, Found, Loss, check_probes, combined, mean_loss, same_noise
 from zolr.keys import Key
 from zolr.probes import LAWS, Probe
 from zolr.variables import Variable, layout
@@ -52,6 +52,11 @@ class Forward:
         self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], emit: Emit, key: Key
     ) -> Estimate:
         """Emit the gradients; see `Estimator`."""
+        return self.measure(loss, batches, variables, key).hand_over(variables, emit)
+
+    @torch.no_grad()
+    def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
+        """Measure the slopes; see `Measuring`."""
         directions = [Probe(layout(variables), self.law, key.fold_in("probe", i)) for i in range(self.probes)]
         losses, slopes = [], []
         with same_noise(variables[0].value.device) as rewind:
@@ -66,6 +71,6 @@ class Forward:
                     losses.append(primal)
                     slopes.append(torch.zeros_like(primal) if tangent is None else tangent)
         values = torch.stack(slopes)
-        for variable in variables:
-            emit(variable, combine(variable, directions, values / self.probes))
-        return Estimate(torch.stack(losses).mean(), values)
+        return Found(
+            torch.stack(losses).mean(), values, combined(variables, directions, values / self.probes)
+        )

@@ -7,7 +7,17 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from zolr.errors import UsageError
-from zolr.estimators import Emit, Estimate, Loss, check_eps, check_probes, combine, mean_loss, same_noise
+from zolr.estimators import (
+    Emit,
+    Estimate,
+    Found,
+    Loss,
+    check_eps,
+    check_probes,
+    combined,
+    mean_loss,
+    same_noise,
+)
 from zolr.keys import Key
 from zolr.probes import Probe
 from zolr.variables import Variable, layout, shifted
@@ -48,6 +58,11 @@ class LikelihoodRatio:
         self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], emit: Emit, key: Key
     ) -> Estimate:
         """Emit the gradients; see `Estimator`."""
+        return self.measure(loss, batches, variables, key).hand_over(variables, emit)
+
+    @torch.no_grad()
+    def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
+        """Measure the slopes; see `Measuring`."""
         if self.eps is None:
             raise UsageError("likelihood_ratio has no eps; give one, or let the engine choose with lr=None")
         directions = [
@@ -60,6 +75,5 @@ class LikelihoodRatio:
                 with shifted(variables, direction, self.eps):
                     losses.append(mean_loss(loss, batches))
         values = torch.stack(losses)
-        for variable in variables:
-            emit(variable, combine(variable, directions, values / (self.eps * self.probes)))
-        return Estimate(values.mean(), values / self.eps)
+        slopes = values / self.eps
+        return Found(values.mean(), slopes, combined(variables, directions, slopes / self.probes))
