@@ -304,6 +304,46 @@ def test_slopes_approach_the_directional_derivative_at_their_order(sides: int, o
         torch.testing.assert_close(coarse / fine, torch.full((2,), 2.0**order, dtype=F64), rtol=0.02, atol=0)
 
 
+class Deep(nn.Module):
+    """Small embeddings through many normalizations, each of which makes tangents larger; norms stay in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 32)
+        self.layers = nn.ModuleList(nn.Linear(32, 32, bias=False) for _ in range(6))
+        self.norms = nn.ModuleList(nn.LayerNorm(32) for _ in range(6))
+        with torch.no_grad():
+            for part in (self.embed, *self.layers):
+                part.weight.mul_(0.02)  # type: ignore[union-attr, operator]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = layer(norm(x))
+        return x.float().square().mean() * 1e4
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_forward_slopes_below_float32_are_those_of_float32(dtype, tolerance):
+    torch.manual_seed(0)
+    net = Deep()
+    for part in (net.embed, *net.layers):
+        part.to(dtype)
+    slopes = []
+    for model in (net, copy.deepcopy(net).float()):
+        method = Method(Forward(), Stiefel(rank=4), OptimizerRule("sgd"), Reset(), 10)
+        # the frozen layers are torch's own, and products in them do not mix dtypes
+        engine = Engine(
+            model,
+            method,
+            lr=1e-3,
+            loss=lambda m, ids: m(ids),
+            select=lambda name, _: name in ("embed.weight", "layers.0.weight", "layers.2.weight"),
+        )
+        slopes.append(engine.step([torch.arange(20)]).slope)
+    assert slopes[0] == pytest.approx(slopes[1], rel=tolerance)
+
+
 @pytest.mark.parametrize("case", [*PLAIN, "private"])
 def test_the_gradient_is_the_mean_of_slopes_times_directions(case: str) -> None:
     """E2, T16: the direction applied is the direction probed, drawn again from the key."""

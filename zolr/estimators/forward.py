@@ -6,14 +6,36 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from zolr.errors import UsageError
 from zolr.estimators import Emit, Estimate, Found, Loss, check_probes, combined, mean_loss, same_noise
 from zolr.keys import Key
 from zolr.probes import LAWS, Probe
 from zolr.variables import Variable, layout
+
+# tangents grow from layer to layer, and those of unit directions leave the range of float16; a power of two costs no precision
+_SCALE = 2.0**-8
+
+
+class _TangentsLikeValues(TorchFunctionMode):
+    """Has every result's tangent in the dtype of the result.
+
+    Normalization keeps its statistics in float32, on a GPU and where its own weights are so, and hands on a tangent in
+    float32 below a value in bfloat16; the next product then refuses the two.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not isinstance(result, Tensor) or not result.is_floating_point():
+            return result
+        value, tangent = forward_ad.unpack_dual(result)
+        if tangent is None or tangent.dtype == value.dtype:
+            return result
+        return forward_ad.make_dual(value, tangent.to(value.dtype))
 
 
 @dataclass(frozen=True)
@@ -63,13 +85,15 @@ class Forward:
             for direction in directions:
                 rewind()
                 with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
+                    if any(v.weight.dtype.itemsize < 4 for v in variables):
+                        stack.enter_context(_TangentsLikeValues())
                     for variable in variables:
-                        tangent = variable.mask(direction(variable.name).to(variable.value.dtype))
+                        tangent = variable.mask(direction(variable.name).to(variable.value.dtype)) * _SCALE
                         dual = forward_ad.make_dual(variable.value.detach(), tangent)
                         stack.enter_context(variable.at(dual, plain=False))
                     primal, tangent = forward_ad.unpack_dual(mean_loss(loss, batches))
                     losses.append(primal)
-                    slopes.append(torch.zeros_like(primal) if tangent is None else tangent)
+                    slopes.append(torch.zeros_like(primal) if tangent is None else tangent / _SCALE)
         values = torch.stack(slopes)
         return Found(
             torch.stack(losses).mean(), values, combined(variables, directions, values / self.probes)
