@@ -6,11 +6,22 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zolr.errors import UsageError
-from zolr.estimators import Emit, Estimate, Loss, check_probes, combine, mean_loss, same_noise
+from zolr.estimators import (
+    Direction,
+    Emit,
+    Estimate,
+    Found,
+    Loss,
+    check_probes,
+    combine,
+    mean_loss,
+    same_noise,
+)
 from zolr.keys import Key
 from zolr.probes import LAWS, Probe
 from zolr.variables import Variable, layout
@@ -52,7 +63,12 @@ class Forward:
         self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], emit: Emit, key: Key
     ) -> Estimate:
         """Emit the gradients; see `Estimator`."""
-        directions = [Probe(layout(variables), self.law, key.fold_in("probe", i)) for i in range(self.probes)]
+        return self.measure(loss, batches, variables, key).hand_over(variables, emit)
+
+    @torch.no_grad()
+    def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
+        """Measure the slopes; see `Measuring`."""
+        directions = self._draw(variables, key)
         losses, slopes = [], []
         with same_noise(variables[0].value.device) as rewind:
             for direction in directions:
@@ -65,7 +81,15 @@ class Forward:
                     primal, tangent = forward_ad.unpack_dual(mean_loss(loss, batches))
                     losses.append(primal)
                     slopes.append(torch.zeros_like(primal) if tangent is None else tangent)
-        values = torch.stack(slopes)
-        for variable in variables:
-            emit(variable, combine(variable, directions, values / self.probes))
-        return Estimate(torch.stack(losses).mean(), values)
+        return self._found(torch.stack(losses).mean(), torch.stack(slopes), directions)
+
+    @torch.no_grad()
+    def from_slopes(self, loss: Tensor, slopes: Tensor, variables: Sequence[Variable], key: Key) -> Found:
+        """The step again; see `Repeatable`."""
+        return self._found(loss, slopes, self._draw(variables, key))
+
+    def _draw(self, variables: Sequence[Variable], key: Key) -> list[Direction]:
+        return [Probe(layout(variables), self.law, key.fold_in("probe", i)) for i in range(self.probes)]
+
+    def _found(self, loss: Tensor, slopes: Tensor, directions: Sequence[Direction]) -> Found:
+        return Found(loss, slopes, lambda variable: combine(variable, directions, slopes / self.probes))

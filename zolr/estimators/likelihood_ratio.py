@@ -5,9 +5,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from zolr.errors import UsageError
-from zolr.estimators import Emit, Estimate, Loss, check_eps, check_probes, combine, mean_loss, same_noise
+from zolr.estimators import (
+    Direction,
+    Emit,
+    Estimate,
+    Found,
+    Loss,
+    check_eps,
+    check_probes,
+    combine,
+    mean_loss,
+    same_noise,
+)
 from zolr.keys import Key
 from zolr.probes import Probe
 from zolr.variables import Variable, layout, shifted
@@ -48,11 +60,14 @@ class LikelihoodRatio:
         self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], emit: Emit, key: Key
     ) -> Estimate:
         """Emit the gradients; see `Estimator`."""
+        return self.measure(loss, batches, variables, key).hand_over(variables, emit)
+
+    @torch.no_grad()
+    def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
+        """Measure the losses; see `Measuring`."""
         if self.eps is None:
             raise UsageError("likelihood_ratio has no eps; give one, or let the engine choose with lr=None")
-        directions = [
-            Probe(layout(variables), "gaussian", key.fold_in("probe", i)) for i in range(self.probes)
-        ]
+        directions = self._draw(variables, key)
         losses = []
         with same_noise(variables[0].value.device) as rewind:
             for direction in directions:
@@ -60,6 +75,15 @@ class LikelihoodRatio:
                 with shifted(variables, direction, self.eps):
                     losses.append(mean_loss(loss, batches))
         values = torch.stack(losses)
-        for variable in variables:
-            emit(variable, combine(variable, directions, values / (self.eps * self.probes)))
-        return Estimate(values.mean(), values / self.eps)
+        return self._found(values.mean(), values / self.eps, directions)
+
+    @torch.no_grad()
+    def from_slopes(self, loss: Tensor, slopes: Tensor, variables: Sequence[Variable], key: Key) -> Found:
+        """The step again; see `Repeatable`."""
+        return self._found(loss, slopes, self._draw(variables, key))
+
+    def _draw(self, variables: Sequence[Variable], key: Key) -> list[Direction]:
+        return [Probe(layout(variables), "gaussian", key.fold_in("probe", i)) for i in range(self.probes)]
+
+    def _found(self, loss: Tensor, slopes: Tensor, directions: Sequence[Direction]) -> Found:
+        return Found(loss, slopes, lambda variable: combine(variable, directions, slopes / self.probes))
