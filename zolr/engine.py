@@ -568,12 +568,12 @@ class Engine:
         floats differ by machine.
         """
         method = self.method
+        estimator = method.estimator
         return (
             method.optimizer.name in ("sgd", "momentum")
-            and setting(method.estimator, "law", "gaussian") == "rademacher"
-            and type(method.estimator).__name__ == "Spsa"
-            and setting(method.estimator, "directions", "fresh") == "fresh"
-            and setting(method.estimator, "probes", 1) == 1
+            and isinstance(estimator, Spsa)
+            and (estimator.law, estimator.directions, estimator.normalize) == ("rademacher", "fresh", False)
+            and (estimator.probes == 1 or not any(v.space.blocked for v in self.variables))
             and self.clip is None
             and not any(v.stack is not None for v in self.variables)
         )

@@ -505,6 +505,7 @@ class _Run:
                 )
         elif not self.recorded:
             self.book.mark(digest)
+            self.hashes[step] = digest
 
     def _check_there(self) -> None:
         assert self.folder is not None
@@ -551,7 +552,10 @@ class _Run:
             self.in_memory = _on_host(self.engine.state_dict())
         else:
             self._check_there()
-            checkpoints.save(self.checkpoints / f"best-{step}", self._sound(self.engine.state_dict()))
+            folder = checkpoints.save(
+                self.checkpoints / f"best-{step}", self._sound(self.engine.state_dict())
+            )
+            self._mark(checkpoints.digest_of(folder))
 
     def _forget_bests(self) -> None:
         """Remove best weights that neither this moment nor a checkpoint on disk refers to."""
