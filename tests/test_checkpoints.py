@@ -199,4 +199,4 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.Monke
 def test_nothing_is_pickled(tmp_path: Path) -> None:
     checkpoints.save(tmp_path / "step-1", state())
     manifest = json.loads((tmp_path / "step-1" / "manifest.json").read_text())
-    assert set(manifest) == {"format", "files", "tree", "sha256"}
+    assert set(manifest) == {"format", "zolr", "files", "tree", "sha256"}

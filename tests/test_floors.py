@@ -16,7 +16,7 @@ FLOORS: dict[str, int] = {
             ("subspaces", "probes", "spectra", "factored", "held"),
             ("variables", "projectors", "estimators", "transports", "residuals", "layers", "optim"),
             ("methods", "tuning", "dense", "compiled", "engine"),
-            ("tasks", "models", "lora", "memory", "checkpoints", "training", "adapters"),
+            ("tasks", "models", "lora", "memory", "checkpoints", "journal", "training", "adapters"),
             ("cli",),
         )
     )
@@ -164,7 +164,7 @@ BREACHES = {
     "another package": ("engine.py", "import numpy as np", "torch, einops and the standard library"),
     "another package, late": ("variables.py", "def f():\n    from transformers.x import y", "torch, einops"),
     "public names": ("engine.py", "import zolr", "public names are for users"),
-    "a file without a floor": ("journal.py", "", "stands on no floor"),
+    "a file without a floor": ("ledger.py", "", "stands on no floor"),
     "a folder without a floor": ("kernels/a.py", "", "stands on no floor"),
     "a name that says nothing": ("tasks/utils.py", "", "says nothing"),
     "a folder that says nothing": ("core/a.py", "", "says nothing"),

@@ -1,6 +1,7 @@
 """Engine: one model, one method, one optimizer; step, fold, save."""
 
 import copy
+import hashlib
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +16,17 @@ from torch import Tensor, nn
 
 from zolr.compiled import Compiled
 from zolr.dense import Core
-from zolr.errors import UsageError
-from zolr.estimators import Estimate, Measuring, changed, mean_loss, rows_of, same_noise, setting
+from zolr.errors import StorageError, UsageError
+from zolr.estimators import (
+    Estimate,
+    Measuring,
+    Repeatable,
+    changed,
+    mean_loss,
+    rows_of,
+    same_noise,
+    setting,
+)
 from zolr.estimators.spsa import Spsa
 from zolr.held import RANK, shapes
 from zolr.keys import Key
@@ -32,6 +42,8 @@ from zolr.variables import Gathered, Realization, Variable, Variables, attach, d
 NOTED_LOSS = 0.01  # share of what held weights were moved by; a user hears of more
 
 CATEGORIES = ("attention", "linear", "head", "embedding", "bias", "norm")
+
+LARGEST_SLOPE = torch.finfo(torch.float32).max
 
 TABLES = ("embedding", "head")  # what has a row for each token
 
@@ -59,6 +71,30 @@ class Info:
     skipped: bool
     forwards: int
     refreshed: bool
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a step without backprop was made from: with the run's seed all that `Engine.again` needs to make it again.
+
+    Args:
+        loss, lr: as in `Info`.
+        slopes: as `estimators.Found.recorded` has them.
+        forwards: as in `Info`.
+        tuning: what was chosen on this step, as `tuning.Tuning.as_dict` gives it.
+        signs: how signs are evaluated from this step on, where that was settled on it.
+        bases: hash of the subspaces of a window that began with this step.
+        skipped: as in `Info`.
+    """
+
+    loss: float
+    lr: float
+    slopes: tuple[float, ...]
+    forwards: int
+    tuning: dict[str, Any] | None = None
+    signs: str | None = None
+    bases: str | None = None
+    skipped: bool = False
 
 
 def categories(model: nn.Module) -> dict[str, str]:
@@ -108,11 +144,12 @@ def selection(model: nn.Module, select: str | Callable[[str, nn.Parameter], bool
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the host knows of a step: mean loss, root mean square of the slopes, and whether all of it is finite."""
+    """What the host knows of a step: mean loss, root mean square of the slopes, whether all of it is finite, and its record."""
 
     loss: float
     slope: float | None
     finite: bool
+    record: tuple[float, ...] = ()
 
 
 class _NonFinite(Exception):
@@ -144,6 +181,15 @@ class Engine:
         hold_rank: rank at most of what is kept beside a held matrix; a refresh beyond it drops the smallest part.
         compile: compile the loss (see `zolr.compiled`); where that fails, a warning says why and it runs as it is.
         check: a batch; if given, the attached model is compared with dense weights on it before training.
+        undo: keep a copy of weights and state while a step lasts, and go back to it where the step raises, whatever the
+            method. Without it a step whose loss, backward pass or hooks raise leaves the weights bit for bit as they
+            were, but for three cases: a method that streams backprop gradients has applied some of them, a step that
+            begins a window has folded the one before it (the model computes the same, up to rounding), and realization
+            "inplace" stands off its weights by rounding. An engine that was cut short while it wrote (the first case,
+            or an optimizer that raises) refuses to go on until a state is loaded.
+
+    Attributes:
+        ahead: called with what a step is made from before it is applied; of engines that are `repeatable`.
 
     Raises:
         UsageError: a setting out of range, a rank above every trained matrix, or a method that held weights do not
@@ -176,6 +222,7 @@ class Engine:
         hold_rank: int = RANK,
         compile: bool = False,
         check: Any = None,
+        undo: bool = False,
     ) -> None:
         if lr is not None and not 0 < lr < float("inf"):
             raise UsageError(f"lr = {lr} is no learning rate; use a positive number")
@@ -195,8 +242,14 @@ class Engine:
         self.model, self.method, self.seed = model, method, seed
         self.key = Key(seed)
         self.weight_decay, self.clip, self.guard = weight_decay, clip, guard
+        self.undo = undo
         self.tuning: Tuning | None = None
         self.step_count = 0
+        self.ahead: Callable[[Made], None] | None = None
+        self._repeated: Made | None = None  # the step that is made again
+        self._told_ahead: dict[str, Any] = {}  # what was chosen on this step, for `ahead`
+        self._torn = ""  # why the weights are between two steps
+        self._writing = False  # weights or state are being written
         self._loss = loss
         self._tune = _eps(method) is not _NO_EPS and (lr is None or _eps(method) is None)
         self._trainable = [n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
@@ -500,8 +553,90 @@ class Engine:
             raise UsageError("a step needs at least one batch")
         wanted = self.method.paradigm == "fo"
         before = self.model.training
-        with self._mode(wanted, before):
+        with self._mode(wanted, before), self._whole_or_nothing():
             return self._step(batches)
+
+    @property
+    def repeatable(self) -> str | None:
+        """Why steps cannot be made again from what `ahead` is told; None where they can."""
+        method = self.method
+        if method.paradigm == "fo":
+            return "paradigm 'fo' has gradients, not scalars"
+        if self._watches:
+            return "its subspaces are drawn from the activations of the data, which scalars do not tell"
+        if any(v.realization == "inplace" for v in self.variables):
+            return "realization 'inplace' leaves rounding in the weights at every forward pass"
+        if not isinstance(method.estimator, Repeatable):
+            return f"estimator '{type(method.estimator).__name__}' does not say how"
+        return None
+
+    @property
+    def portable(self) -> bool:
+        """Whether a step made again has the same bits on every machine that draws the same subspaces.
+
+        That takes products of a number and signs, and sums in a stated order; roots, quotients and factorizations of
+        floats differ by machine.
+        """
+        method = self.method
+        estimator = method.estimator
+        return (
+            method.optimizer.name in ("sgd", "momentum")
+            and isinstance(estimator, Spsa)
+            and (estimator.law, estimator.directions, estimator.normalize) == ("rademacher", "fresh", False)
+            and (estimator.probes == 1 or not any(v.space.blocked for v in self.variables))
+            and self.clip is None
+            and not any(v.stack is not None for v in self.variables)
+        )
+
+    def again(self, made: Made) -> Info:
+        """Make a step that another run of this model and method has made, from its scalars; no loss, no data.
+
+        Raises:
+            UsageError: the method's steps cannot be made again.
+            StorageError: a subspace comes out otherwise here than where the step was made.
+        """
+        if (why := self.repeatable) is not None:
+            raise UsageError(f"a step cannot be made again from its scalars: {why}; train with the data")
+        self._repeated = made
+        try:
+            with self._whole_or_nothing():
+                return self._step(())
+        finally:
+            self._repeated = None
+
+    @contextmanager
+    def _whole_or_nothing(self) -> Iterator[None]:
+        """A step that raises leaves things as they were, or is remembered to have torn them."""
+        self._check_whole()
+        before = (
+            (self.state_dict(), self.method, self.tuning, self._tune, self._untried) if self.undo else None
+        )
+        self._told_ahead, self._writing = {}, False
+        try:
+            yield
+        except BaseException as error:
+            if before is not None:
+                self._go_back(*before)
+            elif self._writing:
+                self._torn = f"a step was cut short by {type(error).__name__} while weights were written"
+            raise
+        finally:
+            self._writing = False
+
+    def _go_back(
+        self, state: dict[str, Any], method: Method, tuning: Tuning | None, tune: bool, untried: bool
+    ) -> None:
+        for variable in self.variables:
+            self.trained(variable).grad = None
+            variable.value.grad = None
+        self.load_state_dict(state)
+        self.method, self.tuning, self._tune, self._untried = method, tuning, tune, untried
+
+    def _check_whole(self) -> None:
+        if self._torn:
+            raise UsageError(
+                f"{self._torn}; go back by load_state_dict to a state before it (Engine(undo=True) does so by itself)"
+            )
 
     @contextmanager
     def _mode(self, wanted: bool, before: bool) -> Iterator[None]:
@@ -526,16 +661,25 @@ class Engine:
             forwards += self._watch(batches)
             refreshed = True
         if refreshed:
+            self._writing = True
             self.refresh()
             self._refreshed_at = self.step_count  # a skipped step comes again, its window does not
+            self._writing = False
+        if self.ahead is not None or self._repeated is not None:
+            self._name_bases(refreshed)
+        if self._repeated is not None:
+            self._settle(self._repeated)
         if self._tune:
             forwards += self._choose(batches)
         if self._untried:
             forwards += self._try_signs(batches)
         key = self.key.fold_in("step", self.step_count)
+        forwards += self.method.estimator.forwards(len(batches))
         with self._cautious() as lr:
-            seen = self._advance(batches, key, lr)
-        forwards += self.method.estimator.forwards(len(batches)) * (1 + self._measured)
+            seen = self._advance(batches, key, lr, forwards)
+        forwards += self.method.estimator.forwards(len(batches)) * self._measured
+        if self._repeated is not None:
+            lr, forwards = self._repeated.lr, self._repeated.forwards
         slope, finite = seen.slope, seen.finite
         if finite:
             self.step_count += 1
@@ -561,28 +705,60 @@ class Engine:
         factor = 1.0 if self._caution is None else self._caution.factor
         try:
             for group in groups:
-                group["lr"] = group["lr"] * factor
+                group["lr"] = group["lr"] * factor if self._repeated is None else self._repeated.lr
             yield float(groups[0]["lr"])
         finally:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
 
-    def _advance(self, batches: Sequence[Any], key: Key, lr: float) -> "_Seen":
+    def _name_bases(self, refreshed: bool) -> None:
+        """Give the subspaces of a new window a name by which another machine can tell whether it has the same."""
+        if not refreshed and self.step_count:
+            return
+        found = hashlib.sha256()
+        for variable in self.variables:
+            if not variable.is_full:
+                found.update(variable.name.encode())
+                for tensor in variable.subspace.tensors().values():
+                    found.update(
+                        tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+                    )
+        name = found.hexdigest()[:16]
+        self._told_ahead["bases"] = name
+        expected = None if self._repeated is None else self._repeated.bases
+        if expected not in (None, name):
+            raise StorageError(
+                f"the subspaces of step {self.step_count + 1} are {name} here and were {expected} there: another model or "
+                "method, or a machine that factorizes otherwise; replay where the run was made, or use projector 'srht'"
+            )
+
+    def _settle(self, made: Made) -> None:
+        """Choose what was chosen on a step that is made again."""
+        if made.tuning is not None and self._tune:
+            self._chosen(Tuning(**made.tuning))
+        if self._tune:
+            raise StorageError(
+                f"step {self.step_count + 1} does not say what rate was chosen; the record is incomplete"
+            )
+        if made.signs is not None:
+            self.method = replace(self.method, estimator=changed(self.method.estimator, signs=made.signs))
+        self._untried = False
+
+    def _advance(self, batches: Sequence[Any], key: Key, lr: float, forwards: int) -> "_Seen":
         """Estimate and apply; what was seen, and whether it was applied."""
         self._dropped, self._measured = False, 0
-        if not self.streams:
+        squares: list[Tensor] = []
+        if not self.method.estimator.exact:
+            seen = self._advance_by_slopes(batches, key, lr, forwards, squares)
+        elif self.streams:
+            seen = self._advance_streamed(batches, key, lr, squares)
+        else:
             received: list[tuple[Variable, Tensor]] = []
             with self._gathering(len(batches)):
                 estimate = self._estimate(self._fast, batches, lambda v, g: received.append((v, g)), key)
             seen = self._judged(estimate, [gradient for _, gradient in received])
             if seen.finite:
                 self._apply(received, lr)
-            return seen
-        squares: list[Tensor] = []
-        if self.method.estimator.exact:
-            seen = self._advance_streamed(batches, key, lr, squares)
-        else:
-            seen = self._advance_measured(batches, key, lr, squares)
         if seen.finite and squares:
             self._norm = torch.stack(squares).sum().sqrt()
         return seen
@@ -602,18 +778,39 @@ class Engine:
             estimate = run(self._stream(lr, factor, squares))
         except _NonFinite:
             estimate = Estimate(torch.tensor(float("nan")))
-        return self._judged(estimate, [])
+        return self._judged(estimate)
 
-    def _advance_measured(
-        self, batches: Sequence[Any], key: Key, lr: float, squares: list[Tensor]
+    @torch.no_grad()
+    def _advance_by_slopes(
+        self, batches: Sequence[Any], key: Key, lr: float, forwards: int, squares: list[Tensor]
     ) -> "_Seen":
-        """Measure slopes, judge them, then make and apply one gradient after the other."""
-        found = cast(Measuring, self.method.estimator).measure(self._fast, batches, self.active, key)
-        seen = self._judged(Estimate(found.loss, found.slopes), [])
-        if seen.finite:
-            factor = self._clip_factor(partial(found.hand_over, self.active))
-            self._measured = 0  # the second norm costs no forward
-            found.hand_over(self.active, self._stream(lr, factor, squares))
+        """Measure, judge, tell `ahead`, then make the gradients and apply them."""
+        estimator, made = cast(Measuring, self.method.estimator), self._repeated
+        if made is None:
+            found = estimator.measure(self._fast, batches, self.active, key)
+        elif made.skipped:
+            return _Seen(made.loss, _root_mean_square(made.slopes), False)
+        else:
+            device = self.variables[0].value.device
+            loss, slopes = (
+                torch.tensor(x, dtype=torch.float64, device=device) for x in (made.loss, made.slopes)
+            )
+            found = cast(Repeatable, estimator).from_slopes(loss, slopes, self.active, key)
+        ahead = self.ahead if made is None else None
+        seen = self._judged(Estimate(found.loss, found.slopes), record=found.recorded if ahead else None)
+        if ahead is not None:
+            ahead(Made(seen.loss, lr, seen.record, forwards, **self._told_ahead, skipped=not seen.finite))
+        if not seen.finite:
+            return seen
+        hand_over = partial(found.hand_over, self.active)
+        if self.streams:
+            factor = self._clip_factor(hand_over)
+            self._measured = 0  # the second norm cost no forward
+            hand_over(self._stream(lr, factor, squares))
+        else:
+            received: list[tuple[Variable, Tensor]] = []
+            hand_over(lambda v, g: received.append((v, g)))
+            self._apply(received, lr)
         return seen
 
     @torch.no_grad()
@@ -676,6 +873,7 @@ class Engine:
         if self._dropped:
             return gradient.new_zeros(())
         if core.due:
+            self._writing = True
             self._renew(variable, core, gradient / count)
         assert core.space is not None
         return core.space.project(gradient)
@@ -687,6 +885,7 @@ class Engine:
         if settled is not estimator:
             warnings.warn(f"signs are evaluated in sequence, not together: {reason}", stacklevel=4)
             self.method = replace(self.method, estimator=settled)
+        self._told_ahead["signs"] = setting(settled, "signs")
         self._untried = False
         return 4 * len(batches)
 
@@ -708,19 +907,27 @@ class Engine:
             torch.manual_seed(key.fold_in("dropout").integer() >> 1)
             return estimator(loss, batches, self.active, emit, key)
 
-    def _judged(self, estimate: Estimate, gradients: Sequence[Tensor]) -> "_Seen":
+    def _judged(
+        self, estimate: Estimate, gradients: Sequence[Tensor] = (), record: Tensor | None = None
+    ) -> "_Seen":
         """What a step saw, and whether it may be applied: all of it in the one wait for the device of a step."""
-        if not self.guard:
+        if not self.guard and record is None:
             return _Seen(float("nan"), None, True)
         parts = [estimate.loss.double().reshape(1)]
         if estimate.slopes is not None:  # gradients are these numbers times finite directions
             parts.append(estimate.slopes.double())
         elif gradients and not self._dropped:
             parts.append(nn.utils.get_total_norm(gradients).double().reshape(1))
+        told = 0 if record is None else len(record)
+        if record is not None:
+            parts.append(record.double())
         loss, *rest = torch.cat(parts).tolist()
-        slope = None if estimate.slopes is None else sqrt(sum(s * s for s in rest) / len(rest))
+        rest, recorded = rest[: len(rest) - told], tuple(rest[len(rest) - told :])
+        slope = None if estimate.slopes is None else _root_mean_square(rest)
         finite = not self._dropped and all(map(isfinite, (loss, *rest)))
-        return _Seen(loss, slope, finite)
+        if estimate.slopes is not None:  # a gradient is float32
+            finite = finite and all(abs(s) <= LARGEST_SLOPE for s in rest)
+        return _Seen(loss, slope, finite or not self.guard, recorded)
 
     def _guarded(self, loss: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def checked(batch: Any) -> Any:
@@ -750,6 +957,7 @@ class Engine:
 
     @torch.no_grad()
     def _apply(self, received: Sequence[tuple[Variable, Tensor]], lr: float) -> None:
+        self._writing = True
         gradients = [variable.mask(gradient) for variable, gradient in received]
         for (variable, _), gradient in zip(received, gradients, strict=True):
             self._observe(variable, gradient)
@@ -787,6 +995,7 @@ class Engine:
                     self._dropped |= not bool(torch.isfinite(variable.gathered.total).all())
             if self._dropped:
                 return
+            self._writing = True
             gradient = variable.mask(gradient)
             gathered = None if variable.gathered is None else variable.gathered.total
             if factor is not None:
@@ -847,12 +1056,16 @@ class Engine:
             rows=rows_of(self._loss_of, batches),
             elsewhere=self._elsewhere,
         )
+        self._told_ahead["tuning"] = self.tuning.as_dict()
+        self._chosen(self.tuning)
+        return (self.tuning.forwards + 1) * len(batches)
+
+    def _chosen(self, tuning: Tuning) -> None:
         if self.base_lr is not None:  # the user's own rate stands; only eps was open
-            self.tuning = replace(self.tuning, lr=self.base_lr)
+            tuning = replace(tuning, lr=self.base_lr)
         elif not self.method.normalizes:
             self._caution = Caution()
-        self._adopt(self.tuning)
-        return (self.tuning.forwards + 1) * len(batches)
+        self._adopt(tuning)
 
     @contextmanager
     def _elsewhere(self, number: int) -> Iterator[None]:
@@ -945,6 +1158,7 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and strings from which `load_state_dict` continues bit for bit."""
+        self._check_whole()
         variables = {}
         for v in self.variables:
             variables[v.name] = {
@@ -1040,7 +1254,7 @@ class Engine:
             if "spectrum" in saved:
                 s = saved["spectrum"]
                 self._spectra[v.name] = Spectrum(s["vectors"], s["values"], float(s["rest"]))
-        self.step_count, self._refreshed_at = state["step"], state["refreshed_at"]
+        self.step_count, self._refreshed_at, self._torn = state["step"], state["refreshed_at"], ""
         self._activate(state.get("period", 0))
         norm = state.get("norm")
         self._norm = None if norm is None else norm.to(self.variables[0].value.device, copy=True)
@@ -1069,8 +1283,17 @@ class Engine:
             raise UsageError(
                 f"weight '{held}' is held: a plain model cannot hold what it was moved by; use adapters.write"
             )
-        twin = copy.deepcopy(self)
+        self._check_whole()
+        ahead, self.ahead = self.ahead, None  # it may hold a file
+        try:
+            twin = copy.deepcopy(self)
+        finally:
+            self.ahead = ahead
         return twin.detach().eval()
+
+
+def _root_mean_square(numbers: Sequence[float]) -> float:
+    return sqrt(sum(x * x for x in numbers) / len(numbers))
 
 
 _NO_EPS = object()

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from pathlib import Path
@@ -18,9 +18,11 @@ from typing import IO, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from zolr import checkpoints
-from zolr.engine import Engine, Info
-from zolr.errors import NonFiniteError, StorageError, ZolrError
+import zolr
+from zolr import checkpoints, journal
+from zolr.checkpoints import Found
+from zolr.engine import Engine, Info, Made
+from zolr.errors import DataError, NonFiniteError, StorageError, ZolrError
 
 Batch = Mapping[str, Tensor]
 
@@ -138,7 +140,9 @@ def train(
     patience: int | None = None,
     folder: Path | None = None,
     save_every: int = 0,
-    resume: bool = False,
+    keep_last: int = checkpoints.KEEP,
+    resume: bool | Path = False,
+    about: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
     meter: Meter | None = None,
     reporter: Reporter | None = None,
@@ -147,9 +151,11 @@ def train(
     """Train `engine` up to `steps` steps and leave it at its best weights.
 
     A step is a function of its number, so a run that was stopped and resumed equals one that was not. In `folder` the loop
-    writes `metrics.jsonl` (one line a step, one an evaluation) and `checkpoints/`: `step-N`, the newest two, and the best
-    weights `best-N`, on disk because a second copy in memory would cost more than the whole of a forward-only step.
-    SIGINT, SIGTERM and SIGHUP save a checkpoint and raise `Interrupted`; a second one leaves at once.
+    writes `metrics.jsonl` (one line a step, one an evaluation) and `checkpoints/`: `step-N`, the newest few, and the best
+    weights `best-N`, on disk because a second copy in memory would cost more than the whole of a forward-only step. A run
+    without backprop also writes a `journal`, from which a resumed run makes the steps after its checkpoint again without
+    a forward pass. SIGINT, SIGTERM and SIGHUP save a checkpoint and raise `Interrupted`; a second one leaves at once.
+    Weights that are not finite are never saved.
 
     Args:
         engine: the attached model with its method.
@@ -161,24 +167,26 @@ def train(
         best: whether more or less of it is better; None keeps the last weights.
         patience: evaluations in a row without a better one after which the run stops.
         folder: where to write; None keeps everything in memory.
-        save_every: steps between checkpoints; 0 saves on signals only.
-        resume: go on from the newest good checkpoint of `folder`, or start where there is none.
+        save_every: steps between checkpoints, and the last step; 0 saves on signals only.
+        keep_last: checkpoints that stay, the newest ones; what they call the best weights stays too.
+        resume: go on from the newest good checkpoint of `folder` and its journal, or start where there is none; a path
+            goes on from that checkpoint.
+        about: what else the journal says of the run, numbers and strings.
         device: where batches are moved after their tokens have been counted.
         meter: who measures the memory of steps.
         reporter: who watches.
         until: asked between two steps whether what has been spent is enough; the run then ends as at its last step.
 
     Raises:
-        NonFiniteError: the loss was not finite in 20 steps in a row.
+        NonFiniteError: the loss was not finite in 20 steps in a row, or weights to be saved are not.
         Interrupted: by a signal, after saving.
         StorageError: a checkpoint cannot be written, or none that is there can be read.
     """
     reporter = reporter or Silent()
-    run = _Run(engine, folder, metric, best, reporter)
-    if resume:
-        run.restore()
+    run = _Run(engine, folder, metric, best, reporter, keep_last)
+    run.open(resume, about or {})
     loss, stopped = None, False
-    with _signals() as stop, run.journal():
+    with _signals() as stop, run.writing():
         while True:
             now = run.progress
             ends = now.step >= steps or (until is not None and until(now))
@@ -204,10 +212,16 @@ def train(
                 batches = [
                     {name: part.to(device, non_blocking=True) for name, part in b.items()} for b in batches
                 ]
-            with meter.around(batches) if meter else nullcontext():
-                info = engine.step(batches)
+            made = run.recorded.pop(now.step + 1, None)
+            if made is not None:
+                info = run.made_again(made, len(batches))
+            else:
+                with meter.around(batches) if meter else nullcontext():
+                    info = engine.step(batches)
             run.stepped(info, len(batches), tokens, time.perf_counter() - started)
             loss = loss if info.skipped else info.loss
+        if save_every:
+            run.save()  # what comes after the last step can fail too
         kept = run.keep_best()
     now = run.progress
     return Outcome(now, now.before, now.best if best else now.last, kept, stopped, loss)
@@ -253,6 +267,7 @@ class _Run:
         metric: str,
         best: Literal["max", "min"] | None,
         reporter: Reporter,
+        keep_last: int,
     ) -> None:
         self.engine, self.metric, self.sign, self.reporter = (
             engine,
@@ -260,46 +275,151 @@ class _Run:
             {"max": 1, "min": -1, None: 0}[best],
             reporter,
         )
-        self.folder = folder
+        self.folder, self.keep_last = folder, keep_last
         self.progress = Progress()
         self.in_memory: Any = None  # best weights where there is no folder
         self.lines: IO[str] | None = None
+        self.book: journal.Journal | None = None
+        self.recorded: dict[int, Made] = {}  # steps after the checkpoint that the journal knows
+        self.hashes: dict[int, str] = {}  # of weights and state, as the journal has them
 
     @property
     def checkpoints(self) -> Path:
         assert self.folder is not None
         return self.folder / "checkpoints"
 
-    def restore(self) -> None:
-        """Go on where the newest good checkpoint stands."""
-        assert self.folder is not None
-        found = checkpoints.newest(self.checkpoints)
-        if found is None:
+    def open(self, resume: bool | Path, about: Mapping[str, Any]) -> None:
+        """Begin, or go on where the newest good checkpoint and the journal stand."""
+        if self.folder is None:
             return
-        for line in found.damaged:
-            self.reporter.noted(f"{line}; going on from step {found.step} instead")
-        self.engine.load_state_dict(found.state["engine"])
-        self.progress = Progress(**found.state["progress"])
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot create {self.folder}: {error.strerror}") from error
+        header = None
+        if (
+            self.engine.method.paradigm != "fo"
+        ):  # before weights are loaded: it names those that the run began with
+            header = {"zolr": zolr.__version__, **about, **journal.described(self.engine)}
+            if (why := self.engine.repeatable) is not None:
+                header["unrepeatable"] = why
+        book = self._read_journal(header) if resume and header else None
+        if resume:
+            self._restore(resume, book)
+        if header is None:
+            return
+        path, done = self.folder / journal.NAME, self.progress.step
+        if book is None and done == 0:
+            self.book = journal.Journal(path, header)
+        elif book is not None and book.steps >= done:
+            # other settings, such as more steps: the steps up to here stand, those after it would be others now
+            same = resume is True and book.header == header
+            self.hashes = book.hashes
+            self.recorded = {n: book.made[n - 1] for n in range(done + 1, book.steps + 1)} if same else {}
+            self.book = journal.Journal(path, header, (book, book.steps if same else done))
+        if self.book is not None and "unrepeatable" not in header:
+            self.engine.ahead = self.book.append
+
+    def _read_journal(self, header: Mapping[str, Any]) -> journal.Read | None:
+        """The journal of the run to go on with; one that cannot be used is put aside, which is said."""
+        assert self.folder is not None
+        path = self.folder / journal.NAME
+        if not path.exists():
+            return None
+        try:
+            book = journal.read(path)
+        except DataError as error:
+            why = str(error)
+        else:
+            other = [key for key in ("seed", "method", "base") if book.header.get(key) != header[key]]
+            if not other:
+                return book
+            why = f"journal {path} is of a run with another {other[0]}"
+        path.replace(aside := path.with_name("journal.damaged"))
+        self.reporter.noted(f"{why}; it is now {aside}, and the run goes on without it")
+        return None
+
+    def _restore(self, resume: bool | Path, book: journal.Read | None) -> None:
+        """Load the checkpoint to go on from."""
+        assert self.folder is not None
+        try:
+            if isinstance(resume, Path):
+                found = checkpoints.found_at(resume)
+            else:
+                found = checkpoints.newest(self.checkpoints)
+        except StorageError as error:
+            if book is None or "unrepeatable" in book.header or not book.steps or resume is not True:
+                raise
+            self.reporter.noted(
+                f"{error}; the journal and the base model give the weights of step {book.steps}"
+            )
+            found = None
+        if found is not None:
+            for line in found.damaged:
+                self.reporter.noted(f"{line}; going on from step {found.step} instead")
+            self._load(found)
         _cut(self.folder / "metrics.jsonl", self.progress)
 
+    def _load(self, found: Found) -> None:
+        try:
+            self.engine.load_state_dict(found.state["engine"])
+            saved = found.state["progress"]
+            self.progress = Progress(**{**saved, "saved": tuple(map(tuple, saved["saved"]))})
+            if self.progress.step != found.step:
+                raise ValueError(f"it is of step {self.progress.step}")
+        except ZolrError:
+            raise
+        except Exception as error:  # whole, and yet not what a run saves
+            raise StorageError(
+                f"checkpoint {self.checkpoints / f'step-{found.step}'} is not of this run: {type(error).__name__}: {error}; "
+                "remove it, or start again with --overwrite"
+            ) from error
+
     @contextmanager
-    def journal(self) -> Iterator[None]:
-        """`metrics.jsonl` open for appending."""
+    def writing(self) -> Iterator[None]:
+        """`metrics.jsonl` open for appending, and the journal."""
         if self.folder is None:
             yield
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
-        with open(
-            path, "a" if self.progress.step or self.progress.evaluated >= 0 else "w", encoding="utf-8"
-        ) as self.lines:
+        fresh = not self.progress.step and self.progress.evaluated < 0
+        try:
+            self.lines = open(path, "w" if fresh else "a", encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror}") from error
+        try:
             yield
-        self.lines = None
+        finally:
+            self.engine.ahead = None
+            if self.book is not None:
+                self.book.close()
+            lines, self.lines = self.lines, None
+            with suppress(OSError):  # every line has been flushed; what a full disk refused has been reported
+                lines.close()
 
     def write(self, **line: Any) -> None:
-        if self.lines is not None:
+        """Add a line to the metrics.
+
+        Raises:
+            StorageError: the disk is full, or the folder is gone.
+        """
+        if self.lines is None or self.folder is None:
+            return
+        try:
             self.lines.write(json.dumps(spelled_out(line), allow_nan=False) + "\n")
             self.lines.flush()
+            os.stat(self.lines.name)  # a file that was removed still takes lines, and keeps none
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {self.folder / 'metrics.jsonl'}: {error.strerror}; {self._kept()}, go on with --resume"
+            ) from error
+
+    def made_again(self, made: Made, batches: int) -> Info:
+        """A step that the journal has, without a forward pass."""
+        info = self.engine.again(made)
+        return (
+            info if made.forwards else replace(info, forwards=self.engine.method.estimator.forwards(batches))
+        )
 
     def stepped(self, info: Info, batches: int, tokens: int, seconds: float) -> None:
         now = self.progress
@@ -339,24 +459,68 @@ class _Run:
         self._forget_bests()
 
     def save(self) -> None:
-        """Save a checkpoint of this moment, unless it is already there."""
+        """Save a checkpoint of this moment, unless it is already there.
+
+        Raises:
+            NonFiniteError: a weight is not finite; nothing is saved.
+            StorageError: it cannot be written.
+        """
         now = self.progress
         if self.folder is None or (now.saved and now.saved[-1][0] == now.step):
             return
-        kept = (*now.saved, (now.step, now.best_step))[-checkpoints.KEEP :]
+        kept = (*now.saved, (now.step, now.best_step))[-self.keep_last :]
         now = replace(now, saved=kept)
-        state = {"engine": self.engine.state_dict(), "progress": asdict(now)}
-        checkpoints.save(self.checkpoints / f"step-{now.step}", state)
+        state = self._sound(self.engine.state_dict())
+        if self.book is not None:
+            self.book.sync()  # on the disk no checkpoint is ahead of the journal
+        self._check_there()
+        folder = checkpoints.save(
+            self.checkpoints / f"step-{now.step}", {"engine": state, "progress": asdict(now)}
+        )
         self.progress = now
-        checkpoints.prune(self.checkpoints)
+        self._mark(checkpoints.digest_of(folder))
+        checkpoints.prune(self.checkpoints, self.keep_last)
         self._forget_bests()
+
+    def _sound(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A state that may be saved."""
+        where = checkpoints.not_finite(state)
+        if where is not None:
+            raise NonFiniteError(
+                f"{where} is not finite after step {self.progress.step}, so nothing of it is saved; {self._kept()}; "
+                "try a smaller --lr, --dtype float32, or --clip"
+            )
+        return state
+
+    def _mark(self, digest: str) -> None:
+        """Have the journal say what the weights are now, or compare."""
+        step = self.progress.step
+        if self.book is None or "unrepeatable" in self.book.header:
+            return
+        if step in self.hashes:
+            if self.hashes[step] != digest:
+                self.reporter.noted(
+                    f"the weights of step {step} are not bit for bit those of the interrupted run: it was on another "
+                    "machine class or torch version"
+                )
+        elif not self.recorded:
+            self.book.mark(digest)
+            self.hashes[step] = digest
+
+    def _check_there(self) -> None:
+        assert self.folder is not None
+        if not self.folder.is_dir():
+            raise StorageError(f"output folder {self.folder} has vanished; nothing more can be saved there")
 
     def saved_for_later(self, name: str) -> str:
         """Save, and the sentence that says so."""
         step = self.progress.step
         if self.folder is None:
             return f"interrupted by {name} after step {step}; nothing is saved, there is no run folder"
-        self.save()
+        try:
+            self.save()
+        except NonFiniteError as error:
+            return f"interrupted by {name} after step {step}; {error}"
         return f"interrupted by {name} after step {step}; saved, go on with --resume --output {self.folder}"
 
     def keep_best(self) -> int:
@@ -364,11 +528,16 @@ class _Run:
         now = self.progress
         if now.best_step in (-1, now.step):
             return now.step
-        state = (
-            self.in_memory
-            if self.folder is None
-            else checkpoints.load(self.checkpoints / f"best-{now.best_step}")
-        )
+        if self.folder is None:
+            state = self.in_memory
+        else:
+            try:
+                state = checkpoints.load(self.checkpoints / f"best-{now.best_step}")
+            except StorageError as error:
+                self.reporter.noted(
+                    f"{error}; the weights of step {now.step} are kept instead of the best ones"
+                )
+                return now.step
         self.engine.load_state_dict(state)
         return now.best_step
 
@@ -382,7 +551,11 @@ class _Run:
         if self.folder is None:
             self.in_memory = _on_host(self.engine.state_dict())
         else:
-            checkpoints.save(self.checkpoints / f"best-{step}", self.engine.state_dict())
+            self._check_there()
+            folder = checkpoints.save(
+                self.checkpoints / f"best-{step}", self._sound(self.engine.state_dict())
+            )
+            self._mark(checkpoints.digest_of(folder))
 
     def _forget_bests(self) -> None:
         """Remove best weights that neither this moment nor a checkpoint on disk refers to."""
@@ -409,19 +582,26 @@ class _Run:
 def _cut(path: Path, progress: Progress) -> None:
     """Drop what `metrics.jsonl` says about steps after the checkpoint: they are about to be done again."""
     kept = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for text in _lines(path):
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:  # the last line of a killed run may be cut
+            if line["step"] <= (progress.evaluated if "eval" in line else progress.step):
+                kept.append(text + "\n")
+        except (ValueError, TypeError, KeyError):  # the last line of a killed run may be cut
             continue
-        if line["step"] <= (progress.evaluated if "eval" in line else progress.step):
-            kept.append(text + "\n")
     aside = path.with_name(path.name + ".tmp")
     try:
         checkpoints.write_text(aside, "".join(kept))
         os.replace(aside, path)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
 
 
 def spelled_out(value: Any) -> Any:

@@ -6,7 +6,9 @@ A verb `name` is the file `name.py` with `register(app)`, which adds one command
 import gc
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -21,6 +23,8 @@ VERBS = {
     "predict": "Label lines of text with a finished run.",
     "compare": "The same task under several methods, in one table.",
     "estimate": "Peak memory of a step by method, predicted without weights and without a GPU.",
+    "replay": "The weights of a run without backprop, made again from its base model and its journal.",
+    "export": "A run's journal as a file to give away.",
     "methods": "The methods of the literature that zolr knows, and what each is made of.",
     "doctor": "What zolr finds on this machine.",
 }
@@ -50,6 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; default `sys.argv[1:]`.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, _end)  # training has a handler of its own, which saves
+    else:
+        before = None
+    try:
+        return _main(arguments)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _main(arguments: list[str]) -> int:
     if "--help" in arguments:
         gc.disable()  # help is gone before it could pay; it saves a sixth of the wait
     try:
@@ -60,12 +76,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left (`zolr methods | head`): nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except _Ended as ended:
+        print("interrupted by SIGTERM; nothing was begun that could be saved", file=sys.stderr)
+        return ended.code
     except Exception as error:
         if os.environ.get("ZOLR_DEBUG", "0") not in ("", "0"):
             raise
         code, text = explained(error)
         print(" ".join(text.split()), file=sys.stderr)
         return code
+
+
+class _Ended(BaseException):
+    """SIGTERM outside of training: what was created is removed on the way out."""
+
+    code = INTERRUPTED + signal.SIGTERM
+
+
+def _end(number: int, frame: object) -> None:
+    raise _Ended
 
 
 def run() -> None:
@@ -108,6 +137,8 @@ def explained(error: Exception) -> tuple[int, str]:
     usage = typer.BadParameter.__bases__[0]  # typer does not export the class of its own usage errors
     if isinstance(error, ZolrError):
         return error.exit_code, f"{'' if error.exit_code > INTERRUPTED else 'error: '}{error}"
+    if type(error).__name__ == "Abort":  # what typer makes of a KeyboardInterrupt
+        return INTERRUPTED + signal.SIGINT, "interrupted by SIGINT; nothing was begun that could be saved"
     if isinstance(error, usage):
         return 2, f"error: {error.format_message()}"  # pyright: ignore[reportAttributeAccessIssue]
     if (

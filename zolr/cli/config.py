@@ -43,6 +43,7 @@ class _Flag:
     argument: bool
     saved: bool
     path: bool
+    bare: bool
 
 
 def flag(
@@ -55,6 +56,7 @@ def flag(
     argument: bool = False,
     saved: bool = True,
     path: bool = False,
+    bare: bool = False,
 ) -> Any:
     """A field of a `Settings` class.
 
@@ -67,8 +69,9 @@ def flag(
         argument: a positional argument, not an option.
         saved: whether it belongs into the config file of a run (where to write to, for example, does not).
         path: whether it may name a file; relative paths are made absolute in the config file of a run.
+        bare: whether it may go without a value; `--x` is `--x on` then, and `--no-x` is `--x off`.
     """
-    info = _Flag(help, panel, shown, aliases, argument, saved, path)
+    info = _Flag(help, panel, shown, aliases, argument, saved, path, bare)
     return dataclasses.field(default=default, metadata={_FLAG: info})
 
 
@@ -146,7 +149,8 @@ def add(
         "help_option_names": ["--help", "-h"],
     }  # --batch_size is --batch-size
     hints = typing.get_type_hints(kind, include_extras=True)
-    switches = [f"--{spelled(name)}" for name, hint in hints.items() if _is_switch(hint)]
+    bare = {field.name for field in dataclasses.fields(kind) if _info(field).bare}
+    switches = [f"--{spelled(name)}" for name, hint in hints.items() if _is_switch(hint) or name in bare]
 
     class Command(typer.core.TyperCommand):
         """One whose switches may go without a value: `--x` is `--x on`, `--no-x` is `--x off`."""

@@ -63,7 +63,12 @@ EVEN = 16  # tokens that lengths are rounded up to for a compiled loss, which wa
 DELTA = 1e-5  # at which the epsilon of a private run is told
 
 OBJECTIVES = ("loss", "accuracy", "f1")
-MAY_CHANGE = ("steps", "device", "threads")  # on --resume; anything else would make it another run
+MAY_CHANGE = (
+    "steps",
+    "device",
+    "threads",
+    "keep_last",
+)  # on --resume; anything else would make it another run
 
 
 @dataclass(frozen=True)
@@ -317,9 +322,75 @@ class Writing(Settings):
         "Output",
         shown="some, removed when the run is done",
     )
-    resume: bool = flag(False, "Go on from the newest good checkpoint of --output.", "Output", saved=False)
+    keep_last: Annotated[int, Ge(1)] = flag(
+        2, "Checkpoints that stay, the newest ones; the best weights stay too.", "Output"
+    )
+    resume: str | None = flag(
+        None,
+        "Go on with --output from its newest good checkpoint; auto: or begin where there is none. Or the path of a run or a checkpoint.",
+        "Output",
+        saved=False,
+        bare=True,
+    )
     json: bool = flag(False, "Print the result as JSON on stdout.", "Output", saved=False)
     quiet: bool = flag(False, "Print nothing but the result and errors.", "Output", saved=False)
+
+    @classmethod
+    def going_on(cls, given: dict[str, Any], config: Path | None) -> Self:
+        """The settings of a command line; on resume the run's own config file stands in for flags that are not repeated."""
+        given = _settled(given, config)
+        if not given.get("resume"):
+            return resolve(cls, given, config)
+        folder = Path(given["output"])
+        saved = folder / runs.CONFIG
+        runs.check_free(folder, overwrite=False, resume=True)
+        if not saved.is_file():
+            raise UsageError(
+                f"{folder} is no run folder: it has no {runs.CONFIG}; give --output RUN, or start without --resume"
+            )
+        return resolve(cls, given, config or saved)
+
+    def check_same(self, before: Self) -> None:
+        """Refuse what would make the run that is gone on with another one.
+
+        Args:
+            before: its settings.
+        """
+        was, now = (dict(line.split(" = ", 1) for line in toml(s).splitlines()) for s in (before, self))
+        for key in was.keys() | now.keys():
+            if was.get(key) != now.get(key) and key.replace("-", "_") not in MAY_CHANGE:
+                raise UsageError(
+                    f"--{key} {now.get(key, 'not given')} differs from the run to resume ({was.get(key, 'not given')} in "
+                    f"{Path(self.output or '') / runs.CONFIG}); leave it out, or start a new run"
+                )
+
+    @property
+    def resumed_from(self) -> bool | Path:
+        """What `training.train` goes on from."""
+        return self.resume == "on" if self.resume in (None, "on") else Path(self.resume)
+
+
+def _settled(given: dict[str, Any], config: Path | None) -> dict[str, Any]:
+    """The flags with what --resume means: "on" or a checkpoint, and the run as --output; or no --resume at all."""
+    wish = given.get("resume")
+    rest = {name: value for name, value in given.items() if name != "resume"}
+    if wish in (None, "off"):
+        return rest
+    folder = Path(given["output"]) if "output" in given else config.parent if config else None
+    if wish not in ("on", "auto"):
+        path = Path(wish)
+        is_checkpoint = path.absolute().parent.name == runs.CHECKPOINTS
+        found = path.absolute().parent.parent if is_checkpoint else path
+        if "output" in given and folder is not None and found.resolve() != folder.resolve():
+            raise UsageError(f"--resume {wish} is not of the run in --output {folder}; leave one of them out")
+        return {**rest, "output": str(found), "resume": str(path.absolute()) if is_checkpoint else "on"}
+    if folder is None:
+        raise UsageError(
+            f"--resume{'' if wish == 'on' else ' auto'} needs the run to go on with; give --output RUN"
+        )
+    if wish == "auto" and not (folder / runs.CONFIG).is_file():
+        return rest
+    return {**rest, "output": str(folder), "resume": "on"}
 
 
 @dataclass(frozen=True)
@@ -329,28 +400,9 @@ class Finetune(Writing, Holding, Machine, Schedule, Composition, DataChoice, Mod
     @classmethod
     def gather(cls, given: dict[str, Any], config: Path | None) -> Self:
         """On resume the run's own config file stands in for the flags that are not repeated."""
-        if not given.get("resume"):
-            return resolve(cls, given, config).filled()
-        folder = Path(given["output"]) if "output" in given else config.parent if config else None
-        if folder is None:
-            raise UsageError("--resume needs the run to go on with; give --output RUN")
-        saved = folder / runs.CONFIG
-        runs.check_free(folder, overwrite=False, resume=True)
-        if not saved.is_file():
-            raise UsageError(
-                f"{folder} is no run folder: it has no {runs.CONFIG}; give --output RUN, or start without --resume"
-            )
-        original = resolve(cls, {}, saved)
-        settings = resolve(cls, {**given, "output": str(folder)}, config or saved).filled()
-        before, now = (
-            dict(line.split(" = ", 1) for line in toml(s).splitlines()) for s in (original, settings)
-        )
-        for key in before.keys() | now.keys():
-            if before.get(key) != now.get(key) and key.replace("-", "_") not in MAY_CHANGE:
-                raise UsageError(
-                    f"--{key} {now.get(key, 'not given')} differs from the run to resume ({before.get(key, 'not given')} in {saved}); "
-                    "leave it out, or start a new run"
-                )
+        settings = cls.going_on(given, config).filled()
+        if settings.resume:
+            settings.check_same(resolve(cls, {}, Path(settings.output or "") / runs.CONFIG))
         return settings
 
     def filled(self) -> Self:
@@ -487,8 +539,8 @@ def run(settings: Finetune, dry_run: bool) -> None:
     shown = console(settings.quiet)
     folder = Path(settings.output) if settings.output else runs.free_folder(settings.name)
     if not dry_run:
-        runs.check_free(folder, overwrite=settings.overwrite, resume=settings.resume)
-        if settings.resume and (folder / runs.RESULT).is_file() and not (folder / runs.CHECKPOINTS).is_dir():
+        runs.check_free(folder, overwrite=settings.overwrite, resume=bool(settings.resume))
+        if settings.resume and runs.finished(folder):
             shown.print(f"the run in {folder} is finished; nothing to resume")
             _present(runs.read_json(folder / runs.RESULT), settings)
             return
@@ -503,7 +555,7 @@ def run(settings: Finetune, dry_run: bool) -> None:
         return
     if job.predicted is not None:
         shown.print(f"expected peak memory of a step: {size(job.predicted)}")
-    with runs.claimed(folder, overwrite=settings.overwrite, resume=settings.resume) as place:
+    with runs.claimed(folder, overwrite=settings.overwrite, resume=bool(settings.resume)) as place:
         result = job.train(place, shown)
     _present({**result, "folder": str(folder)}, settings)
 
@@ -575,6 +627,7 @@ class Job:
 
     def __init__(self, settings: Finetune, schedule: Callable[[int], float] | None = None) -> None:
         from zolr import adapters, lora, models
+        from zolr.cli.replay import about
         from zolr.cli.workload import device_of, set_threads, splits_of, task_of, width_of, words_of
         from zolr.engine import Engine
         from zolr.tasks import TrainingBatches, own_task, truncation_share
@@ -655,6 +708,13 @@ class Job:
                 f"{settings.steps} steps, for one example replaced by another of its label, while --seed is secret"
             )
 
+        self.about = about("finetune", settings, self.work.model, self.engine.base_lr, self.own_classes)
+
+    @property
+    def own_classes(self) -> tuple[str, ...] | None:
+        """Classes of a model with a head for them."""
+        return self.work.task.classes if self.settings.head == "classes" else None
+
     def privacy(self, steps: int) -> dict[str, float] | None:
         """`epsilon` that so many steps spend at `delta`; None for a method that is not private."""
         estimator: Any = self.engine.method.estimator
@@ -666,15 +726,9 @@ class Job:
     @property
     def own_modules(self) -> list[str]:
         """Modules that the base model does not have: a fresh classification head, which no adapter can be kept beside."""
-        if self.settings.head != "classes":
-            return []
-        model = self.work.model
-        base = getattr(model, "base_model", None)
-        return [
-            name
-            for name, module in model.named_children()
-            if module is not base and next(module.parameters(), None) is not None
-        ]
+        from zolr.cli.replay import own_modules
+
+        return own_modules(self.work.model) if self.settings.head == "classes" else []
 
     def _hold(self, name: str, _: Any) -> bool:
         return not any(name.startswith(f"{own}.") for own in self.own_modules)
@@ -842,7 +896,9 @@ class Job:
                     patience=settings.patience,
                     folder=place.work,
                     save_every=settings.save_every or DEFAULTS[settings.paradigm or "zo"].save_every,
-                    resume=settings.resume,
+                    keep_last=settings.keep_last,
+                    resume=settings.resumed_from,
+                    about=self.about,
                     device=work.device,
                     meter=meter,
                     reporter=screen,

@@ -156,12 +156,10 @@ class Pretrain(Writing, Machine, Course, Composition, Text, Architecture):
     @classmethod
     def gather(cls, given: dict[str, Any], config: Path | None) -> Self:
         """On resume the run's own config file stands in for the flags that are not repeated."""
-        if given.get("resume") and config is None:
-            if "output" not in given:
-                raise UsageError("--resume needs the run to go on with; give --output RUN")
-            saved = Path(given["output"]) / runs.CONFIG
-            config = saved if saved.is_file() else None
-        return resolve(cls, given, config).filled()
+        settings = cls.going_on(given, config).filled()
+        if settings.resume:
+            settings.check_same(resolve(cls, {}, Path(settings.output or "") / runs.CONFIG))
+        return settings
 
     def filled(self) -> Self:
         """The settings with every number that depends on others, and checked as far as names go."""
@@ -236,7 +234,11 @@ def run(settings: Pretrain) -> None:
 
     shown = console(settings.quiet)
     folder = Path(settings.output) if settings.output else runs.free_folder("pretrain")
-    with runs.claimed(folder, overwrite=settings.overwrite, resume=settings.resume) as place:
+    if settings.resume and runs.finished(folder):
+        shown.print(f"the run in {folder} is finished; nothing to resume")
+        _present(runs.read_json(folder / runs.RESULT), settings, folder)
+        return
+    with runs.claimed(folder, overwrite=settings.overwrite, resume=bool(settings.resume)) as place:
         try:
             result = pretrain(settings, place, shown)
         except NonFiniteError:
@@ -244,6 +246,11 @@ def run(settings: Pretrain) -> None:
         except Exception:
             place.discard()
             raise
+    _present(result, settings, folder)
+
+
+def _present(result: dict[str, Any], settings: Pretrain, folder: Path) -> None:
+    """The result for people or for programs."""
     if settings.json:
         print(json.dumps({**result, "folder": str(folder)}, indent=2))
         return
@@ -275,6 +282,7 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
     import torch
 
     from zolr.cli import record
+    from zolr.cli.replay import about
     from zolr.cli.screen import watching
     from zolr.cli.workload import device_of, set_threads
     from zolr.engine import Engine
@@ -355,7 +363,15 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
             best=None,  # the last weights: a schedule that ends at zero leaves the best ones there
             folder=place.work,
             save_every=settings.save_every or max(1, settings.steps // 20),
-            resume=settings.resume,
+            keep_last=settings.keep_last,
+            resume=settings.resumed_from,
+            about=about(
+                "pretrain",
+                settings,
+                model,
+                engine.base_lr,
+                built=settings.model is None or _builds(settings.model),
+            ),
             device=on,
             meter=meter,
             reporter=screen,
@@ -415,6 +431,13 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
     if settings.save_every is None:  # they guarded the run; asked for, they stay
         shutil.rmtree(place.path / runs.CHECKPOINTS, ignore_errors=True)
     return result
+
+
+def _builds(model: str) -> bool:
+    """Whether a model has random weights."""
+    from zolr.models import PRESETS
+
+    return model in PRESETS or model.endswith(".json")
 
 
 def schedule(settings: Pretrain) -> Callable[[int], float]:

@@ -93,6 +93,11 @@ def check_free(folder: Path, *, overwrite: bool, resume: bool) -> None:
         )
 
 
+def finished(folder: Path) -> bool:
+    """Whether the run in a folder is done; one whose checkpoints stay can still be given more steps."""
+    return (folder / RESULT).is_file() and not (folder / CHECKPOINTS).is_dir()
+
+
 class RunFolder:
     """One run's folder, held by one process.
 

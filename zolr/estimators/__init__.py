@@ -7,7 +7,7 @@ projector, never writes a value and leaves no `.grad` behind.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -77,11 +77,18 @@ class Found:
         loss: mean loss, 0-dim.
         slopes: directional derivatives, of which every gradient is a linear map.
         gradient: the estimate in one variable's coordinates.
+        record: all that `Repeatable.from_slopes` needs; None where that is `slopes`.
     """
 
     loss: Tensor
     slopes: Tensor
     gradient: Callable[[Variable], Tensor]
+    record: Tensor | None = None
+
+    @property
+    def recorded(self) -> Tensor:
+        """What `Repeatable.from_slopes` needs, `(k,)`."""
+        return self.slopes if self.record is None else self.record
 
     def hand_over(self, variables: Sequence[Variable], emit: Emit) -> Estimate:
         """Emit every gradient."""
@@ -95,6 +102,20 @@ class Measuring(Estimator, Protocol):
 
     def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
         """Evaluate the loss; the arguments are those of a call."""
+        ...
+
+
+@runtime_checkable
+class Repeatable(Measuring, Protocol):
+    """An estimator whose step can be made again from its slopes alone, without a loss or data."""
+
+    def from_slopes(self, loss: Tensor, slopes: Tensor, variables: Sequence[Variable], key: Key) -> Found:
+        """What `measure` found, bit for bit, when it was called with these variables and this key.
+
+        Args:
+            loss: `Found.loss` of then.
+            slopes: `Found.recorded` of then, float64.
+        """
         ...
 
 

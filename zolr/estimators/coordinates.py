@@ -89,22 +89,10 @@ class Coordinates:
         """Measure the slopes; see `Guided`."""
         if self.eps is None:
             raise UsageError("coordinates have no eps; give one, or let the engine choose with lr=None")
-        ordered = sorted(variables, key=lambda v: v.name)  # what is drawn must not depend on the order
-        ends = list(accumulate(_blocks(v)[0] for v in ordered))
-        sizes = torch.cat([torch.full((_blocks(v)[0],), float(_blocks(v)[1])).double() for v in ordered])
-        squares = (
-            sizes if guide is None else torch.cat([_squares(v, guide.gradient(v)) for v in ordered]).cpu()
-        )
-        size = min(self.blocks, ends[-1])
-        pi = mixed_probabilities(sizes * squares, size, self.alpha)
-        probes: list[tuple[_BlockProbe, Tensor]] = []
+        probes = self._draw(variables, key, guide)
         slopes, losses = [], []
         with same_noise(variables[0].value.device) as rewind:
-            for index in sample(pi, key.fold_in("blocks"), size):
-                place = bisect_right(ends, int(index))
-                variable = ordered[place]
-                row = int(index) - (ends[place - 1] if place else 0)
-                probe = _BlockProbe(variable, row, self.law, key)
+            for variable, probe, _ in probes:
                 plus, minus = evaluate(
                     lambda: mean_loss(loss, batches),
                     [variable],
@@ -113,19 +101,55 @@ class Coordinates:
                 )
                 losses.append((plus + minus) / 2)
                 slopes.append((plus - minus) / (2 * self.eps))
-                probes.append((probe, slopes[-1] / pi[index].to(plus.device)))
-        seen = torch.stack(slopes)
+        return self._found(torch.stack(losses).mean(), torch.stack(slopes), probes)
+
+    @torch.no_grad()
+    def from_slopes(
+        self,
+        loss: Tensor,
+        slopes: Tensor,
+        variables: Sequence[Variable],
+        key: Key,
+        guide: Found | None = None,
+    ) -> Found:
+        """The step again; see `Repeatable`."""
+        return self._found(loss, slopes, self._draw(variables, key, guide))
+
+    def _draw(
+        self, variables: Sequence[Variable], key: Key, guide: Found | None
+    ) -> list[tuple[Variable, "_BlockProbe", Tensor]]:
+        """The blocks of a step: where each is, the direction inside, and its inclusion probability."""
+        ordered = sorted(variables, key=lambda v: v.name)  # what is drawn must not depend on the order
+        ends = list(accumulate(_blocks(v)[0] for v in ordered))
+        sizes = torch.cat([torch.full((_blocks(v)[0],), float(_blocks(v)[1])).double() for v in ordered])
+        squares = (
+            sizes if guide is None else torch.cat([_squares(v, guide.gradient(v)) for v in ordered]).cpu()
+        )
+        size = min(self.blocks, ends[-1])
+        pi = mixed_probabilities(sizes * squares, size, self.alpha)
+        probes: list[tuple[Variable, _BlockProbe, Tensor]] = []
+        for index in sample(pi, key.fold_in("blocks"), size):
+            place = bisect_right(ends, int(index))
+            variable = ordered[place]
+            row = int(index) - (ends[place - 1] if place else 0)
+            probes.append((variable, _BlockProbe(variable, row, self.law, key), pi[index]))
+        return probes
+
+    def _found(
+        self, loss: Tensor, seen: Tensor, probes: Sequence[tuple[Variable, "_BlockProbe", Tensor]]
+    ) -> Found:
+        weights = [slope / pi.to(slope.device) for slope, (_, _, pi) in zip(seen, probes, strict=True)]
         poison = 0.0 * seen.sum()  # a slope that is not finite must show in every gradient
 
         def gradient(variable: Variable) -> Tensor:
             result = torch.zeros_like(variable.value)
-            for probe, weight in probes:
+            for (_, probe, _), weight in zip(probes, weights, strict=True):
                 if probe.name == variable.name:
                     part = result[probe.row] if result.dim() > 1 else result
                     part += probe.part.to(result) * weight.to(result)
             return result + poison.to(result)
 
-        return Found(torch.stack(losses).mean(), seen, gradient)
+        return Found(loss, seen, gradient)
 
 
 class _BlockProbe:

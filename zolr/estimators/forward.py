@@ -12,7 +12,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from zolr.errors import UsageError
-from zolr.estimators import Emit, Estimate, Found, Loss, check_probes, combined, mean_loss, same_noise
+from zolr.estimators import (
+    Direction,
+    Emit,
+    Estimate,
+    Found,
+    Loss,
+    check_probes,
+    combined,
+    mean_loss,
+    same_noise,
+)
 from zolr.keys import Key
 from zolr.probes import LAWS, Probe
 from zolr.variables import Variable, layout
@@ -79,7 +89,7 @@ class Forward:
     @torch.no_grad()
     def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
         """Measure the slopes; see `Measuring`."""
-        directions = [Probe(layout(variables), self.law, key.fold_in("probe", i)) for i in range(self.probes)]
+        directions = self._draw(variables, key)
         losses, slopes = [], []
         with same_noise(variables[0].value.device) as rewind:
             for direction in directions:
@@ -94,7 +104,17 @@ class Forward:
                     primal, tangent = forward_ad.unpack_dual(mean_loss(loss, batches))
                     losses.append(primal)
                     slopes.append(torch.zeros_like(primal) if tangent is None else tangent / _SCALE)
-        values = torch.stack(slopes)
-        return Found(
-            torch.stack(losses).mean(), values, combined(variables, directions, values / self.probes)
-        )
+        return self._found(torch.stack(losses).mean(), torch.stack(slopes), variables, directions)
+
+    @torch.no_grad()
+    def from_slopes(self, loss: Tensor, slopes: Tensor, variables: Sequence[Variable], key: Key) -> Found:
+        """The step again; see `Repeatable`."""
+        return self._found(loss, slopes, variables, self._draw(variables, key))
+
+    def _draw(self, variables: Sequence[Variable], key: Key) -> list[Direction]:
+        return [Probe(layout(variables), self.law, key.fold_in("probe", i)) for i in range(self.probes)]
+
+    def _found(
+        self, loss: Tensor, slopes: Tensor, variables: Sequence[Variable], directions: Sequence[Direction]
+    ) -> Found:
+        return Found(loss, slopes, combined(variables, directions, slopes / self.probes))

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from zolr.errors import UsageError
 from zolr.estimators import (
+    Direction,
     Emit,
     Estimate,
     Found,
@@ -62,12 +64,10 @@ class LikelihoodRatio:
 
     @torch.no_grad()
     def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
-        """Measure the slopes; see `Measuring`."""
+        """Measure the losses; see `Measuring`."""
         if self.eps is None:
             raise UsageError("likelihood_ratio has no eps; give one, or let the engine choose with lr=None")
-        directions = [
-            Probe(layout(variables), "gaussian", key.fold_in("probe", i)) for i in range(self.probes)
-        ]
+        directions = self._draw(variables, key)
         losses = []
         with same_noise(variables[0].value.device) as rewind:
             for direction in directions:
@@ -75,5 +75,17 @@ class LikelihoodRatio:
                 with shifted(variables, direction, self.eps):
                     losses.append(mean_loss(loss, batches))
         values = torch.stack(losses)
-        slopes = values / self.eps
-        return Found(values.mean(), slopes, combined(variables, directions, slopes / self.probes))
+        return self._found(values.mean(), values / self.eps, variables, directions)
+
+    @torch.no_grad()
+    def from_slopes(self, loss: Tensor, slopes: Tensor, variables: Sequence[Variable], key: Key) -> Found:
+        """The step again; see `Repeatable`."""
+        return self._found(loss, slopes, variables, self._draw(variables, key))
+
+    def _draw(self, variables: Sequence[Variable], key: Key) -> list[Direction]:
+        return [Probe(layout(variables), "gaussian", key.fold_in("probe", i)) for i in range(self.probes)]
+
+    def _found(
+        self, loss: Tensor, slopes: Tensor, variables: Sequence[Variable], directions: Sequence[Direction]
+    ) -> Found:
+        return Found(loss, slopes, combined(variables, directions, slopes / self.probes))

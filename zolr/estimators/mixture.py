@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
 from zolr.errors import UsageError
-from zolr.estimators import Emit, Estimate, Found, Guided, Loss, Measuring, setting
+from zolr.estimators import Emit, Estimate, Found, Guided, Loss, Measuring, Repeatable, setting
 from zolr.keys import Key
 from zolr.variables import Variable
 
@@ -64,8 +64,21 @@ class Mixture:
         first = self.random.measure(loss, batches, variables, key)
         if self.share == 1:
             return first
-        second = self.guided.measure(loss, batches, variables, key.fold_in("guided"), first)
+        return self._mixed(first, self.guided.measure(loss, batches, variables, key.fold_in("guided"), first))
 
+    @torch.no_grad()
+    def from_slopes(self, loss: Tensor, slopes: Tensor, variables: Sequence[Variable], key: Key) -> Found:
+        """The step again; see `Repeatable`."""
+        random, guided = cast(Repeatable, self.random), cast(Any, self.guided)
+        if self.share == 1:
+            return random.from_slopes(loss, slopes, variables, key)
+        count = setting(self.random, "probes", 1)
+        first = random.from_slopes(loss, slopes[:count], variables, key)
+        return self._mixed(
+            first, guided.from_slopes(loss, slopes[count:], variables, key.fold_in("guided"), first)
+        )
+
+    def _mixed(self, first: Found, second: Found) -> Found:
         def gradient(variable: Variable) -> Tensor:
             return (
                 first.gradient(variable)
@@ -74,7 +87,8 @@ class Mixture:
             )
 
         # a slope that is not finite must show, whichever of them it is
-        return Found(first.loss, first.slopes + 0.0 * second.slopes.sum(), gradient)
+        both = torch.cat([first.recorded, second.recorded])
+        return Found(first.loss, first.slopes + 0.0 * second.slopes.sum(), gradient, both)
 
     @torch.no_grad()
     def tried(

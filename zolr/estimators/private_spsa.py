@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zolr.errors import UsageError
 from zolr.estimators import (
+    Direction,
     Emit,
     Estimate,
     Found,
@@ -115,7 +116,7 @@ class PrivateSpsa:
         Raises:
             UsageError: the loss is not one number an example.
         """
-        directions = [Probe(layout(variables), self.law, key.fold_in("probe", i)) for i in range(self.probes)]
+        directions = self._draw(variables, key)
         slopes, losses, examples = [], [], 0
         with same_noise(variables[0].value.device) as rewind:
             for direction in directions:
@@ -136,11 +137,18 @@ class PrivateSpsa:
         if self.noise:
             normal = torch.randn(self.probes, generator=key.fold_in("noise").generator(), dtype=torch.float64)
             values = values + normal.to(values.device) * (self.noise * self.limit / examples)
-        return Found(
-            torch.stack(losses).mean(),
-            values,
-            lambda variable: combine(variable, directions, values / self.probes),
-        )
+        return self._found(torch.stack(losses).mean(), values, directions)
+
+    @torch.no_grad()
+    def from_slopes(self, loss: Tensor, slopes: Tensor, variables: Sequence[Variable], key: Key) -> Found:
+        """The step again, from slopes that are private already; see `Repeatable`."""
+        return self._found(loss, slopes, self._draw(variables, key))
+
+    def _draw(self, variables: Sequence[Variable], key: Key) -> list[Direction]:
+        return [Probe(layout(variables), self.law, key.fold_in("probe", i)) for i in range(self.probes)]
+
+    def _found(self, loss: Tensor, values: Tensor, directions: Sequence[Direction]) -> Found:
+        return Found(loss, values, lambda variable: combine(variable, directions, values / self.probes))
 
     @torch.no_grad()
     def tried(

@@ -125,6 +125,22 @@ class Spsa:
                 mean = measured()
                 values = evaluate(measured, variables, [(d, eps) for d in directions], rewind)
                 slopes = torch.stack([(value - mean) / eps for value in values])
+        return self._found(mean, slopes, variables, directions)
+
+    @torch.no_grad()
+    def from_slopes(
+        self, loss: torch.Tensor, slopes: torch.Tensor, variables: Sequence[Variable], key: Key
+    ) -> Found:
+        """The step again; see `Repeatable`."""
+        return self._found(loss, slopes, variables, self.draw(variables, key))
+
+    def _found(
+        self,
+        mean: torch.Tensor,
+        slopes: torch.Tensor,
+        variables: Sequence[Variable],
+        directions: Sequence[Direction],
+    ) -> Found:
         weights = slopes / len(slopes)
         if self.normalize:
             spread = slopes.std(unbiased=False)

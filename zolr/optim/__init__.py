@@ -14,6 +14,7 @@ from zolr.optim.averaged import Averaged
 from zolr.optim.by_shape import ByShape
 from zolr.optim.factored import Factored
 from zolr.optim.mofasgd import MomentumFactorizedSgd
+from zolr.optim.portable import Portable
 
 ADAM_DEGREES = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 
@@ -114,9 +115,9 @@ _MEAN = {"step": 0, "exp_avg": 1}
 FUSED = {"fused": True}
 _ADAFACTOR = {"beta": 0.9, "scaled": True}
 OPTIMIZERS: dict[str, Entry] = {
-    "sgd": Entry(torch.optim.SGD, degrees={"momentum_buffer": 1}, normalizes=False),
+    "sgd": Entry(Portable, degrees={"momentum_buffer": 1}, normalizes=False),
     "momentum": Entry(
-        torch.optim.SGD, {"momentum": 0.9, "dampening": 0.9}, {"momentum_buffer": 1}, normalizes=False
+        Portable, {"momentum": 0.9, "dampening": 0.9}, {"momentum_buffer": 1}, normalizes=False
     ),
     # fused: one kernel, and no temporaries as large as all values together, which foreach has
     "adamw": Entry(torch.optim.AdamW, FUSED, ADAM_DEGREES),
