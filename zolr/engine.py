@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from zolr.compiled import Compiled
 from zolr.dense import Core
+from zolr.distributed import Share, Team, digest
 from zolr.errors import UsageError
 from zolr.estimators import Estimate, changed, mean_loss, rows_of, same_noise, setting
+from zolr.estimators.forward import Forward
 from zolr.estimators.spsa import Spsa
 from zolr.held import RANK, shapes
 from zolr.keys import Key
@@ -144,6 +146,7 @@ class Engine:
         hold_rank: rank at most of what is kept beside a held matrix; a refresh beyond it drops the smallest part.
         compile: compile the loss (see `zolr.compiled`); where that fails, a warning says why and it runs as it is.
         check: a batch; if given, the attached model is compared with dense weights on it before training.
+        team: the processes of the run (see `zolr.distributed`); each has the whole model and is given all batches of a step.
 
     Raises:
         UsageError: a setting out of range, a rank above every trained matrix, or a method that held weights do not
@@ -176,6 +179,7 @@ class Engine:
         hold_rank: int = RANK,
         compile: bool = False,
         check: Any = None,
+        team: Team | None = None,
     ) -> None:
         if lr is not None and not 0 < lr < float("inf"):
             raise UsageError(f"lr = {lr} is no learning rate; use a positive number")
@@ -191,6 +195,11 @@ class Engine:
         if realization == "inplace" and setting(method.estimator, "signs") == "together":
             raise UsageError(
                 "realization 'inplace' holds one sign at a time; use signs 'sequence', or realization 'auto'"
+            )
+        self.team = team or Team()
+        if self.team.spread == "probes" and not isinstance(method.estimator, Spsa | Forward):
+            raise UsageError(
+                f"estimator '{type(method.estimator).__name__.lower()}' has no probes that ranks could share; spread batches"
             )
         self.model, self.method, self.seed = model, method, seed
         self.key = Key(seed)
@@ -518,6 +527,7 @@ class Engine:
 
     def _step(self, batches: Sequence[Any]) -> Info:
         forwards = 0
+        share = Share(batches, self.team, self._judge_loss, self.variables[0].value.device)
         if self.method.layers.every and self.step_count // self.method.layers.every != self._period:
             self._activate(self.step_count // self.method.layers.every)
         every = self.method.refresh_every
@@ -529,13 +539,14 @@ class Engine:
             self.refresh()
             self._refreshed_at = self.step_count  # a skipped step comes again, its window does not
         if self._tune:
-            forwards += self._choose(batches)
+            forwards += self._choose(share)
         if self._untried:
-            forwards += self._try_signs(batches)
+            forwards += self._try_signs(share)
         key = self.key.fold_in("step", self.step_count)
         with self._cautious() as lr:
-            seen = self._advance(batches, key, lr)
-        forwards += self.method.estimator.forwards(len(batches)) * (1 + self._measured)
+            seen = self._advance(share, key, lr)
+        self.team.steps += 1
+        forwards += self.method.estimator.forwards(share.total) * (1 + self._measured)
         slope, finite = seen.slope, seen.finite
         if finite:
             self.step_count += 1
@@ -567,20 +578,20 @@ class Engine:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
 
-    def _advance(self, batches: Sequence[Any], key: Key, lr: float) -> "_Seen":
+    def _advance(self, batches: Share, key: Key, lr: float) -> "_Seen":
         """Estimate and apply; what was seen, and whether it was applied."""
         received: list[tuple[Variable, Tensor]] = []
         loss: Callable[[Any], Any] = self._fast
         squares: list[Tensor] = []
         emit: Callable[[Variable, Tensor], None] = lambda v, gradient: received.append((v, gradient))  # noqa: E731
-        if self.streams and self.method.paradigm == "fo" and self.guard:
-            loss = self._guarded(loss)
         self._dropped, self._measured = False, 0
         try:
+            if batches.split and self.method.accumulate != "dense":
+                self._open_windows_due(loss, batches, key)
             if self.streams:
                 factor = self._clip_factor(loss, batches, key) if self.clip is not None else None
                 emit = self._stream(lr, factor, squares)
-            with self._gathering(len(batches)):
+            with self._gathering(batches.total):
                 estimate = self._estimate(loss, batches, emit, key)
         except _NonFinite:
             estimate, received = Estimate(torch.tensor(float("nan"))), []
@@ -592,7 +603,7 @@ class Engine:
         return seen
 
     @torch.no_grad()
-    def _clip_factor(self, loss: Any, batches: Sequence[Any], key: Key) -> Tensor:
+    def _clip_factor(self, loss: Any, batches: Share, key: Key) -> Tensor:
         """What streamed gradients are multiplied by: from their own norm, by a pass of its own, or from that of the step before.
 
         The first step has none before it.
@@ -606,7 +617,7 @@ class Engine:
                 squares.append(self._square(variable, variable.mask(gradient)))
 
             self._measured = 1
-            with self._gathering(len(batches)):
+            with self._gathering(batches.total):
                 self._estimate(loss, batches, measure, key)
             norm = torch.stack(squares).sum().sqrt()
         assert self.clip is not None
@@ -652,15 +663,16 @@ class Engine:
         assert core.space is not None
         return core.space.project(gradient)
 
-    def _try_signs(self, batches: Sequence[Any]) -> int:
-        """Evaluate both signs together and in sequence once, and go on in sequence where they differ."""
+    def _try_signs(self, batches: Share) -> int:
+        """Evaluate both signs together and in sequence once, and go on in sequence where they differ on some rank."""
         estimator = cast(Spsa, self.method.estimator)
         settled, reason = estimator.tried(self._loss_of, batches, self.active, self.key.fold_in("signs"))
-        if settled is not estimator:
+        if self.team.largest(settled is not estimator):
+            reason = reason or "so it is on another rank"
             warnings.warn(f"signs are evaluated in sequence, not together: {reason}", stacklevel=4)
-            self.method = replace(self.method, estimator=settled)
+            self.method = replace(self.method, estimator=changed(estimator, signs="sequence"))
         self._untried = False
-        return 4 * len(batches)
+        return 4 * batches.total
 
     def _trains(self) -> bool:
         return self.model.training
@@ -668,17 +680,37 @@ class Engine:
     def _loss_of(self, batch: Any) -> Any:
         return self._loss(self.model, batch)
 
-    def _estimate(self, loss: Any, batches: Sequence[Any], emit: Any, key: Key) -> Estimate:
+    def _open_windows_due(self, loss: Any, batches: Share, key: Key) -> None:
+        """Open the windows that the first micro-batch of a step would open, on every rank from that very micro-batch."""
+        due = [v for v in self.active if v.name in self._cores and self._cores[v.name].due]
+        if not self.team.largest(bool(due)):
+            return
+        alone = Share(batches.all[:1], seen=self._judge_loss)
+
+        @torch.no_grad()
+        def emit(variable: Variable, gradient: Tensor) -> None:
+            if variable in due:
+                self._projected_part(variable, self._cores[variable.name], gradient, 1.0)
+
+        self._estimate(loss, alone, emit, key)
+
+    def _estimate(self, loss: Any, batches: Share, emit: Any, key: Key) -> Estimate:
         estimator = self.method.estimator
         if self.method.paradigm != "fo":
             return estimator(loss, batches, self.active, emit, key)
         for variable in self._resting:
             variable.value.requires_grad_(False)
         device = self.variables[0].value.device
-        # dropout draws from the global generators: give it a name, and leave them as found
+        noise, numbers = key.fold_in("dropout"), {id(b): batches.first + i for i, b in enumerate(batches)}
+
+        def named(batch: Any) -> Any:
+            number = numbers[id(batch)]
+            torch.manual_seed((noise.fold_in(number) if number else noise).integer() >> 1)
+            return loss(batch)
+
+        # dropout draws from the global generators: give it a name a micro-batch, and leave them as found
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(key.fold_in("dropout").integer() >> 1)
-            return estimator(loss, batches, self.active, emit, key)
+            return estimator(named, batches, self.active, emit, key)
 
     def _judged(self, estimate: Estimate, gradients: Sequence[Tensor]) -> "_Seen":
         """What a step saw, and whether it may be applied: all of it in the one wait for the device of a step."""
@@ -694,15 +726,10 @@ class Engine:
         finite = not self._dropped and all(map(isfinite, (loss, *rest)))
         return _Seen(loss, slope, finite)
 
-    def _guarded(self, loss: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def checked(batch: Any) -> Any:
-            output = loss(batch)
-            value = output[0] if isinstance(output, tuple) else output
-            if not bool(torch.isfinite(value).all()):
-                raise _NonFinite
-            return output
-
-        return checked
+    def _judge_loss(self, total: Tensor) -> None:
+        """Leave a streamed step before its first gradient, if its loss is not finite."""
+        if self.streams and self.guard and not bool(torch.isfinite(total)):
+            raise _NonFinite
 
     def _decay(self, variable: Variable, lr: float) -> None:
         """Decoupled decay of the weight: of the coordinates now, of the rest by a factor until the fold."""
@@ -809,7 +836,7 @@ class Engine:
     # ---- learning rate -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _choose(self, batches: Sequence[Any]) -> int:
+    def _choose(self, batches: Share) -> int:
         """Choose eps and lr from measurements on the first batches."""
         estimator = self.method.estimator
         self.tuning = tune(
@@ -829,7 +856,7 @@ class Engine:
         elif not self.method.normalizes:
             self._caution = Caution()
         self._adopt(self.tuning)
-        return (self.tuning.forwards + 1) * len(batches)
+        return (self.tuning.forwards + 1) * batches.total
 
     @contextmanager
     def _elsewhere(self, number: int) -> Iterator[None]:
@@ -919,6 +946,30 @@ class Engine:
                     f"weight '{variable.name}' acts differently through its coordinates (loss {side:.6g}) than as a "
                     f"dense weight (loss {direct:.6g}); exclude it from training, or use realization 'rebuild'"
                 )
+
+    def digests(self, *, all_weights: bool = False) -> dict[str, Tensor]:
+        """A number for each trained weight, of its bits, its coordinates and their subspace, and of its optimizer state.
+
+        Args:
+            all_weights: those that are not trained too.
+        """
+        result = {}
+        for v in self.variables:
+            parts = [] if v.held else [v.weight.data]
+            parts += [v.value.data, *v.subspace.tensors().values()]
+            parts += [
+                t for t in self.optimizer.state.get(self.trained(v), {}).values() if isinstance(t, Tensor)
+            ]
+            if v.name in self._cores and self._cores[v.name].subspace is not None:
+                parts += cast(Subspace, self._cores[v.name].subspace).tensors().values()
+            if v.stack is not None:
+                parts += [v.stack.left, v.stack.right]
+            result[v.name] = torch.stack([digest(p).cpu() * (2 * i + 1) for i, p in enumerate(parts)]).sum()
+        if all_weights:
+            for name, parameter in self.model.named_parameters():
+                if name not in result and parameter.device.type != "meta":
+                    result[name] = digest(parameter.data).cpu()
+        return result
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and strings from which `load_state_dict` continues bit for bit."""

@@ -20,9 +20,14 @@ from torch import Tensor
 
 from zolr import checkpoints
 from zolr.engine import Engine, Info
-from zolr.errors import NonFiniteError, StorageError, ZolrError
+from zolr.errors import NonFiniteError, PeerLostError, StorageError, ZolrError
 
 Batch = Mapping[str, Tensor]
+
+CHECK_EVERY = 100  # steps between two comparisons of the ranks' weights, which take about as long as a step
+PASSED_ON = (
+    5.0  # seconds within which a second signal is the same wish: launchers pass on what a terminal has sent
+)
 
 NON_FINITE_LIMIT = 20  # steps in a row without a finite loss: by then waiting longer has never helped
 
@@ -143,6 +148,7 @@ def train(
     meter: Meter | None = None,
     reporter: Reporter | None = None,
     until: Callable[[Progress], bool] | None = None,
+    check_every: int = CHECK_EVERY,
 ) -> Outcome:
     """Train `engine` up to `steps` steps and leave it at its best weights.
 
@@ -150,6 +156,8 @@ def train(
     writes `metrics.jsonl` (one line a step, one an evaluation) and `checkpoints/`: `step-N`, the newest two, and the best
     weights `best-N`, on disk because a second copy in memory would cost more than the whole of a forward-only step.
     SIGINT, SIGTERM and SIGHUP save a checkpoint and raise `Interrupted`; a second one leaves at once.
+
+    All ranks of the engine's team call this alike. The first one writes, all read: `folder` is one that every rank sees.
 
     Args:
         engine: the attached model with its method.
@@ -167,36 +175,44 @@ def train(
         meter: who measures the memory of steps.
         reporter: who watches.
         until: asked between two steps whether what has been spent is enough; the run then ends as at its last step.
+        check_every: steps between comparisons of the weights of all ranks; they are also compared at both ends.
 
     Raises:
         NonFiniteError: the loss was not finite in 20 steps in a row.
+        PeerLostError: another rank is gone; where the step leaves weights whole until it is done, they are saved first.
+        PeersDifferError: a weight is not the same on all ranks.
         Interrupted: by a signal, after saving.
         StorageError: a checkpoint cannot be written, or none that is there can be read.
     """
     reporter = reporter or Silent()
+    team = engine.team
     run = _Run(engine, folder, metric, best, reporter)
     if resume:
         run.restore()
+    run.compare("before the first step", all_weights=True)
     loss, stopped = None, False
-    with _signals() as stop, run.journal():
+    with _signals(PASSED_ON if team.size > 1 else 0.0) as stop, run.journal(), run.survived():
         while True:
+            asked = team.largest(stop.number)  # all ranks have to stop at the same step
             now = run.progress
             ends = now.step >= steps or (until is not None and until(now))
             due = now.evaluated < now.step and (ends or _due(now.step, eval_every))
-            if evaluate and due and not stop.number:
-                with (
-                    stop.at_once()
-                ):  # an evaluation changes nothing, so it may be cut short; it is repeated on resume
+            if evaluate and due and not asked:
+                # an evaluation changes nothing, so it may be cut short; it is repeated on resume
+                with stop.at_once(alone=team.size == 1):
                     measured = dict(evaluate())
-                if not stop.number:
+                if not stop.left:
                     run.evaluated(measured)
+                asked = team.largest(stop.number)
             stopped = patience is not None and run.progress.stale >= patience
-            if stop.number:
-                raise Interrupted(stop.number, run.saved_for_later(stop.name))
+            if asked:
+                raise Interrupted(asked, run.saved_for_later(signal.Signals(asked).name))
             if ends or stopped:
                 break
             if now.step and save_every and now.step % save_every == 0:
                 run.save()
+            if now.step and now.step % check_every == 0:
+                run.compare(f"after step {now.step}")
             started = time.perf_counter()
             batches = batch_of_step(now.step)
             tokens = sum(_tokens(batch) for batch in batches)
@@ -204,10 +220,13 @@ def train(
                 batches = [
                     {name: part.to(device, non_blocking=True) for name, part in b.items()} for b in batches
                 ]
+            run.within = True
             with meter.around(batches) if meter else nullcontext():
                 info = engine.step(batches)
+            run.within = False
             run.stepped(info, len(batches), tokens, time.perf_counter() - started)
             loss = loss if info.skipped else info.loss
+        run.compare("after the last step")
         kept = run.keep_best()
     now = run.progress
     return Outcome(now, now.before, now.best if best else now.last, kept, stopped, loss)
@@ -261,6 +280,8 @@ class _Run:
             reporter,
         )
         self.folder = folder
+        self.writes = engine.team.first
+        self.within = False  # a step
         self.progress = Progress()
         self.in_memory: Any = None  # best weights where there is no folder
         self.lines: IO[str] | None = None
@@ -274,18 +295,38 @@ class _Run:
         """Go on where the newest good checkpoint stands."""
         assert self.folder is not None
         found = checkpoints.newest(self.checkpoints)
+        step = -1 if found is None else found.step
+        self.engine.team.compare({"newest checkpoint": torch.tensor(step)}, f"in {self.checkpoints}")
         if found is None:
             return
         for line in found.damaged:
             self.reporter.noted(f"{line}; going on from step {found.step} instead")
         self.engine.load_state_dict(found.state["engine"])
         self.progress = Progress(**found.state["progress"])
-        _cut(self.folder / "metrics.jsonl", self.progress)
+        if self.writes:
+            _cut(self.folder / "metrics.jsonl", self.progress)
+
+    def compare(self, when: str, all_weights: bool = False) -> None:
+        """Refuse to go on where the weights of the ranks differ."""
+        if self.engine.team.size > 1:
+            self.engine.team.compare(self.engine.digests(all_weights=all_weights), when)
+
+    @contextmanager
+    def survived(self) -> Iterator[None]:
+        """Save before the run ends because another rank is gone, unless a step may have been applied in part."""
+        try:
+            yield
+        except PeerLostError as error:
+            streamed = self.engine.streams and self.engine.method.paradigm == "fo"
+            if self.folder is None or (self.within and streamed):
+                raise
+            self.save()
+            raise PeerLostError(f"{error}; step {self.progress.step} is saved in {self.folder}") from error
 
     @contextmanager
     def journal(self) -> Iterator[None]:
         """`metrics.jsonl` open for appending."""
-        if self.folder is None:
+        if self.folder is None or not self.writes:
             yield
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -345,10 +386,11 @@ class _Run:
             return
         kept = (*now.saved, (now.step, now.best_step))[-checkpoints.KEEP :]
         now = replace(now, saved=kept)
-        state = {"engine": self.engine.state_dict(), "progress": asdict(now)}
-        checkpoints.save(self.checkpoints / f"step-{now.step}", state)
+        if self.writes:
+            state = {"engine": self.engine.state_dict(), "progress": asdict(now)}
+            checkpoints.save(self.checkpoints / f"step-{now.step}", state)
+            checkpoints.prune(self.checkpoints)
         self.progress = now
-        checkpoints.prune(self.checkpoints)
         self._forget_bests()
 
     def saved_for_later(self, name: str) -> str:
@@ -381,12 +423,12 @@ class _Run:
     def _hold_best(self, step: int) -> None:
         if self.folder is None:
             self.in_memory = _on_host(self.engine.state_dict())
-        else:
+        elif self.writes:
             checkpoints.save(self.checkpoints / f"best-{step}", self.engine.state_dict())
 
     def _forget_bests(self) -> None:
         """Remove best weights that neither this moment nor a checkpoint on disk refers to."""
-        if self.folder is None:
+        if self.folder is None or not self.writes:
             return
         needed = {
             f"best-{step}" for step in (self.progress.best_step, *(best for _, best in self.progress.saved))
@@ -452,41 +494,45 @@ class _Leave(BaseException):
 
 
 class _Stop:
-    """Whether a signal has asked the run to end."""
+    """Whether a signal has asked the run to end.
 
-    def __init__(self) -> None:
+    Args:
+        passed_on: seconds within which a second signal means no more than the first.
+    """
+
+    def __init__(self, passed_on: float = 0.0) -> None:
         self.number = 0
+        self.left = False  # an evaluation was cut short
+        self._passed_on, self._since = passed_on, 0.0
         self._at_once = False
-
-    @property
-    def name(self) -> str:
-        return signal.Signals(self.number).name
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if self.number:
+            if time.monotonic() - self._since < self._passed_on:
+                return
             os._exit(
                 128 + number
             )  # asked twice: whatever is being written is written aside, so leaving harms nothing
-        self.number = number
+        self.number, self._since = number, time.monotonic()
         if self._at_once:
             raise _Leave
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Leave the block as soon as a signal comes."""
-        self._at_once = True
+    def at_once(self, alone: bool = True) -> Iterator[None]:
+        """Leave the block as soon as a signal comes; not where other ranks would wait for this one."""
+        self._at_once = alone
         try:
             yield
         except _Leave:
-            pass
+            self.left = True
         finally:
             self._at_once = False
 
 
 @contextmanager
-def _signals() -> Iterator[_Stop]:
+def _signals(passed_on: float) -> Iterator[_Stop]:
     """Signals that end a run become a wish that the loop meets between two steps."""
-    stop, before = _Stop(), {}
+    stop, before = _Stop(passed_on), {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it

@@ -9,8 +9,9 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from zolr.distributed import share_of
 from zolr.errors import UsageError
-from zolr.estimators import Emit, Estimate, Loss, check_probes, combine, mean_loss, same_noise
+from zolr.estimators import Emit, Estimate, Loss, check_probes, combine, mean_of, parts_of, same_noise
 from zolr.keys import Key
 from zolr.probes import LAWS, Probe
 from zolr.variables import Variable, layout
@@ -53,19 +54,22 @@ class Forward:
     ) -> Estimate:
         """Emit the gradients; see `Estimator`."""
         directions = [Probe(layout(variables), self.law, key.fold_in("probe", i)) for i in range(self.probes)]
-        losses, slopes = [], []
+        share = share_of(batches)
+        own = directions[share.turn(len(directions))]
+        seen = []
         with same_noise(variables[0].value.device) as rewind:
-            for direction in directions:
+            for direction in own:
                 rewind()
                 with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
                     for variable in variables:
                         tangent = variable.mask(direction(variable.name).to(variable.value.dtype))
                         dual = forward_ad.make_dual(variable.value.detach(), tangent)
                         stack.enter_context(variable.at(dual, plain=False))
-                    primal, tangent = forward_ad.unpack_dual(mean_loss(loss, batches))
-                    losses.append(primal)
-                    slopes.append(torch.zeros_like(primal) if tangent is None else tangent)
-        values = torch.stack(slopes)
+                    parts, tangents = forward_ad.unpack_dual(parts_of(loss, batches))
+                    moved = torch.zeros_like(parts[0]) if tangents is None else tangents[0]
+                    seen.append(torch.stack([parts, torch.stack([moved, parts[1]])]))  # (2, 2, n)
+        both = mean_of(batches, share.stacked(seen, 2, 2))
+        losses, values = share.of_all_probes(both, len(directions)).unbind(1)
         for variable in variables:
             emit(variable, combine(variable, directions, values / self.probes))
-        return Estimate(torch.stack(losses).mean(), values)
+        return Estimate(losses.mean(), values)
