@@ -10,6 +10,7 @@ No object is pickled; host tensors travel by gloo and device tensors by nccl, wh
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -27,7 +28,7 @@ SPREADS = ("batches", "probes")
 
 TIMEOUT = 120.0  # seconds without an answer after which a rank counts as lost
 PATIENCE = timedelta(hours=2)  # for what one rank does before the others: reading and cutting up a corpus
-ROLL_CALL = timedelta(seconds=2)
+ROLL_CALL = 3.0  # seconds in which the ranks that are left find out which are not
 BUCKET = 1 << 20  # entries of gradients that travel together; a larger one travels alone
 BLOCK = 1 << 20  # entries hashed at once
 
@@ -245,7 +246,7 @@ class Processes(Team):
         if not part.numel():
             return part.new_zeros(self.size, *part.shape)
         parts = [torch.empty_like(part) for _ in range(self.size)]
-        with self._careful(f"an exchange of {what}"):
+        with self._careful("an exchange of figures"):
             dist.all_gather(parts, part, group=self._host)
         self.sent[what] += (self.size - 1) * part.numel() * part.element_size()
         return torch.stack(parts)
@@ -267,10 +268,12 @@ class Processes(Team):
         """The ranks that do not answer a roll call; none where that cannot be known."""
         try:
             self._store.set(f"zolr/alive/{self.rank}", "")
-            missing = []
+            self.abandon()  # wakes the ranks that wait for this one, so that they answer
+            missing, end = [], time.monotonic() + ROLL_CALL
             for rank in range(self.size):
                 try:
-                    self._store.wait([f"zolr/alive/{rank}"], ROLL_CALL)
+                    left = max(0.05, end - time.monotonic())
+                    self._store.wait([f"zolr/alive/{rank}"], timedelta(seconds=left))
                 except RuntimeError:
                     missing.append(rank)
             return missing
@@ -309,11 +312,6 @@ class Share(Sequence[Any]):
 
     def __getitem__(self, place: Any) -> Any:
         return self._own[place]
-
-    @property
-    def last(self) -> bool:
-        """Whether the last micro-batch of the step is here."""
-        return self.first + len(self) == self.total
 
     @property
     def split(self) -> bool:
@@ -402,10 +400,8 @@ class _InOrder:
 
     def _hand_on(self) -> None:
         bucket, self.bucket = self.bucket, []
-        tensors = [gradient for _, gradient in bucket]
-        tensors += [v.gathered.total for v, _ in bucket if v.gathered is not None]
-        self.team.add_up(tensors)
-        del tensors
+        # where gradients are accumulated in the coordinates, nothing is left of the dense one
+        self.team.add_up([g if v.gathered is None else v.gathered.total for v, g in bucket])
         while bucket:
             variable, gradient = bucket.pop(0)
             self.emit(variable, gradient)

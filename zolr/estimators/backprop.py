@@ -57,12 +57,10 @@ class Backprop:
         def hand_over(value: Tensor) -> None:
             variable = pending.pop(id(value))
             if variable.gathered is not None:
-                if not share.last:  # only the last micro-batch of the whole step comes as it is
+                if share.split:  # then all of it goes the same way, and only coordinates travel
                     assert value.grad is not None
                     variable.gathered.add(value.grad, n)
                     value.grad.zero_()
-                elif share.split and variable.gathered.total is None:
-                    variable.gathered.add(torch.zeros_like(value), n)
                 variable.gathered.divide(count)
             gradient, value.grad = value.grad, None
             assert gradient is not None
