@@ -140,7 +140,19 @@ def test_a_signal_to_one_rank_ends_all_saved_at_one_step_and_a_silent_rank_ends_
     tmp_path: Path,
 ) -> None:
     folder, whole = tmp_path / "stopped", tmp_path / "whole"
-    long = [*TASK, "--paradigm", "zo", "--lr", "1e-4", "--eps", "1e-3", "--save-every", "1000"]
+    long = [
+        *TASK,
+        "--paradigm",
+        "zo",
+        "--schedule",
+        "constant",
+        "--lr",
+        "1e-4",
+        "--eps",
+        "1e-3",
+        "--save-every",
+        "1000",
+    ]
     long[long.index("--steps") + 1] = "3000"
     long[long.index("--eval-every") + 1] = "3000"
     ranks = Ranks(*long, "--output", folder)
