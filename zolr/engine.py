@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zolr.compiled import Compiled
 from zolr.dense import Core
+from zolr.distributed import Share, Team, digest
 from zolr.errors import StorageError, UsageError
 from zolr.estimators import (
     Estimate,
@@ -27,6 +28,7 @@ from zolr.estimators import (
     same_noise,
     setting,
 )
+from zolr.estimators.forward import Forward
 from zolr.estimators.spsa import Spsa
 from zolr.held import RANK, shapes
 from zolr.keys import Key
@@ -187,6 +189,7 @@ class Engine:
             begins a window has folded the one before it (the model computes the same, up to rounding), and realization
             "inplace" stands off its weights by rounding. An engine that was cut short while it wrote (the first case,
             or an optimizer that raises) refuses to go on until a state is loaded.
+        team: the processes of the run (see `zolr.distributed`); each has the whole model and is given all batches of a step.
 
     Attributes:
         ahead: called with what a step is made from before it is applied; of engines that are `repeatable`.
@@ -223,6 +226,7 @@ class Engine:
         compile: bool = False,
         check: Any = None,
         undo: bool = False,
+        team: Team | None = None,
     ) -> None:
         if lr is not None and not 0 < lr < float("inf"):
             raise UsageError(f"lr = {lr} is no learning rate; use a positive number")
@@ -238,6 +242,11 @@ class Engine:
         if realization == "inplace" and setting(method.estimator, "signs") == "together":
             raise UsageError(
                 "realization 'inplace' holds one sign at a time; use signs 'sequence', or realization 'auto'"
+            )
+        self.team = team or Team()
+        if self.team.spread == "probes" and not isinstance(method.estimator, Spsa | Forward):
+            raise UsageError(
+                f"estimator '{type(method.estimator).__name__.lower()}' has no probes that ranks could share; spread batches"
             )
         self.model, self.method, self.seed = model, method, seed
         self.key = Key(seed)
@@ -653,6 +662,7 @@ class Engine:
 
     def _step(self, batches: Sequence[Any]) -> Info:
         forwards = 0
+        share = Share(batches, self.team, self._judge_loss, self.variables[0].value.device)
         if self.method.layers.every and self.step_count // self.method.layers.every != self._period:
             self._activate(self.step_count // self.method.layers.every)
         every = self.method.refresh_every
@@ -670,14 +680,15 @@ class Engine:
         if self._repeated is not None:
             self._settle(self._repeated)
         if self._tune:
-            forwards += self._choose(batches)
+            forwards += self._choose(share)
         if self._untried:
-            forwards += self._try_signs(batches)
+            forwards += self._try_signs(share)
         key = self.key.fold_in("step", self.step_count)
-        forwards += self.method.estimator.forwards(len(batches))
+        forwards += self.method.estimator.forwards(share.total)
         with self._cautious() as lr:
-            seen = self._advance(batches, key, lr, forwards)
-        forwards += self.method.estimator.forwards(len(batches)) * self._measured
+            seen = self._advance(share, key, lr, forwards)
+        self.team.steps += 1
+        forwards += self.method.estimator.forwards(share.total) * self._measured
         if self._repeated is not None:
             lr, forwards = self._repeated.lr, self._repeated.forwards
         slope, finite = seen.slope, seen.finite
@@ -744,7 +755,7 @@ class Engine:
             self.method = replace(self.method, estimator=changed(self.method.estimator, signs=made.signs))
         self._untried = False
 
-    def _advance(self, batches: Sequence[Any], key: Key, lr: float, forwards: int) -> "_Seen":
+    def _advance(self, batches: Share, key: Key, lr: float, forwards: int) -> "_Seen":
         """Estimate and apply; what was seen, and whether it was applied."""
         self._dropped, self._measured = False, 0
         squares: list[Tensor] = []
@@ -754,7 +765,7 @@ class Engine:
             seen = self._advance_streamed(batches, key, lr, squares)
         else:
             received: list[tuple[Variable, Tensor]] = []
-            with self._gathering(len(batches)):
+            with self._gathering(batches.total):
                 estimate = self._estimate(self._fast, batches, lambda v, g: received.append((v, g)), key)
             seen = self._judged(estimate, [gradient for _, gradient in received])
             if seen.finite:
@@ -763,17 +774,16 @@ class Engine:
             self._norm = torch.stack(squares).sum().sqrt()
         return seen
 
-    def _advance_streamed(
-        self, batches: Sequence[Any], key: Key, lr: float, squares: list[Tensor]
-    ) -> "_Seen":
+    def _advance_streamed(self, batches: Share, key: Key, lr: float, squares: list[Tensor]) -> "_Seen":
         """Apply dense gradients as backprop has them; one that is not finite ends the step, those before it stand."""
-        loss = self._guarded(self._fast) if self.guard else self._fast
 
         def run(emit: Callable[[Variable, Tensor], None]) -> Estimate:
-            with self._gathering(len(batches)):
-                return self._estimate(loss, batches, emit, key)
+            with self._gathering(batches.total):
+                return self._estimate(self._fast, batches, emit, key)
 
         try:
+            if batches.split and self.method.accumulate != "dense":
+                self._open_windows_due(self._fast, batches, key)
             factor = self._clip_factor(run)
             estimate = run(self._stream(lr, factor, squares))
         except _NonFinite:
@@ -782,7 +792,7 @@ class Engine:
 
     @torch.no_grad()
     def _advance_by_slopes(
-        self, batches: Sequence[Any], key: Key, lr: float, forwards: int, squares: list[Tensor]
+        self, batches: Share, key: Key, lr: float, forwards: int, squares: list[Tensor]
     ) -> "_Seen":
         """Measure, judge, tell `ahead`, then make the gradients and apply them."""
         estimator, made = cast(Measuring, self.method.estimator), self._repeated
@@ -878,16 +888,17 @@ class Engine:
         assert core.space is not None
         return core.space.project(gradient)
 
-    def _try_signs(self, batches: Sequence[Any]) -> int:
-        """Evaluate both signs together and in sequence once, and go on in sequence where they differ."""
+    def _try_signs(self, batches: Share) -> int:
+        """Evaluate both signs together and in sequence once, and go on in sequence where they differ on some rank."""
         estimator = cast(Spsa, self.method.estimator)
         settled, reason = estimator.tried(self._loss_of, batches, self.active, self.key.fold_in("signs"))
-        if settled is not estimator:
+        if self.team.largest(settled is not estimator):
+            reason = reason or "so it is on another rank"
             warnings.warn(f"signs are evaluated in sequence, not together: {reason}", stacklevel=4)
-            self.method = replace(self.method, estimator=settled)
-        self._told_ahead["signs"] = setting(settled, "signs")
+            self.method = replace(self.method, estimator=changed(estimator, signs="sequence"))
+        self._told_ahead["signs"] = setting(self.method.estimator, "signs")
         self._untried = False
-        return 4 * len(batches)
+        return 4 * batches.total
 
     def _trains(self) -> bool:
         return self.model.training
@@ -895,17 +906,35 @@ class Engine:
     def _loss_of(self, batch: Any) -> Any:
         return self._loss(self.model, batch)
 
-    def _estimate(self, loss: Any, batches: Sequence[Any], emit: Any, key: Key) -> Estimate:
+    def _open_windows_due(self, loss: Any, batches: Share, key: Key) -> None:
+        """Open the windows that the first micro-batch of a step would open, on every rank from that very micro-batch."""
+        due = [v for v in self.active if v.name in self._cores and self._cores[v.name].due]
+        if not self.team.largest(bool(due)):
+            return
+        alone = Share(batches.all[:1], seen=self._judge_loss)
+
+        @torch.no_grad()
+        def emit(variable: Variable, gradient: Tensor) -> None:
+            if variable in due:
+                self._projected_part(variable, self._cores[variable.name], gradient, 1.0)
+
+        self._estimate(loss, alone, emit, key)
+
+    def _estimate(self, loss: Any, batches: Share, emit: Any, key: Key) -> Estimate:
         estimator = self.method.estimator
-        if self.method.paradigm != "fo":
-            return estimator(loss, batches, self.active, emit, key)
         for variable in self._resting:
             variable.value.requires_grad_(False)
         device = self.variables[0].value.device
-        # dropout draws from the global generators: give it a name, and leave them as found
+        noise, numbers = key.fold_in("dropout"), {id(b): batches.first + i for i, b in enumerate(batches)}
+
+        def named(batch: Any) -> Any:
+            number = numbers[id(batch)]
+            torch.manual_seed((noise.fold_in(number) if number else noise).integer() >> 1)
+            return loss(batch)
+
+        # dropout draws from the global generators: give it a name a micro-batch, and leave them as found
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(key.fold_in("dropout").integer() >> 1)
-            return estimator(loss, batches, self.active, emit, key)
+            return estimator(named, batches, self.active, emit, key)
 
     def _judged(
         self, estimate: Estimate, gradients: Sequence[Tensor] = (), record: Tensor | None = None
@@ -929,15 +958,10 @@ class Engine:
             finite = finite and all(abs(s) <= LARGEST_SLOPE for s in rest)
         return _Seen(loss, slope, finite or not self.guard, recorded)
 
-    def _guarded(self, loss: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def checked(batch: Any) -> Any:
-            output = loss(batch)
-            value = output[0] if isinstance(output, tuple) else output
-            if not bool(torch.isfinite(value).all()):
-                raise _NonFinite
-            return output
-
-        return checked
+    def _judge_loss(self, total: Tensor) -> None:
+        """Leave a streamed step before its first gradient, if its loss is not finite."""
+        if self.streams and self.guard and not bool(torch.isfinite(total)):
+            raise _NonFinite
 
     def _decay(self, variable: Variable, lr: float) -> None:
         """Decoupled decay of the weight: of the coordinates now, of the rest by a factor until the fold."""
@@ -1041,7 +1065,7 @@ class Engine:
     # ---- learning rate -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _choose(self, batches: Sequence[Any]) -> int:
+    def _choose(self, batches: Share) -> int:
         """Choose eps and lr from measurements on the first batches."""
         estimator = self.method.estimator
         self.tuning = tune(
@@ -1058,7 +1082,7 @@ class Engine:
         )
         self._told_ahead["tuning"] = self.tuning.as_dict()
         self._chosen(self.tuning)
-        return (self.tuning.forwards + 1) * len(batches)
+        return (self.tuning.forwards + 1) * batches.total
 
     def _chosen(self, tuning: Tuning) -> None:
         if self.base_lr is not None:  # the user's own rate stands; only eps was open
@@ -1155,6 +1179,30 @@ class Engine:
                     f"weight '{variable.name}' acts differently through its coordinates (loss {side:.6g}) than as a "
                     f"dense weight (loss {direct:.6g}); exclude it from training, or use realization 'rebuild'"
                 )
+
+    def digests(self, *, all_weights: bool = False) -> dict[str, Tensor]:
+        """A number for each trained weight, of its bits, its coordinates and their subspace, and of its optimizer state.
+
+        Args:
+            all_weights: those that are not trained too.
+        """
+        result = {}
+        for v in self.variables:
+            parts = [] if v.held else [v.weight.data]
+            parts += [v.value.data, *v.subspace.tensors().values()]
+            parts += [
+                t for t in self.optimizer.state.get(self.trained(v), {}).values() if isinstance(t, Tensor)
+            ]
+            if v.name in self._cores and self._cores[v.name].subspace is not None:
+                parts += cast(Subspace, self._cores[v.name].subspace).tensors().values()
+            if v.stack is not None:
+                parts += [v.stack.left, v.stack.right]
+            result[v.name] = torch.stack([digest(p).cpu() * (2 * i + 1) for i, p in enumerate(parts)]).sum()
+        if all_weights:
+            for name, parameter in self.model.named_parameters():
+                if name not in result and parameter.device.type != "meta":
+                    result[name] = digest(parameter.data).cpu()
+        return result
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and strings from which `load_state_dict` continues bit for bit."""

@@ -37,6 +37,12 @@ class PeerLostError(ZolrError):
     exit_code = 6
 
 
+class PeersDifferError(ZolrError):
+    """The processes of a distributed run do not have the same weights."""
+
+    exit_code = 6
+
+
 class BudgetError(ZolrError):
     """The memory budget cannot be met."""
 

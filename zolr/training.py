@@ -22,9 +22,14 @@ import zolr
 from zolr import checkpoints, journal
 from zolr.checkpoints import Found
 from zolr.engine import Engine, Info, Made
-from zolr.errors import DataError, NonFiniteError, StorageError, ZolrError
+from zolr.errors import DataError, NonFiniteError, PeerLostError, StorageError, ZolrError
 
 Batch = Mapping[str, Tensor]
+
+CHECK_EVERY = 100  # steps between two comparisons of the ranks' weights, which take about as long as a step
+PASSED_ON = (
+    5.0  # seconds within which a second signal is the same wish: launchers pass on what a terminal has sent
+)
 
 NON_FINITE_LIMIT = 20  # steps in a row without a finite loss: by then waiting longer has never helped
 
@@ -147,6 +152,7 @@ def train(
     meter: Meter | None = None,
     reporter: Reporter | None = None,
     until: Callable[[Progress], bool] | None = None,
+    check_every: int = CHECK_EVERY,
 ) -> Outcome:
     """Train `engine` up to `steps` steps and leave it at its best weights.
 
@@ -156,6 +162,8 @@ def train(
     without backprop also writes a `journal`, from which a resumed run makes the steps after its checkpoint again without
     a forward pass. SIGINT, SIGTERM and SIGHUP save a checkpoint and raise `Interrupted`; a second one leaves at once.
     Weights that are not finite are never saved.
+
+    All ranks of the engine's team call this alike. The first one writes, all read: `folder` is one that every rank sees.
 
     Args:
         engine: the attached model with its method.
@@ -176,35 +184,43 @@ def train(
         meter: who measures the memory of steps.
         reporter: who watches.
         until: asked between two steps whether what has been spent is enough; the run then ends as at its last step.
+        check_every: steps between comparisons of the weights of all ranks; they are also compared at both ends.
 
     Raises:
         NonFiniteError: the loss was not finite in 20 steps in a row, or weights to be saved are not.
+        PeerLostError: another rank is gone; where the step leaves weights whole until it is done, they are saved first.
+        PeersDifferError: a weight is not the same on all ranks.
         Interrupted: by a signal, after saving.
         StorageError: a checkpoint cannot be written, or none that is there can be read.
     """
     reporter = reporter or Silent()
+    team = engine.team
     run = _Run(engine, folder, metric, best, reporter, keep_last)
     run.open(resume, about or {})
+    run.compare("before the first step", all_weights=True)
     loss, stopped = None, False
-    with _signals() as stop, run.writing():
+    with _signals(PASSED_ON if team.size > 1 else 0.0) as stop, run.writing(), run.survived():
         while True:
+            asked = team.largest(stop.number)  # all ranks have to stop at the same step
             now = run.progress
             ends = now.step >= steps or (until is not None and until(now))
             due = now.evaluated < now.step and (ends or _due(now.step, eval_every))
-            if evaluate and due and not stop.number:
-                with (
-                    stop.at_once()
-                ):  # an evaluation changes nothing, so it may be cut short; it is repeated on resume
+            if evaluate and due and not asked:
+                # an evaluation changes nothing, so it may be cut short; it is repeated on resume
+                with stop.at_once(alone=team.size == 1):
                     measured = dict(evaluate())
-                if not stop.number:
+                if not stop.left:
                     run.evaluated(measured)
+                asked = team.largest(stop.number)
             stopped = patience is not None and run.progress.stale >= patience
-            if stop.number:
-                raise Interrupted(stop.number, run.saved_for_later(stop.name))
+            if asked:
+                raise Interrupted(asked, run.saved_for_later(signal.Signals(asked).name))
             if ends or stopped:
                 break
             if now.step and save_every and now.step % save_every == 0:
                 run.save()
+            if now.step and now.step % check_every == 0:
+                run.compare(f"after step {now.step}")
             started = time.perf_counter()
             batches = batch_of_step(now.step)
             tokens = sum(_tokens(batch) for batch in batches)
@@ -216,12 +232,15 @@ def train(
             if made is not None:
                 info = run.made_again(made, len(batches))
             else:
+                run.within = True
                 with meter.around(batches) if meter else nullcontext():
                     info = engine.step(batches)
+                run.within = False
             run.stepped(info, len(batches), tokens, time.perf_counter() - started)
             loss = loss if info.skipped else info.loss
         if save_every:
             run.save()  # what comes after the last step can fail too
+        run.compare("after the last step")
         kept = run.keep_best()
     now = run.progress
     return Outcome(now, now.before, now.best if best else now.last, kept, stopped, loss)
@@ -276,6 +295,8 @@ class _Run:
             reporter,
         )
         self.folder, self.keep_last = folder, keep_last
+        self.writes = engine.team.first
+        self.within = False  # a step
         self.progress = Progress()
         self.in_memory: Any = None  # best weights where there is no folder
         self.lines: IO[str] | None = None
@@ -292,6 +313,14 @@ class _Run:
         """Begin, or go on where the newest good checkpoint and the journal stand."""
         if self.folder is None:
             return
+        with self.engine.team.in_turn():  # what the first rank mends, the others find mended
+            self._open(resume, about)
+        if resume:
+            found = {"newest checkpoint": self.progress.step, "journal": len(self.recorded)}
+            self.engine.team.compare({k: torch.tensor(v) for k, v in found.items()}, f"in {self.folder}")
+
+    def _open(self, resume: bool | Path, about: Mapping[str, Any]) -> None:
+        assert self.folder is not None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -309,14 +338,15 @@ class _Run:
         if header is None:
             return
         path, done = self.folder / journal.NAME, self.progress.step
-        if book is None and done == 0:
+        if book is None and done == 0 and self.writes:
             self.book = journal.Journal(path, header)
         elif book is not None and book.steps >= done:
             # other settings, such as more steps: the steps up to here stand, those after it would be others now
             same = resume is True and book.header == header
             self.hashes = book.hashes
             self.recorded = {n: book.made[n - 1] for n in range(done + 1, book.steps + 1)} if same else {}
-            self.book = journal.Journal(path, header, (book, book.steps if same else done))
+            if self.writes:
+                self.book = journal.Journal(path, header, (book, book.steps if same else done))
         if self.book is not None and "unrepeatable" not in header:
             self.engine.ahead = self.book.append
 
@@ -335,7 +365,9 @@ class _Run:
             if not other:
                 return book
             why = f"journal {path} is of a run with another {other[0]}"
-        path.replace(aside := path.with_name("journal.damaged"))
+        aside = path.with_name("journal.damaged")
+        if self.writes:
+            path.replace(aside)
         self.reporter.noted(f"{why}; it is now {aside}, and the run goes on without it")
         return None
 
@@ -358,7 +390,25 @@ class _Run:
             for line in found.damaged:
                 self.reporter.noted(f"{line}; going on from step {found.step} instead")
             self._load(found)
-        _cut(self.folder / "metrics.jsonl", self.progress)
+        if self.writes:
+            _cut(self.folder / "metrics.jsonl", self.progress)
+
+    def compare(self, when: str, all_weights: bool = False) -> None:
+        """Refuse to go on where the weights of the ranks differ."""
+        if self.engine.team.size > 1:
+            self.engine.team.compare(self.engine.digests(all_weights=all_weights), when)
+
+    @contextmanager
+    def survived(self) -> Iterator[None]:
+        """Save before the run ends because another rank is gone, unless a step may have been applied in part."""
+        try:
+            yield
+        except PeerLostError as error:
+            streamed = self.engine.streams and self.engine.method.paradigm == "fo"
+            if self.folder is None or (self.within and streamed):
+                raise
+            self.save()
+            raise PeerLostError(f"{error}; step {self.progress.step} is saved in {self.folder}") from error
 
     def _load(self, found: Found) -> None:
         try:
@@ -378,7 +428,7 @@ class _Run:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """`metrics.jsonl` open for appending, and the journal."""
-        if self.folder is None:
+        if self.folder is None or not self.writes:
             yield
             return
         path = self.folder / "metrics.jsonl"
@@ -470,16 +520,17 @@ class _Run:
             return
         kept = (*now.saved, (now.step, now.best_step))[-self.keep_last :]
         now = replace(now, saved=kept)
-        state = self._sound(self.engine.state_dict())
-        if self.book is not None:
-            self.book.sync()  # on the disk no checkpoint is ahead of the journal
-        self._check_there()
-        folder = checkpoints.save(
-            self.checkpoints / f"step-{now.step}", {"engine": state, "progress": asdict(now)}
-        )
+        if self.writes:
+            state = self._sound(self.engine.state_dict())
+            if self.book is not None:
+                self.book.sync()  # on the disk no checkpoint is ahead of the journal
+            self._check_there()
+            folder = checkpoints.save(
+                self.checkpoints / f"step-{now.step}", {"engine": state, "progress": asdict(now)}
+            )
+            self._mark(checkpoints.digest_of(folder))
+            checkpoints.prune(self.checkpoints, self.keep_last)
         self.progress = now
-        self._mark(checkpoints.digest_of(folder))
-        checkpoints.prune(self.checkpoints, self.keep_last)
         self._forget_bests()
 
     def _sound(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -550,7 +601,7 @@ class _Run:
     def _hold_best(self, step: int) -> None:
         if self.folder is None:
             self.in_memory = _on_host(self.engine.state_dict())
-        else:
+        elif self.writes:
             self._check_there()
             folder = checkpoints.save(
                 self.checkpoints / f"best-{step}", self._sound(self.engine.state_dict())
@@ -559,7 +610,7 @@ class _Run:
 
     def _forget_bests(self) -> None:
         """Remove best weights that neither this moment nor a checkpoint on disk refers to."""
-        if self.folder is None:
+        if self.folder is None or not self.writes:
             return
         needed = {
             f"best-{step}" for step in (self.progress.best_step, *(best for _, best in self.progress.saved))
@@ -632,41 +683,45 @@ class _Leave(BaseException):
 
 
 class _Stop:
-    """Whether a signal has asked the run to end."""
+    """Whether a signal has asked the run to end.
 
-    def __init__(self) -> None:
+    Args:
+        passed_on: seconds within which a second signal means no more than the first.
+    """
+
+    def __init__(self, passed_on: float = 0.0) -> None:
         self.number = 0
+        self.left = False  # an evaluation was cut short
+        self._passed_on, self._since = passed_on, 0.0
         self._at_once = False
-
-    @property
-    def name(self) -> str:
-        return signal.Signals(self.number).name
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if self.number:
+            if time.monotonic() - self._since < self._passed_on:
+                return
             os._exit(
                 128 + number
             )  # asked twice: whatever is being written is written aside, so leaving harms nothing
-        self.number = number
+        self.number, self._since = number, time.monotonic()
         if self._at_once:
             raise _Leave
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Leave the block as soon as a signal comes."""
-        self._at_once = True
+    def at_once(self, alone: bool = True) -> Iterator[None]:
+        """Leave the block as soon as a signal comes; not where other ranks would wait for this one."""
+        self._at_once = alone
         try:
             yield
         except _Leave:
-            pass
+            self.left = True
         finally:
             self._at_once = False
 
 
 @contextmanager
-def _signals() -> Iterator[_Stop]:
+def _signals(passed_on: float) -> Iterator[_Stop]:
     """Signals that end a run become a wish that the loop meets between two steps."""
-    stop, before = _Stop(), {}
+    stop, before = _Stop(passed_on), {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it

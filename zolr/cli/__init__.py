@@ -14,7 +14,7 @@ from importlib import import_module
 
 import typer
 
-from zolr.errors import ZolrError
+from zolr.errors import UsageError, ZolrError
 
 VERBS = {
     "finetune": "Fine-tune a language model on a task or on your own file.",
@@ -28,6 +28,8 @@ VERBS = {
     "methods": "The methods of the literature that zolr knows, and what each is made of.",
     "doctor": "What zolr finds on this machine.",
 }
+
+RANKED = ("finetune", "pretrain")  # verbs that several processes can share
 
 INTERRUPTED = 128  # exit codes above this one: ended by a signal, with everything saved
 
@@ -70,6 +72,7 @@ def _main(arguments: list[str]) -> int:
         gc.disable()  # help is gone before it could pay; it saves a sixth of the wait
     try:
         command = typer.main.get_command(_app(arguments))
+        _check_ranks(arguments)
         code = command.main(args=arguments, prog_name="zolr", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
@@ -83,7 +86,7 @@ def _main(arguments: list[str]) -> int:
         if os.environ.get("ZOLR_DEBUG", "0") not in ("", "0"):
             raise
         code, text = explained(error)
-        print(" ".join(text.split()), file=sys.stderr)
+        print(f"{_rank()}{' '.join(text.split())}", file=sys.stderr)
         return code
 
 
@@ -95,6 +98,19 @@ class _Ended(BaseException):
 
 def _end(number: int, frame: object) -> None:
     raise _Ended
+
+
+def _rank() -> str:
+    """Which of several processes speaks; nothing of one alone."""
+    return f"rank {os.environ.get('RANK', 0)}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+
+
+def _check_ranks(arguments: Sequence[str]) -> None:
+    verb = next((a for a in arguments if a in VERBS), None)
+    if _rank() and verb is not None and verb not in RANKED:
+        raise UsageError(
+            f"'{verb}' runs in one process; start it without torchrun, which is for {' and '.join(RANKED)}"
+        )
 
 
 def run() -> None:

@@ -15,10 +15,11 @@ from annotated_types import Ge, Gt
 from zolr.cli import runs
 from zolr.cli.budget import SIZE, Way, bytes_of, plan, told, verdict
 from zolr.cli.config import Settings, add, as_dict, flag, resolve, toml
-from zolr.cli.workload import DataChoice, Machine, ModelChoice, Workload
+from zolr.cli.workload import DataChoice, Machine, ModelChoice, Ranks, Workload, teamed
 from zolr.errors import NonFiniteError, UsageError
 
 if TYPE_CHECKING:
+    from zolr.distributed import Team
     from zolr.engine import Engine
     from zolr.methods import Adapter, Method
     from zolr.tasks import Splits
@@ -68,6 +69,7 @@ MAY_CHANGE = (
     "device",
     "threads",
     "keep_last",
+    "check_every",
 )  # on --resume; anything else would make it another run
 
 
@@ -394,7 +396,7 @@ def _settled(given: dict[str, Any], config: Path | None) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Finetune(Writing, Holding, Machine, Schedule, Composition, DataChoice, ModelChoice):
+class Finetune(Writing, Holding, Ranks, Machine, Schedule, Composition, DataChoice, ModelChoice):
     """Settings of `zolr finetune`."""
 
     @classmethod
@@ -463,6 +465,7 @@ class Finetune(Writing, Holding, Machine, Schedule, Composition, DataChoice, Mod
             self,
             method=self.method or "stiefel",
             paradigm=method.paradigm,
+            probes=self.probes or self.all_probes,
             checkpointing=self.checkpointing if self.memory_budget else self.checkpointing or False,
             task=self.task or (None if self.data or self.model != "demo" else "questions"),
             steps=self.steps if self.steps or self.epochs else numbers.steps,
@@ -534,30 +537,43 @@ class Finetune(Writing, Holding, Machine, Schedule, Composition, DataChoice, Mod
 
 def run(settings: Finetune, dry_run: bool) -> None:
     """Fine-tune a language model on a task or on your own file."""
+    with teamed(settings, settings.device, toml(settings)) as team:
+        _run(settings, dry_run, team)
+
+
+def _run(settings: Finetune, dry_run: bool, team: Team) -> None:
     from zolr.cli.screen import console, size
 
-    shown = console(settings.quiet)
+    shown = console(settings.quiet or not team.first)
     folder = Path(settings.output) if settings.output else runs.free_folder(settings.name)
-    if not dry_run:
+    finished = False
+    if not dry_run and team.first:
         runs.check_free(folder, overwrite=settings.overwrite, resume=bool(settings.resume))
-        if settings.resume and runs.finished(folder):
-            shown.print(f"the run in {folder} is finished; nothing to resume")
+        finished = bool(settings.resume) and runs.finished(folder)
+    folder = Path(team.told(str(folder)))
+    if team.largest(finished):
+        shown.print(f"the run in {folder} is finished; nothing to resume")
+        if team.first:
             _present(runs.read_json(folder / runs.RESULT), settings)
-            return
-    job = Job(settings)
+        return
+    job = Job(settings, team=team)
     for note in job.notes:
         shown.print(note, markup=False)
     shown.print(job.summary(), markup=False)
     for line in job.examples():
         shown.print(line, markup=False)
     if dry_run:
-        _rehearsed(job, settings)
+        if team.first:
+            _rehearsed(job, settings)
         return
     if job.predicted is not None:
         shown.print(f"expected peak memory of a step: {size(job.predicted)}")
-    with runs.claimed(folder, overwrite=settings.overwrite, resume=bool(settings.resume)) as place:
+    with runs.claimed_by_first(
+        folder, team, overwrite=settings.overwrite, resume=bool(settings.resume)
+    ) as place:
         result = job.train(place, shown)
-    _present({**result, "folder": str(folder)}, settings)
+    if team.first:
+        _present({**result, "folder": str(folder)}, settings)
 
 
 def register(app: typer.Typer) -> None:
@@ -623,15 +639,23 @@ class Job:
     Args:
         settings: what to do.
         schedule: factor on the learning rate by step, instead of the one that the settings describe.
+        team: the processes of the run; None for this one alone.
     """
 
-    def __init__(self, settings: Finetune, schedule: Callable[[int], float] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Finetune,
+        schedule: Callable[[int], float] | None = None,
+        team: Team | None = None,
+    ) -> None:
         from zolr import adapters, lora, models
         from zolr.cli.replay import about
         from zolr.cli.workload import device_of, set_threads, splits_of, task_of, width_of, words_of
+        from zolr.distributed import Team
         from zolr.engine import Engine
         from zolr.tasks import TrainingBatches, own_task, truncation_share
 
+        self.team = team or Team()
         if adapters.is_adapter(Path(settings.model)):
             raise UsageError(
                 f"--model {settings.model} is an adapter, whose base is {adapters.base_of(Path(settings.model))}; "
@@ -662,6 +686,7 @@ class Job:
             quantize=settings.quantize,
             device_map=settings.device_map,
             offload_folder=settings.offload_folder,
+            team=self.team,
         )
         self.train_set = self.work.encode(self.splits.train)
         self.validation = self.work.encode(self.splits.validation)
@@ -699,6 +724,7 @@ class Job:
             compile=settings.compile,
             # families whose forward we know need no proof that the coordinates reach the loss; it costs a pass per weight
             check=None if models.splits(self.work.model) else self._moved(self.batches(0)[0]),
+            team=self.team,
         )
 
         spent = self.privacy(settings.steps or 0)
@@ -739,6 +765,16 @@ class Job:
         numbers = DEFAULTS[settings.paradigm or "zo"]
         size = settings.batch_size or min(numbers.batch_size, rows)
         parts = settings.accumulate or max(1, min(settings.usual_accumulation, rows // size))
+        ranks = self.team.size if self.team.spread == "batches" else 1
+        if settings.batch_size is None and settings.accumulate is None and parts < ranks <= size * parts:
+            total = size * parts  # as many examples, in batches enough for all ranks
+            parts = next(p for p in range(ranks, total + 1) if total % p == 0)
+            size = total // parts
+        if parts < ranks:
+            self.notes.append(
+                f"note: the {parts} batches of a step keep {parts} of {ranks} ranks busy; give --accumulate {ranks}, and "
+                "a smaller --batch-size for as many examples"
+            )
         if size * parts > rows:
             raise UsageError(
                 f"--batch-size {size} times --accumulate {parts} is more than the {rows} training rows; use less"
@@ -880,7 +916,7 @@ class Job:
 
         settings, work = self.settings, self.work
         meter = record.Meter(self.engine, work.device)
-        if not settings.resume:
+        if not settings.resume and self.team.first:
             runs.write_text(place.work / runs.CONFIG, toml(settings))
         try:
             # on resume too: the engine still has the first weights, and the model's answer to them does not change
@@ -903,6 +939,7 @@ class Job:
                     meter=meter,
                     reporter=screen,
                     until=until,
+                    check_every=settings.check_every,
                 )
         except NonFiniteError:
             raise
@@ -913,7 +950,11 @@ class Job:
             self.settings = replace(settings, steps=outcome.progress.step)
         after = work.evaluate(self.test, self.batch_size)
         result = record.result_of(self, outcome, before, after, meter)
+        if not self.team.first:
+            return result
         record.complete(self, place, result, meter)
+        if "ranks" in result:
+            shown.print(record.said(result["ranks"]), markup=False)
         if self.budget is not None and (over := verdict(self.budget, meter.peak or None, meter.counter)):
             shown.print(over, markup=False)
         return result

@@ -17,12 +17,13 @@ from zolr.cli import runs
 from zolr.cli.budget import SIZE, Way, bytes_of, plan, told, verdict
 from zolr.cli.config import Settings, add, as_dict, flag, resolve, toml
 from zolr.cli.finetune import PARTS, Composition, Writing
-from zolr.cli.workload import Machine
+from zolr.cli.workload import Machine, Ranks, teamed
 from zolr.errors import NonFiniteError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor, device, nn
 
+    from zolr.distributed import Team
     from zolr.methods import Method
     from zolr.tasks.streams import TokenStream
 
@@ -150,7 +151,7 @@ class Course(Settings):
 
 
 @dataclass(frozen=True)
-class Pretrain(Writing, Machine, Course, Composition, Text, Architecture):
+class Pretrain(Writing, Ranks, Machine, Course, Composition, Text, Architecture):
     """Settings of `zolr pretrain`."""
 
     @classmethod
@@ -185,6 +186,7 @@ class Pretrain(Writing, Machine, Course, Composition, Text, Architecture):
             self,
             method=self.method or "adamw",
             paradigm=method.paradigm,
+            probes=self.probes or self.all_probes,
             lr=lr,
             **({} if self.memory_budget else self._size(checkpointing=self.checkpointing or False)),
             eval_every=self.eval_every or max(1, self.steps // 10),
@@ -230,23 +232,34 @@ class Pretrain(Writing, Machine, Course, Composition, Text, Architecture):
 
 def run(settings: Pretrain) -> None:
     """Train a language model on plain text, from random weights or from a checkpoint."""
+    with teamed(settings, settings.device, toml(settings)) as team:
+        _run(settings, team)
+
+
+def _run(settings: Pretrain, team: Team) -> None:
     from zolr.cli.screen import console
 
-    shown = console(settings.quiet)
+    shown = console(settings.quiet or not team.first)
     folder = Path(settings.output) if settings.output else runs.free_folder("pretrain")
-    if settings.resume and runs.finished(folder):
+    folder = Path(team.told(str(folder)))
+    finished = team.first and bool(settings.resume) and runs.finished(folder)
+    if team.largest(finished):
         shown.print(f"the run in {folder} is finished; nothing to resume")
-        _present(runs.read_json(folder / runs.RESULT), settings, folder)
+        if team.first:
+            _present(runs.read_json(folder / runs.RESULT), settings, folder)
         return
-    with runs.claimed(folder, overwrite=settings.overwrite, resume=bool(settings.resume)) as place:
+    with runs.claimed_by_first(
+        folder, team, overwrite=settings.overwrite, resume=bool(settings.resume)
+    ) as place:
         try:
-            result = pretrain(settings, place, shown)
+            result = pretrain(settings, place, shown, team)
         except NonFiniteError:
             raise
         except Exception:
             place.discard()
             raise
-    _present(result, settings, folder)
+    if team.first:
+        _present(result, settings, folder)
 
 
 def _present(result: dict[str, Any], settings: Pretrain, folder: Path) -> None:
@@ -271,13 +284,16 @@ def _present(result: dict[str, Any], settings: Pretrain, folder: Path) -> None:
     out.print(f"run folder: {folder}")
 
 
-def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str, Any]:
+def pretrain(
+    settings: Pretrain, place: runs.RunFolder, shown: Any, team: Team | None = None
+) -> dict[str, Any]:
     """Train, complete the run folder, and return what is in its `result.json`.
 
     Args:
         settings: what to do.
         place: the claimed run folder.
         shown: a rich console.
+        team: the processes of the run; None for this one alone.
     """
     import torch
 
@@ -285,22 +301,27 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
     from zolr.cli.replay import about
     from zolr.cli.screen import watching
     from zolr.cli.workload import device_of, set_threads
+    from zolr.distributed import Share, Team
     from zolr.engine import Engine
+    from zolr.estimators import mean_of, parts_of
     from zolr.memory import resident
     from zolr.methods import METHODS
     from zolr.models import checkpoint_activations
     from zolr.tasks.streams import IGNORED
     from zolr.training import train
 
+    team = team or Team()
     set_threads(settings.threads)
     on = device_of(settings.device)
     train_files, valid_files = _files(settings)
-    tokenizer = _tokenizer(settings, place.work, train_files)
+    with team.in_turn():
+        tokenizer = _tokenizer(settings, place.work, train_files)
     model: Any = _model(settings, tokenizer).to(on)
     peaks: dict[Pretrain, int] = {}
     settings = _within_budget(settings, model, on, shown, peaks)
     checkpoint_activations(model, settings.checkpointing or False)
-    stream, valid = _streams(settings, place.work, tokenizer, train_files, valid_files)
+    with team.in_turn():
+        stream, valid = _streams(settings, place.work, tokenizer, train_files, valid_files)
     method = settings.composed()
     rows = settings.rows
     parameters = sum(p.numel() for p in model.parameters())
@@ -320,7 +341,14 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
         clip=settings.clip,
         realization=settings.realization,
         compile=settings.compile,
+        team=team,
     )
+    if settings.parts < team.size and team.spread == "batches":
+        shown.print(
+            f"note: the {settings.parts} batches of a step keep {settings.parts} of {team.size} ranks busy; give "
+            f"--accumulate {team.size}, and a smaller --batch-size for as many rows",
+            markup=False,
+        )
     shown.print(
         f"{stream.tokens:,} tokens to train on, {valid.tokens:,} held out, vocabulary {len(tokenizer):,}\n"
         f"{type(model).__name__} ({parameters:,} parameters, {engine.trained_share:.1%} trained): method {settings.method}, "
@@ -339,19 +367,20 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
         return parts
 
     def evaluate() -> dict[str, float]:
-        total, count = 0.0, 0
+        share = Share(list(valid.evaluation(settings.eval_rows)), team, device=on)
         training = model.training
         model.eval()
         with torch.no_grad():
-            for batch in valid.evaluation(settings.eval_rows):
-                part, tokens = loss(model, {key: value.to(on) for key, value in batch.items()})
-                total, count = total + float(part), count + int(tokens)
+            parts = parts_of(
+                lambda batch: loss(model, {key: value.to(on) for key, value in batch.items()}), share
+            )
         model.train(training)
-        mean = total / max(count, 1)
+        mean = float(mean_of(share, parts))
         return {"loss": mean, "perplexity": exp(min(mean, 700.0))}
 
     meter = record.Meter(engine, on)
-    runs.write_text(place.work / runs.CONFIG, toml(settings))
+    if team.first:
+        runs.write_text(place.work / runs.CONFIG, toml(settings))
     with watching(shown, lambda: resident(on), 0, settings.steps) as screen:
         outcome = train(
             engine,
@@ -375,6 +404,7 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
             device=on,
             meter=meter,
             reporter=screen,
+            check_every=settings.check_every,
         )
 
     progress = outcome.progress
@@ -403,9 +433,14 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
         "lr": engine.base_lr,
         "rows": {"train": stream.rows, "held_out": valid.rows},
         "metrics": {"held_out": {"before": outcome.before, "after": outcome.after}},
+        **record.exchanged(engine),
         "settings": as_dict(settings),
         "versions": record.versions(),
     }
+    if not team.first:
+        return result
+    if "ranks" in result:
+        shown.print(record.said(result["ranks"]), markup=False)
     memory = {
         "peak_bytes_predicted": result["peak_bytes_predicted"],
         "peak_bytes_measured": result["peak_bytes_measured"],

@@ -97,6 +97,36 @@ def within(budget: int | None, measured: int | None) -> dict[str, Any]:
     return {"memory_budget_bytes": budget, "within_budget": None if measured is None else measured <= budget}
 
 
+def exchanged(engine: Engine) -> dict[str, Any]:
+    """What the ranks of a run sent each other, beside what all-reducing dense gradients would; nothing of one alone.
+
+    A ring all-reduce of `b` bytes makes each of `w` ranks send `2 b (w - 1) / w`.
+    """
+    team = engine.team
+    if team.size == 1:
+        return {}
+    dense = sum(v.weight.numel() * v.weight.element_size() for v in engine.variables)
+    return {
+        "ranks": {
+            "size": team.size,
+            "spread": team.spread,
+            "steps": team.steps,
+            "sent_bytes": dict(team.sent),
+            "dense_all_reduce_bytes": 2 * dense * (team.size - 1) // team.size * team.steps,
+        }
+    }
+
+
+def said(ranks: Mapping[str, Any]) -> str:
+    """One line about `exchanged`."""
+    sent, steps = ranks["sent_bytes"], max(1, ranks["steps"])
+    return (
+        f"{ranks['size']} ranks: each sent {size((sent['losses'] + sent['gradients']) / steps)} a step for training (losses "
+        f"{size(sent['losses'])}, gradients {size(sent['gradients'])} in {steps} steps); all-reducing dense gradients would "
+        f"have been {size(ranks['dense_all_reduce_bytes'] / steps)} a step"
+    )
+
+
 def versions(*more: str) -> dict[str, str]:
     """What the result may depend on; `more` are further packages that it used."""
     import zolr
@@ -146,6 +176,7 @@ def result_of(
             "test": {"before": before, "after": after},
             "validation": {"before": outcome.before, "after": outcome.after},
         },
+        **exchanged(job.engine),
         "settings": as_dict(settings),
         "versions": versions(
             *(["peft"] if settings.adapter else []),

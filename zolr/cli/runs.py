@@ -1,5 +1,7 @@
 """The run folder: claimed before training, filled while it lasts, completed by renames so that a failure damages nothing."""
 
+from __future__ import annotations
+
 import fcntl
 import json
 import os
@@ -7,9 +9,12 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zolr.errors import DataError, StorageError
+
+if TYPE_CHECKING:
+    from zolr.distributed import Team
 
 
 def write_text(path: Path, text: str) -> None:
@@ -150,6 +155,21 @@ class RunFolder:
         """Remove what this run created, if it has nothing worth keeping yet."""
         if self._created and not (self.work / CHECKPOINTS).exists():
             shutil.rmtree(self.work, ignore_errors=True)
+
+
+@contextmanager
+def claimed_by_first(folder: Path, team: Team, *, overwrite: bool, resume: bool) -> Iterator[RunFolder]:
+    """The run folder, claimed by the first rank for all of them; the others only read in it.
+
+    Raises:
+        StorageError: as `claimed`.
+    """
+    if team.first:
+        with claimed(folder, overwrite=overwrite, resume=resume) as place:
+            team.told(str(place.work))
+            yield place
+    else:
+        yield RunFolder(folder, Path(team.told("")), created=False)
 
 
 @contextmanager

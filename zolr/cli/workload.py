@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from zolr.cli.config import Settings, flag, nearest
 from zolr.errors import DataError, UsageError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from zolr.distributed import Team
     from zolr.methods import Adapter, Method
     from zolr.tasks import ClassInput, Encoded, Example, Prompt, Splits, Task
 
@@ -89,8 +91,61 @@ class Machine(Settings):
     )
 
 
+@dataclass(frozen=True)
+class Ranks(Settings):
+    """What several processes do with one run, started by `torchrun` or `accelerate launch`."""
+
+    probes_per_rank: Annotated[int, Ge(1)] | None = flag(
+        None,
+        "Probes of a step on each rank, on the whole batch (zo, fwd).",
+        "Ranks",
+        shown="ranks share the batches of a step, and each does all probes",
+    )
+    check_every: Annotated[int, Ge(1)] = flag(
+        100, "Steps between comparisons of the weights of all ranks.", "Ranks"
+    )
+    peer_timeout: Annotated[float, Gt(0)] = flag(
+        120.0, "Seconds without an answer after which a rank counts as lost.", "Ranks", saved=False
+    )
+
+    @property
+    def spread(self) -> Literal["batches", "probes"]:
+        """What the ranks share out."""
+        return "batches" if self.probes_per_rank is None else "probes"
+
+    @property
+    def all_probes(self) -> int | None:
+        """Probes of a step on all ranks; None where the method decides."""
+        return None if self.probes_per_rank is None else self.probes_per_rank * world_size()
+
+
+def world_size() -> int:
+    """Number of processes of this run, as the program that started them says."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def teamed(ranks: Ranks, device: str, settings: str) -> Iterator[Team]:
+    """The processes of this run.
+
+    Args:
+        device: as `Machine` has it.
+        settings: of this process, which those of all others have to equal.
+
+    Raises:
+        UsageError: another rank was started with other settings.
+    """
+    from zolr.distributed import team_of
+
+    with team_of(ranks.spread, timeout=ranks.peer_timeout, device=device_of(device)) as team:
+        if team.told(settings) != settings:
+            lines = set(settings.splitlines()) ^ set(team.told(settings).splitlines())
+            raise UsageError(f"ranks 0 and {team.rank} have different settings: {'; '.join(sorted(lines))}")
+        yield team
+
+
 def device_of(name: str) -> torch.device:
-    """The device a setting names.
+    """The device a setting names; of several processes on a machine each has one of its own.
 
     Raises:
         UsageError: there is no such device.
@@ -98,13 +153,17 @@ def device_of(name: str) -> torch.device:
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world_size() > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except Exception as error:  # an unknown type is a RuntimeError, a missing one an AssertionError, ...
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise UsageError(f"--device '{name}' is not there; {nearest(name, there)}") from error
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # nccl asks for it
     if device.type == "meta":
         raise UsageError("--device 'meta' holds no numbers; use cpu or cuda")
     return device
@@ -223,6 +282,7 @@ class Workload:
         max_length: tokens of an example at most, where that was asked for; else the task's limit or the model's.
         dtype, device: of the weights.
         seed: of a fresh classification head, and of an adapter.
+        team: who shares the evaluation.
         adapter: what the model is wrapped in, in place; None for nothing.
         loading: further settings of `models.load_model`: quantize, device_map, offload_folder.
 
@@ -241,6 +301,7 @@ class Workload:
         device: torch.device,
         seed: int = 0,
         adapter: Adapter | None = None,
+        team: Team | None = None,
         **loading: Any,
     ) -> None:
         import torch
@@ -248,7 +309,7 @@ class Workload:
         from zolr import lora, models
         from zolr.tasks import pad_id
 
-        self.name, self.head, self.device = name, head, device
+        self.name, self.head, self.device, self.team = name, head, device, team
         with noted() as self.notes:
             self.tokenizer = models.load_tokenizer(name)
             self.model: nn.Module = models.load_model(
@@ -303,18 +364,22 @@ class Workload:
         """Logits of all examples `(rows, classes)`, float32 on the host, in their order."""
         import torch
 
+        from zolr.distributed import Share
         from zolr.tasks import evaluation_batches
 
         out = torch.empty(len(encoded), len(self.task.classes))
+        batches = list(evaluation_batches(encoded, batch_size=batch_size, pad_id=self.pad_id))
+        share, seen = Share(batches, self.team), [out.new_empty(0, out.shape[1])]
         training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad():
-                for rows, batch in evaluation_batches(encoded, batch_size=batch_size, pad_id=self.pad_id):
+                for _, batch in share:
                     moved = {key: part.to(self.device) for key, part in batch.items()}
-                    out[rows] = self.logits(self.model, moved).float().cpu()
+                    seen.append(self.logits(self.model, moved).float().cpu())
         finally:
             self.model.train(training)
+        out[[row for rows, _ in batches for row in rows]] = share.rows(torch.cat(seen).mT, "evaluation").mT
         return out
 
     def evaluate(self, encoded: Sequence[Encoded], batch_size: int) -> dict[str, float]:

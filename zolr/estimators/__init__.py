@@ -7,11 +7,13 @@ projector, never writes a value and leaves no `.grad` behind.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
+from math import nan
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from zolr.distributed import share_of
 from zolr.errors import UsageError
 from zolr.keys import Key
 from zolr.variables import Variable, shifted
@@ -181,22 +183,37 @@ def totals(output: Any) -> tuple[Tensor, Tensor | float]:
     return (total.float() if total.dtype.itemsize < 4 else total), count
 
 
+def parts_of(loss: Loss, batches: Sequence[Any]) -> Tensor:
+    """Sums and counts of the micro-batches at hand, `(2, n)` float64."""
+    pairs = [totals(loss(batch)) for batch in batches]
+    if not pairs:  # of a rank without a micro-batch
+        return torch.zeros(2, 0, dtype=torch.float64, device=share_of(batches).device)
+    sums = torch.stack([total.double() for total, _ in pairs])
+    counts = [n.double() if isinstance(n, Tensor) else sums.new_full((), n) for _, n in pairs]
+    return torch.stack([sums, torch.stack([n.to(sums.device) for n in counts])])
+
+
+def mean_of(batches: Sequence[Any], parts: Tensor) -> Tensor:
+    """Mean losses `(...)` of a step from the `(..., 2, n)` of the micro-batches at hand, summed in their order."""
+    sums, counts = share_of(batches).whole(parts).unbind(-2)
+    total, count = sums[..., 0], counts[..., 0]
+    for i in range(1, sums.shape[-1]):
+        total, count = total + sums[..., i], count + counts[..., i]
+    return total / count
+
+
 def mean_loss(loss: Loss, batches: Sequence[Any]) -> Tensor:
     """Mean loss over micro-batches, summed in float64 in their order."""
-    pairs = [totals(loss(batch)) for batch in batches]
-    total = pairs[0][0].double()
-    count = pairs[0][1]
-    for more, n in pairs[1:]:
-        total, count = total + more.double(), count + n
-    return total / count
+    return mean_of(batches, parts_of(loss, batches))
 
 
 def rows_of(loss: Loss, batches: Sequence[Any]) -> float | None:
     """Examples (or tokens) that a loss averages over all micro-batches; None for plain means, which do not say."""
     outputs = [loss(batch) for batch in batches]
-    if any(not isinstance(output, tuple) and output.dim() == 0 for output in outputs):
-        return None
-    return sum(float(totals(output)[1]) for output in outputs)
+    plain = [not isinstance(output, tuple) and output.dim() == 0 for output in outputs]
+    counts = [nan if one else float(totals(output)[1]) for one, output in zip(plain, outputs, strict=True)]
+    total = float(share_of(batches).whole(torch.tensor(counts, dtype=torch.float64)).sum())
+    return None if total != total else total
 
 
 @contextmanager
@@ -357,6 +374,8 @@ def apart(
         except (RuntimeError, NotImplementedError) as error:  # what torch raises where a rule is missing
             return str(error).strip().split("\n")[0]
     precision = max(torch.finfo(v.weight.dtype).eps for v in variables)
+    if not expected[0].numel():  # of a rank without a micro-batch
+        return ""
     gaps = [(a - b).abs().max() for a, b in zip(expected, found, strict=True)]
     allowed = min(100 * precision, 0.05) * expected[0].abs().max().clamp_min(1.0)
     if all(bool(gap <= allowed) for gap in gaps):

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from zolr.distributed import share_of
 from zolr.errors import UsageError
 from zolr.estimators import Emit, Estimate, Loss, same_noise, totals
 from zolr.keys import Key
@@ -37,6 +38,8 @@ class Backprop:
         Raises:
             UsageError: the loss has no derivative.
         """
+        share = share_of(batches)
+        emit = share.in_order(variables, emit)
         values = [v.value for v in variables]
         pending = {id(v.value): v for v in variables}
         handles = []
@@ -54,6 +57,10 @@ class Backprop:
         def hand_over(value: Tensor) -> None:
             variable = pending.pop(id(value))
             if variable.gathered is not None:
+                if share.split:  # then all of it goes the same way, and only coordinates travel
+                    assert value.grad is not None
+                    variable.gathered.add(value.grad, n)
+                    value.grad.zero_()
                 variable.gathered.divide(count)
             gradient, value.grad = value.grad, None
             assert gradient is not None
@@ -68,6 +75,8 @@ class Backprop:
                     part, n = totals(loss(batch))
                     count = count + n
                     total = part.detach().double() if total is None else total + part.detach().double()
+                    if i == len(batches) - 1:
+                        total, count = share.sums(total, count)
                     if i in (0, len(batches) - 1):
                         for handle in handles:
                             handle.remove()
@@ -77,7 +86,9 @@ class Backprop:
                         differentiable = True
                         part.backward()
                     del part
-            if not differentiable and float(count) > 0:  # a batch without labels has no derivative either
+            if total is None:  # no micro-batch here
+                total, count = share.sums(values[0].new_zeros((), dtype=torch.float64), 0.0)
+            elif not differentiable and float(count) > 0:  # a batch without labels has no derivative either
                 raise UsageError(
                     "the loss has no derivative in any trained weight; use --paradigm zo, or another loss"
                 )
@@ -91,5 +102,4 @@ class Backprop:
                 handle.remove()
             for value in values:
                 value.grad = None
-        assert total is not None
         return Estimate(total / count)

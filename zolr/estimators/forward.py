@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from zolr.distributed import share_of
 from zolr.errors import UsageError
 from zolr.estimators import (
     Direction,
@@ -20,7 +21,8 @@ from zolr.estimators import (
     Loss,
     check_probes,
     combined,
-    mean_loss,
+    mean_of,
+    parts_of,
     same_noise,
 )
 from zolr.keys import Key
@@ -90,9 +92,11 @@ class Forward:
     def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
         """Measure the slopes; see `Measuring`."""
         directions = self._draw(variables, key)
-        losses, slopes = [], []
+        share = share_of(batches)
+        own = directions[share.turn(len(directions))]
+        seen = []
         with same_noise(variables[0].value.device) as rewind:
-            for direction in directions:
+            for direction in own:
                 rewind()
                 with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
                     if any(v.weight.dtype.itemsize < 4 for v in variables):
@@ -101,10 +105,12 @@ class Forward:
                         tangent = variable.mask(direction(variable.name).to(variable.value.dtype)) * _SCALE
                         dual = forward_ad.make_dual(variable.value.detach(), tangent)
                         stack.enter_context(variable.at(dual, plain=False))
-                    primal, tangent = forward_ad.unpack_dual(mean_loss(loss, batches))
-                    losses.append(primal)
-                    slopes.append(torch.zeros_like(primal) if tangent is None else tangent / _SCALE)
-        return self._found(torch.stack(losses).mean(), torch.stack(slopes), variables, directions)
+                    parts, tangents = forward_ad.unpack_dual(parts_of(loss, batches))
+                    moved = torch.zeros_like(parts[0]) if tangents is None else tangents[0] / _SCALE
+                    seen.append(torch.stack([parts, torch.stack([moved, parts[1]])]))  # (2, 2, n)
+        both = mean_of(batches, share.stacked(seen, 2, 2))
+        losses, slopes = share.of_all_probes(both, len(directions)).unbind(1)
+        return self._found(losses.mean(), slopes, variables, directions)
 
     @torch.no_grad()
     def from_slopes(self, loss: Tensor, slopes: Tensor, variables: Sequence[Variable], key: Key) -> Found:

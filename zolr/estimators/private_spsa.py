@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from zolr.distributed import share_of
 from zolr.errors import UsageError
 from zolr.estimators import (
     Direction,
@@ -120,13 +121,14 @@ class PrivateSpsa:
         slopes, losses, examples = [], [], 0
         with same_noise(variables[0].value.device) as rewind:
             for direction in directions:
-                plus, minus = evaluate(
+                both = evaluate(
                     lambda: _examples(loss, batches),
                     variables,
                     [(direction, self.eps), (direction, -self.eps)],
                     rewind,
                     together=self.signs == "together",
                 )
+                plus, minus = share_of(batches).rows(torch.stack(both)).unbind()
                 each = (plus - minus) / (2 * self.eps)  # (n,)
                 examples = len(each)
                 # an example without a number is one with slope 0: to skip the step for it would tell of it
@@ -177,7 +179,7 @@ def _examples(loss: Loss, batches: Sequence[Any]) -> Tensor:
                 "(batch,), or use method 'mezo'"
             )
         parts.append(output.double())
-    return torch.cat(parts)
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
 
 def delta_of(mu: float, epsilon: float) -> float:

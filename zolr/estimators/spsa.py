@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from zolr.distributed import share_of
 from zolr.errors import UsageError
 from zolr.estimators import (
     Direction,
@@ -18,7 +19,8 @@ from zolr.estimators import (
     check_probes,
     combined,
     evaluate,
-    mean_loss,
+    mean_of,
+    parts_of,
     same_noise,
 )
 from zolr.keys import Key
@@ -104,27 +106,31 @@ class Spsa:
             raise UsageError("spsa has no eps; give one, or let the engine choose with lr=None")
         eps, together = self.eps, self.signs == "together"
         directions = self.draw(variables, key)
+        if self.sides == 1 and together:
+            directions = [self._held(d, variables) for d in directions]  # which are all alive in any case
+        share = share_of(batches)
+        own = directions[share.turn(len(directions))]
 
-        def measured() -> torch.Tensor:
-            return mean_loss(loss, batches)
+        def measured(points: Sequence[tuple[Direction, float]]) -> torch.Tensor:
+            parts = evaluate(lambda: parts_of(loss, batches), variables, points, rewind, together=together)
+            return share.stacked(parts, 2)
 
         with same_noise(variables[0].value.device) as rewind:
             if self.sides == 2:
-                pairs = [
-                    evaluate(measured, variables, [(d, eps), (d, -eps)], rewind, together=together)
-                    for d in directions
-                ]
-                slopes = torch.stack([(plus - minus) / (2 * eps) for plus, minus in pairs])
-                mean = torch.stack([(plus + minus) / 2 for plus, minus in pairs]).mean()
-            elif together:
-                directions = [self._held(d, variables) for d in directions]  # which are all alive in any case
-                points = [(directions[0], 0.0), *((d, eps) for d in directions)]
-                mean, *values = evaluate(measured, variables, points, rewind, together=True)
-                slopes = torch.stack([(value - mean) / eps for value in values])
+                pairs = share.stacked([measured([(d, eps), (d, -eps)]) for d in own], 2, 2)
+                plus, minus = share.of_all_probes(mean_of(batches, pairs), len(directions)).unbind(1)
+                slopes = (plus - minus) / (2 * eps)
+                mean = ((plus + minus) / 2).mean()
             else:
-                mean = measured()
-                values = evaluate(measured, variables, [(d, eps) for d in directions], rewind)
-                slopes = torch.stack([(value - mean) / eps for value in values])
+                points = [(d, eps) for d in own]
+                if together:
+                    parts = measured([(directions[0], 0.0), *points])
+                else:
+                    base = parts_of(loss, batches)
+                    parts = torch.cat([base[None], measured(points)])
+                mean, values = mean_of(batches, parts).split([1, len(own)])
+                mean = mean[0]
+                slopes = (share.of_all_probes(values, len(directions)) - mean) / eps
         return self._found(mean, slopes, variables, directions)
 
     @torch.no_grad()
@@ -164,5 +170,5 @@ class Spsa:
         points = [(direction, eps), (direction, -eps)]
         if self.sides == 1:  # as a step does it: every point with a direction of its own
             points[1] = self.draw(variables, key.fold_in("other"))[0], eps
-        reason = apart(lambda: mean_loss(loss, batches), variables, points)
+        reason = apart(lambda: parts_of(loss, batches), variables, points)
         return (replace(self, signs="sequence"), reason) if reason else (self, "")

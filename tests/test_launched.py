@@ -1,0 +1,188 @@
+"""Runs started as users start them: by torchrun and by accelerate launch, stopped by signals, and from a script."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+TASK = ["finetune", "--steps", "4", "--eval-every", "2", "--eval-rows", "24", "--max-length", "32"]
+TASK += ["--batch-size", "4", "--accumulate", "4", "--quiet"]
+LIMIT = 240  # seconds after which something hangs
+
+
+def environment(**more: str) -> dict[str, str]:
+    """One thread a process, and the package of this tree."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+def done(*command: object) -> str:
+    """Run a command to its end; what it printed."""
+    ended = subprocess.run(
+        [sys.executable, "-m", *map(str, command)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def launched(*arguments: object) -> str:
+    """The same on two processes of torchrun."""
+    return done("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "zolr", *arguments)
+
+
+class Ranks:
+    """Two processes without a launcher."""
+
+    def __init__(self, *arguments: object) -> None:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = str(found.getsockname()[1])
+        where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "zolr", *map(str, arguments)],
+                env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **where),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+
+    def at(self, folder: Path, step: int) -> None:
+        """Wait until the run has done a step."""
+        end = time.monotonic() + LIMIT
+        while time.monotonic() < end and all(p.poll() is None for p in self.processes):
+            path = folder / "metrics.jsonl"
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            if any(json.loads(line)["step"] >= step for line in lines if line.endswith("\n")):
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"step {step} was not reached: {self.ended(0)}")
+
+    def ended(self, rank: int) -> tuple[int, str]:
+        """Exit code and stderr."""
+        process = self.processes[rank]
+        try:
+            _, said = process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        return process.returncode, said
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    """The trained model."""
+    return load_file(folder / "model.safetensors")
+
+
+def test_torchrun_gives_the_bits_of_one_process(tmp_path: Path) -> None:
+    for name, run in (("one", lambda *a: done("zolr", *a)), ("two", launched)):
+        run(*TASK, "--paradigm", "zo", "--output", tmp_path / name)
+    bits = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert bits[0] == bits[1]
+    one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
+    for key in ("metrics", "lr", "eps", "forwards", "tokens", "steps"):
+        assert one[key] == two[key], key
+    assert "ranks" not in one
+    assert two["ranks"]["size"] == 2 and two["ranks"]["sent_bytes"]["gradients"] == 0
+    lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if "eval" not in line] == [1, 2, 3, 4]
+
+
+def test_accelerate_launch_pretrains_as_one_process_does(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"The {i} mice of house {i % 7} met {i * i % 11} cats.\n\n" for i in range(900)))
+    common = ["pretrain", "--data", text, "--train-tokenizer", "--vocab-size", 300, "--length", 16]
+    common += [
+        "--hidden-size",
+        32,
+        "--layers",
+        1,
+        "--heads",
+        2,
+        "--steps",
+        3,
+        "--quiet",
+        "--method",
+        "galore",
+    ]
+    common += ["--rank", 4, "--batch-size", 4, "--accumulate", 2, "--eval-rows", 16]
+    done("zolr", *common, "--output", tmp_path / "one")
+    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
+    done(*launcher, "-m", "zolr", *common, "--output", tmp_path / "two")
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        assert (weight - two[name]).abs().max() < 1e-4, name  # float32, and Adam divides by small numbers
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
+    assert results[0]["before"] == results[1]["before"]
+    assert results[1]["ranks"]["sent_bytes"]["gradients"] > 0
+
+
+def test_a_signal_to_one_rank_ends_all_saved_at_one_step_and_a_silent_rank_ends_the_others(
+    tmp_path: Path,
+) -> None:
+    folder, whole = tmp_path / "stopped", tmp_path / "whole"
+    long = [
+        *TASK,
+        "--paradigm",
+        "zo",
+        "--schedule",
+        "constant",
+        "--lr",
+        "1e-4",
+        "--eps",
+        "1e-3",
+        "--save-every",
+        "1000",
+    ]
+    long[long.index("--steps") + 1] = "3000"
+    long[long.index("--eval-every") + 1] = "3000"
+    ranks = Ranks(*long, "--output", folder)
+    ranks.at(folder, 3)
+    ranks.processes[1].send_signal(signal.SIGTERM)
+    for rank in range(2):
+        code, said = ranks.ended(rank)
+        assert code == 143, said
+    step = int(re.search(r"after step (\d+); saved", said).group(1))  # pyright: ignore[reportOptionalMemberAccess]
+
+    # on with one process, and compared with a run that no signal met
+    for place, more in ((folder, ["--resume"]), (whole, [])):
+        done("zolr", *long, *more, "--steps", step + 2, "--output", place)
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+    silent = Ranks(*long, "--output", tmp_path / "silent", "--peer-timeout", "4")
+    silent.at(tmp_path / "silent", 2)
+    silent.processes[1].send_signal(signal.SIGSTOP)
+    code, said = silent.ended(0)
+    silent.processes[1].kill()
+    silent.ended(1)
+    assert code == 6, said
+    assert "rank 1 of the run is gone, or was silent for 4 s" in said and "is saved in" in said
+
+
+def test_the_script_of_the_docs_runs_on_two_ranks_as_on_one(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "distributed.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    script = tmp_path / "own.py"
+    script.write_text(code)
+    two = done("torch.distributed.run", "--standalone", "--nproc-per-node=2", script)
+    one = done("torch.distributed.run", "--standalone", "--nproc-per-node=1", script)
+    assert one.split(",")[0] == two.split(",")[0] != ""
