@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
@@ -143,6 +143,7 @@ def train(
     meter: Meter | None = None,
     reporter: Reporter | None = None,
     until: Callable[[Progress], bool] | None = None,
+    observer: Callable[[Progress], Iterable[Mapping[str, Any]]] | None = None,
 ) -> Outcome:
     """Train `engine` up to `steps` steps and leave it at its best weights.
 
@@ -166,6 +167,7 @@ def train(
         device: where batches are moved after their tokens have been counted.
         meter: who measures the memory of steps.
         reporter: who watches.
+        observer: asked after every step for further lines of `metrics.jsonl` (see `zolr.diagnostics`); its time is not counted.
         until: asked between two steps whether what has been spent is enough; the run then ends as at its last step.
 
     Raises:
@@ -207,6 +209,8 @@ def train(
             with meter.around(batches) if meter else nullcontext():
                 info = engine.step(batches)
             run.stepped(info, len(batches), tokens, time.perf_counter() - started)
+            for line in observer(run.progress) if observer else ():
+                run.write(**line)
             loss = loss if info.skipped else info.loss
         kept = run.keep_best()
     now = run.progress
@@ -314,6 +318,7 @@ class _Run:
             skipped_in_a_row=now.skipped_in_a_row + 1 if info.skipped else 0,
         )
         counted = {"forwards": now.forwards, "tokens": now.tokens, "seconds": round(now.seconds, 4)}
+        counted["tokens_seen"] = now.tokens_seen
         self.write(
             step=now.step, loss=info.loss, slope=info.slope, lr=info.lr, skipped=info.skipped, **counted
         )
