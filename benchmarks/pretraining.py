@@ -177,14 +177,27 @@ def packed(file: Path, tokenizer: Any) -> Any:
     import numpy as np
 
     text = lzma.open(file, "rt", encoding="utf-8").read() if file.suffix == ".xz" else file.read_text("utf-8")
-    whole = [document.strip("\n") for document in re.split(r"\n(?:[^\S\n]*\n)+", text) if document.strip()]
     ids: list[int] = []
-    for start in range(0, len(whole), 1000):
-        for row in tokenizer(whole[start : start + 1000], add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]:
-            ids += [*row, tokenizer.eos_token_id]
+    for document in re.split(r"\n(?:[^\S\n]*\n)+", text):
+        if document.strip():
+            for row in tokenizer(list(parts(document.strip("\n"))), add_special_tokens=False, verbose=False)[
+                "input_ids"
+            ]:
+                ids += row
+            ids.append(tokenizer.eos_token_id)
     return np.array(ids, dtype=np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
+
+
+def parts(document: str) -> Iterator[str]:
+    """A document in whole lines of at most 65,536 characters together: a novel at once would cost a tokenizer its memory."""
+    held, size = [], 0
+    for line in re.findall(r"[^\n]{0,65535}\n|[^\n]{1,65536}", document):
+        if held and size + len(line) > 1 << 16:
+            yield "".join(held)
+            held, size = [], 0
+        held.append(line)
+        size += len(line)
+    yield "".join(held)
 
 
 def streams(name: str, protocol: Protocol, seed: int) -> tuple[Any, Any, int]:

@@ -178,6 +178,32 @@ def test_leading_directions_are_biased_by_what_they_leave_out_and_do_not_scatter
         assert 0 < layer["energy"] < 1 - left and "variance_expected" not in layer
 
 
+@pytest.mark.parametrize(("method", "paradigm"), [("stiefel", "fo"), ("stiefel", "zo"), ("galore", "fo")])
+def test_energy_is_that_in_the_subspace_of_the_run(method: str, paradigm: str) -> None:
+    settings = {"eps": 1e-3} if paradigm == "zo" else {}
+    engine = run(method, paradigm, select="linear+embedding", rank=3, refresh_every=4, **settings)
+    for step in range(6):
+        engine.step(batches(step))
+    gradients: dict[str, Tensor] = {}
+    dense_gradients(engine, batches(0)[0], lambda v, g: gradients.update({v.name: g.clone()}))
+    found, inside = diagnose(engine, batches(0)[0], Key(0), draws=2), 0.0
+    assert list(found["layers"]) == [v.name for v in engine.variables if len(v.shape) == 2]
+    for variable in engine.variables:
+        space, g = engine.subspace(variable), gradients[variable.name]
+        share = 1.0
+        if not isinstance(space, Full):
+            assert isinstance(space, Right | Left)
+            q = torch.linalg.qr(space.basis)[0]
+            share = float((g @ q if isinstance(space, Right) else q.mT @ g).square().sum() / g.square().sum())
+            assert share < 0.99
+        if len(variable.shape) == 2:
+            assert found["layers"][variable.name]["energy"] == pytest.approx(share, rel=1e-9)
+        inside += share * float(g.square().sum())
+    whole = sum(float(g.square().sum()) for g in gradients.values())
+    assert found["total"]["energy"] == pytest.approx(inside / whole, rel=1e-9)
+    assert found["total"]["norm"] == pytest.approx(whole**0.5, rel=1e-9)
+
+
 # ---- moments ---------------------------------------------------------------------------------------------------------
 
 

@@ -221,9 +221,10 @@ def dense_gradients(engine: Engine, batch: Any, take: Callable[[Variable, Tensor
     return float(found.loss)
 
 
-def drawn(engine: Engine, variable: Variable, key: Key, gradient: Tensor | None = None) -> Subspace:
-    """A subspace as the method would draw the next one for this gradient."""
-    before = engine.subspace(variable)
+def drawn(
+    engine: Engine, variable: Variable, before: Subspace, key: Key, gradient: Tensor | None = None
+) -> Subspace:
+    """A subspace as the method would draw the next one after `before`, for this gradient."""
     subspace = engine._projector(variable).draw(
         variable.shape,
         key,
@@ -302,10 +303,10 @@ class _Layer:
     sums: _Sums | None = None
 
 
-def _look(engine: Engine, variable: Variable, gradient: Tensor) -> _Layer:
-    """What a gradient alone says."""
+def _look(engine: Engine, variable: Variable, space: Subspace, gradient: Tensor) -> _Layer:
+    """What a gradient and the current subspace alone say."""
     square = float(gradient.double().square().sum())
-    found = {"norm": square**0.5, "energy": energy(engine.subspace(variable), gradient)}
+    found = {"norm": square**0.5, "energy": energy(space, gradient)}
     if len(variable.shape) == 2:
         found["rank_effective"], found["rank_stable"] = ranks(gradient)
     whole = isinstance(engine._projector(variable), Identity) or len(variable.shape) != 2
@@ -329,16 +330,19 @@ def diagnose(engine: Engine, batch: Any, key: Key, draws: int = DRAWS) -> dict[s
     """
     layers: dict[str, _Layer] = {}
     kept: dict[str, _Scatter] = {}
+    spaces = {v.name: engine.subspace(v) for v in engine.active}  # before any of them is left for a moment
     backprop = engine.method.paradigm == "fo"
 
     def take(variable: Variable, gradient: Tensor) -> None:
-        layer = layers[variable.name] = _look(engine, variable, gradient)
+        layer = layers[variable.name] = _look(engine, variable, spaces[variable.name], gradient)
         scatter = _Scatter(gradient)
         if not backprop:
             kept[variable.name] = scatter
             return
         for i in range(draws):
-            subspace = drawn(engine, variable, key.fold_in("subspace", i, variable.name), gradient)
+            subspace = drawn(
+                engine, variable, spaces[variable.name], key.fold_in("subspace", i, variable.name), gradient
+            )
             subspace = _widened(subspace, gradient.dtype)
             scatter.add(subspace.lift(subspace.project(gradient)))
         layer.sums = scatter.sums()
@@ -349,6 +353,7 @@ def diagnose(engine: Engine, batch: Any, key: Key, draws: int = DRAWS) -> dict[s
             _probe(engine, batch, key, draws, kept)
             for name, scatter in kept.items():
                 layers[name].sums = scatter.sums()
+    layers = {name: layers[name] for name in spaces}  # gradients come from the last layer on
     _expect(engine, layers, backprop)
     whole = sum(layer.square for layer in layers.values())
     inside = sum(layer.square * layer.found["energy"] for layer in layers.values())
@@ -379,7 +384,8 @@ def _probe(engine: Engine, batch: Any, key: Key, draws: int, kept: Mapping[str, 
         with _still(engine), _standing(engine.active), ExitStack() as stack:
             for variable in engine.active:
                 if not variable.is_full:
-                    subspace = drawn(engine, variable, key.fold_in("subspace", i, variable.name))
+                    name = key.fold_in("subspace", i, variable.name)
+                    subspace = drawn(engine, variable, engine.subspace(variable), name)
                     stack.enter_context(variable.within(subspace))
 
             def emit(variable: Variable, gradient: Tensor) -> None:

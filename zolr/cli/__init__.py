@@ -20,6 +20,8 @@ VERBS = {
     "evaluate": "Measure a run or a model on a task or on your own file.",
     "predict": "Label lines of text with a finished run.",
     "compare": "The same task under several methods, in one table.",
+    "plot": "Loss curves of runs against what they cost, or maps of their diagnoses.",
+    "reproduce": "Run a recipe, and compare with its recorded result.",
     "estimate": "Peak memory of a step by method, predicted without weights and without a GPU.",
     "methods": "The methods of the literature that zolr knows, and what each is made of.",
     "doctor": "What zolr finds on this machine.",

@@ -63,7 +63,13 @@ EVEN = 16  # tokens that lengths are rounded up to for a compiled loss, which wa
 DELTA = 1e-5  # at which the epsilon of a private run is told
 
 OBJECTIVES = ("loss", "accuracy", "f1")
-MAY_CHANGE = ("steps", "device", "threads")  # on --resume; anything else would make it another run
+MAY_CHANGE = (
+    "steps",
+    "device",
+    "threads",
+    "diagnose_every",
+    "diagnose_draws",
+)  # on --resume; anything else would make it another run
 
 
 @dataclass(frozen=True)
@@ -323,7 +329,30 @@ class Writing(Settings):
 
 
 @dataclass(frozen=True)
-class Finetune(Writing, Holding, Machine, Schedule, Composition, DataChoice, ModelChoice):
+class Inspection(Settings):
+    """What to look into while a run lasts."""
+
+    diagnose_every: Annotated[int, Ge(1)] | None = flag(
+        None,
+        "Steps between diagnoses of gradient, subspaces and estimates, for metrics.jsonl and `zolr plot`.",
+        "Output",
+        shown="none",
+    )
+    diagnose_draws: Annotated[int, Ge(2)] = flag(8, "Estimates per weight of a diagnosis.", "Output")
+
+    def observer(self, engine: Engine, batch: dict[str, Any]) -> Any:
+        """Who diagnoses a run on this batch; None where nobody was asked to."""
+        if self.diagnose_every is None:
+            return None
+        from zolr.diagnostics import Diagnostics
+
+        device = engine.variables[0].value.device
+        moved = {name: part.to(device) for name, part in batch.items()}
+        return Diagnostics(engine, moved, every=self.diagnose_every, draws=self.diagnose_draws)
+
+
+@dataclass(frozen=True)
+class Finetune(Writing, Inspection, Holding, Machine, Schedule, Composition, DataChoice, ModelChoice):
     """Settings of `zolr finetune`."""
 
     @classmethod
@@ -847,6 +876,7 @@ class Job:
                     meter=meter,
                     reporter=screen,
                     until=until,
+                    observer=settings.observer(self.engine, self.batches(0)[0]),
                 )
         except NonFiniteError:
             raise
