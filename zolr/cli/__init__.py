@@ -45,8 +45,8 @@ _QUIET_LOGGERS = ("torchao", "torch.utils._pytree")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0 done, 2 usage, 3 data, 4 storage or checkpoint, 5 non-finite, 6 peer lost, 7 memory, 130 and 143 interrupted (saved),
-    1 anything unexpected. An error is one line on stderr; `ZOLR_DEBUG=1` shows the traceback.
+    0 done, 2 usage, 3 data, 4 storage or checkpoint, 5 non-finite, 6 peer lost, 7 memory, 8 a result outside
+    of its recorded spread, 130 and 143 interrupted (saved), 1 anything unexpected. An error is one line on stderr; `ZOLR_DEBUG=1` shows the traceback.
 
     Args:
         arguments: without the program's name; default `sys.argv[1:]`.

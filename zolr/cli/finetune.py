@@ -54,7 +54,7 @@ PARTS = (
     "projector", "rank", "refresh_every", "optimizer", "transport", "residual", "side",
     "probes", "eps", "law", "sides", "directions", "signs", "limit", "noise",
     "point", "reach", "blocks", "switch_every", "outside", "accumulate_in", "clip_by",
-    "tables",
+    "tables", "scale",
 )  # fmt: skip
 
 RANK = 64  # `held.RANK`, without torch, which --help must not import
@@ -177,6 +177,9 @@ class Composition(TablePolicy):
         "The norm by which a dense method clips: last (of the step before), twice (by a second backward pass).",
         "Method",
         shown="the method's",
+    )
+    scale: Annotated[float, Gt(0)] | None = flag(
+        None, "Factor on the step that a dense method lifts (GaLore's alpha).", "Method", shown="the method's"
     )
     realization: Literal["auto", "side", "rebuild", "inplace"] = flag(
         "auto", "How a perturbation reaches a weight: auto, side, rebuild, inplace.", "Method"
