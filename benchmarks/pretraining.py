@@ -3,6 +3,7 @@
     ZOLR_DATA=../shared/data python benchmarks/pretraining.py            # a small llama on a CPU; goes on where it stopped
     python benchmarks/pretraining.py --table --markdown table.md         # what there is, and nothing is run
     python benchmarks/pretraining.py --plot table.png
+    python benchmarks/pretraining.py --estimates                         # bias and variance of the rows on one real gradient
     python benchmarks/pretraining.py --model llama-20m --prepare         # pack the text first, where the text is, then
     python benchmarks/pretraining.py --model llama-20m --device cuda --seconds 540 --rows stiefel,galore,adamw
 
@@ -79,10 +80,10 @@ PROTOCOLS = {
     ),
     # 82 million tokens each: two epochs of what the text has
     "llama-20m": Protocol(
-        {}, 32000, BOTH, 30_000_000, length=256, rows=128, micro=128, steps=2500, refresh_every=100, rank=64, held_out=512,
+        {}, 32000, BOTH, 25_000_000, length=256, rows=128, micro=128, steps=2500, refresh_every=100, rank=64, held_out=512,
     ),
     "llama-60m": Protocol(
-        {}, 32000, BOTH, 30_000_000, length=256, rows=128, micro=64, steps=2500, refresh_every=100, rank=128, held_out=512,
+        {}, 32000, BOTH, 25_000_000, length=256, rows=128, micro=64, steps=2500, refresh_every=100, rank=128, held_out=512,
     ),
     "smoke": Protocol(
         dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64),
@@ -318,6 +319,66 @@ def one(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+ESTIMATED = ("stiefel", "dependent", "gaussian", "coordinate", "galore", "plumage", "grasswalk", "grassjump")
+
+
+def estimates(case: dict[str, Any]) -> dict[str, Any]:
+    """What each row makes of the same real gradient: weights after some steps of AdamW, and three short windows to learn from."""
+    import copy
+
+    from transformers import AutoConfig
+
+    from zolr.diagnostics import diagnose
+    from zolr.engine import Engine
+    from zolr.keys import Key
+    from zolr.models import build, lm_loss
+
+    protocol = PROTOCOLS[case["model"]]
+    train, _, vocabulary = streams(case["model"], protocol, case["seed"])
+    more = dict(max_position_embeddings=protocol.length, tie_word_embeddings=False, rms_norm_eps=1e-6)
+    config = AutoConfig.for_model("llama", vocab_size=vocabulary, **protocol.numbers, **more)
+
+    def loss(model: Any, batch: Any) -> Any:
+        return lm_loss(model, batch, chunk=512)
+
+    steps, window = case["steps"], 4
+    full = Engine(build(config, seed=case["seed"]), method_of("adamw", 1, 1), lr=case["lr"], loss=loss)
+    for step in range(steps):
+        full.step([train.batch(step)])
+    weights, found = full.detach(), {}
+    for row in ESTIMATED:
+        method = method_of(row, case["rank"], window)
+        engine = Engine(
+            copy.deepcopy(weights), method, lr=1e-7, loss=loss, select="linear", seed=case["seed"]
+        )
+        for step in range(steps, steps + 3 * window + 1):
+            engine.step([train.batch(step)])
+        parts = [diagnose(engine, train.batch(0), Key(i), draws=16) for i in range(2)]
+        total = {
+            key: statistics.mean(part["total"][key] for part in parts)
+            for key in parts[0]["total"]
+            if key != "norm"
+        }
+        total["gain_error"] /= 2**0.5
+        layers = parts[0]["layers"].values()
+        total["rank_effective"] = statistics.mean(layer["rank_effective"] for layer in layers)
+        total["rank_stable"] = statistics.mean(layer["rank_stable"] for layer in layers)
+        found[row] = total
+    return found
+
+
+def shown_estimates(found: dict[str, Any]) -> str:
+    """A line a row."""
+    lines = [f"{'row':12}{'energy':>9}{'gain':>16}{'bias':>9}{'variance':>10}{'theory':>9}{'cosine':>9}"]
+    for row, total in found.items():
+        theory = f"{total['variance_expected']:9.3f}" if "variance_expected" in total else f"{'-':>9}"
+        lines.append(
+            f"{row:12}{total['energy']:9.3f}{total['gain']:9.3f} +-{total['gain_error']:.3f}{total['bias']:9.3f}"
+            f"{total['variance']:10.3f}{theory}{total['cosine']:9.3f}"
+        )
+    return "\n".join(lines)
+
+
 def _wait(device: Any) -> None:
     import torch
 
@@ -363,18 +424,21 @@ def best_rate(runs: dict[str, Any], row: str) -> tuple[float | None, bool]:
 
 
 def missing(runs: dict[str, Any], rows: Sequence[str]) -> Iterator[tuple[str, float, int]]:
-    """Row, rate and seed of what is to be run, in order, as far as it is known now: first every row at its first rate."""
+    """Row, rate and seed of what is to be run, in order, as far as it is known now.
+
+    First every row at its first rate, then at the next larger one, then whatever neighbors the best one lacks.
+    """
     for row in rows:
         if f"{row}/{ROWS[row][1]:g}/0" not in runs:
             yield row, ROWS[row][1], 0
-    for row in rows:
-        best, settled = best_rate(runs, row)
-        if best is None or settled:
-            continue
-        place = GRID.index(best)
-        for i in (place - 1, place + 1):
-            if 0 <= i < len(GRID) and f"{row}/{GRID[i]:g}/0" not in runs:
-                yield row, GRID[i], 0
+    for sides in ((1,), (1, -1)):
+        for row in rows:
+            best, settled = best_rate(runs, row)
+            if best is None or settled:
+                continue
+            for i in (GRID.index(best) + side for side in sides):
+                if 0 <= i < len(GRID) and f"{row}/{GRID[i]:g}/0" not in runs:
+                    yield row, GRID[i], 0
     for seed in SEEDS[1:]:
         for row in rows:
             best, settled = best_rate(runs, row)
@@ -489,6 +553,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="another number of steps: a group of its own")
     parser.add_argument("--seconds", type=float, help="begin no run after so many, and end the last one")
     parser.add_argument("--most", type=int, help="runs at most")
+    parser.add_argument(
+        "--estimates",
+        action="store_true",
+        help="what the rows make of one real gradient, and stop (on a CPU)",
+    )
     parser.add_argument("--prepare", action="store_true", help="pack the text and stop")
     parser.add_argument("--table", action="store_true", help="print what there is and stop")
     parser.add_argument("--markdown", type=Path, help="write the table there too")
@@ -497,7 +566,8 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(one(json.loads(options.one))))
+        case = json.loads(options.one)
+        print(json.dumps((estimates if case.get("estimates") else one)(case)))
         return
     rows = list(ROWS) if options.rows is None else options.rows.split(",")
     if unknown := [row for row in rows if row not in ROWS]:
@@ -515,6 +585,13 @@ def main() -> None:
     found = results["groups"].setdefault(group, {"runs": {}})
     runs = found["runs"]
     begun = time.monotonic()
+    if options.estimates:
+        prepared(options.model, protocol)
+        case = dict(model=options.model, seed=0, rank=rank, steps=options.steps or 60, lr=1e-2)
+        found["estimates"] = ran({**case, "estimates": True}, None)
+        written(results, output)
+        print(shown_estimates(found["estimates"]))
+        return
     if not options.table:
         prepared(options.model, protocol)
         found["conditions"] = {p: version(p) for p in ("zolr", "torch", "transformers")}
@@ -535,10 +612,7 @@ def main() -> None:
             if run.get("failed") == "out of time":
                 break
             runs[f"{row}/{rate:g}/{seed}"] = run
-            output.parent.mkdir(exist_ok=True)
-            aside = output.with_suffix(".tmp")
-            aside.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-            os.replace(aside, output)
+            written(results, output)
             print(f"{row} {rate:g} seed {seed}: {run.get('perplexity', run.get('failed'))}", flush=True)
     lines = table(runs, rows)
     print(printed(lines))
@@ -546,6 +620,14 @@ def main() -> None:
         options.markdown.write_text(markdown(lines))
     if options.plot:
         draw(runs, rows, options.plot, f"{options.model}, {group}")
+
+
+def written(results: dict[str, Any], output: Path) -> None:
+    """Save the results, whole or not at all."""
+    output.parent.mkdir(exist_ok=True)
+    aside = output.with_suffix(".tmp")
+    aside.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    os.replace(aside, output)
 
 
 def device_name(device: str) -> str:
