@@ -78,7 +78,7 @@ PROTOCOLS = {
         4096, ("wiki/train-00.txt.xz", "novels/train-00.txt.xz"), 2_000_000,
         length=64, rows=8, micro=8, steps=400, refresh_every=20, rank=32, held_out=192,
     ),
-    # 82 million tokens each: two epochs of what the text has
+    # 82 million tokens each, some three epochs of what is packed (which fits into 64 MiB)
     "llama-20m": Protocol(
         {}, 32000, BOTH, 25_000_000, length=256, rows=128, micro=128, steps=2500, refresh_every=100, rank=64, held_out=512,
     ),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Run
 from torch import Tensor, nn
 
 from zolr import Engine, compose
@@ -321,3 +322,41 @@ def test_what_cannot_be_diagnosed_is_refused() -> None:
     held = Engine(Net(), compose("stiefel", "fo", rank=2), lr=1e-2, loss=loss, hold=True)
     with pytest.raises(UsageError, match="has no dense gradient"):
         Diagnostics(held, batches(0)[0], every=1)
+
+
+def test_a_diagnosis_is_a_flag(zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zolr.cli import pretrain
+    from zolr.cli.finetune import Finetune
+
+    monkeypatch.setattr(pretrain, "_predicted", lambda *_: None)
+    (tmp_path / "text.txt").write_text(
+        "\n\n".join(f"The fox saw {i} dogs in the old house." for i in range(200))
+    )
+    given = [
+        "pretrain",
+        "--data",
+        tmp_path / "text.txt",
+        "--train-tokenizer",
+        "--vocab-size",
+        300,
+        "--length",
+        16,
+    ]
+    given += ["--hidden-size", 16, "--layers", 1, "--heads", 2, "--batch-size", 2, "--steps", 4, "--quiet"]
+    given += ["--method", "stiefel", "--paradigm", "fo", "--rank", 4, "--refresh-every", 2]
+    for name, more in {"plain": [], "told": ["--diagnose-every", 2, "--diagnose-draws", 3]}.items():
+        code, _, err = zolr(*given, *more, "--output", tmp_path / name)
+        assert code == 0, err
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "told")]
+    assert weights[0] == weights[1]
+    lines = [json.loads(line) for line in (tmp_path / "told" / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line["diagnosis"] for line in lines if "diagnosis" in line}
+    assert list(found) == [2, 4] and found[4]["draws"] == 3
+    # a subspace changed before the third step, and moments began afresh
+    (kept,) = {layer.get("moment_kept") for layer in found[4]["layers"].values()}
+    assert kept == 0.0 and "moment_kept" not in str(found[2])
+
+    assert zolr(*given, "--diagnose-every", 0, "--output", tmp_path / "x")[0] == 2
+    assert Finetune().observer(run(rank=2), batches(0)[0]) is None
+    watch = Finetune(diagnose_every=7).observer(run(rank=2), batches(0)[0])
+    assert isinstance(watch, Diagnostics) and watch.every == 7

@@ -18,7 +18,7 @@ probe) of its own as the next window would be:
 Nothing of a run is changed: weights are exchanged for a copy by reference and put back, draws have names of their own, the
 optimizer is not asked. It costs a forward and backward pass and small factorizations; under paradigms without backprop also the
 forward passes of the draws. Beside the model it holds a copy of the projected weights while it lasts, and without backprop
-dense gradients and their sum.
+dense gradients and their sum; on a GPU that counts in the peak that a run has measured.
 """
 
 import time
