@@ -34,6 +34,10 @@ from zolr.cli.config import RECORDED, VERB, Settings, add, flag, nearest
 from zolr.errors import DataError, UsageError, ZolrError
 
 KINDS = {"finetune": "Finetune", "pretrain": "Pretrain"}  # a verb and the class of its settings
+SEEDED = {
+    "finetune": ("seed", "data_seed"),
+    "pretrain": ("seed",),
+}  # what a seed names: directions, weights, and splits
 
 TEXT = (".txt", ".txt.xz", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
@@ -129,7 +133,7 @@ def recipe_of(path: Path) -> Recipe:
     if verb not in KINDS:
         raise UsageError(f"recipe {path}: verb '{verb}' runs no recipes; {nearest(str(verb), KINDS)}")
     recorded = _recorded(path, table[RECORDED]) if RECORDED in table else None
-    return Recipe(path, verb, recorded, ("seed", "data_seed") if "data-seed" in table else ("seed",))
+    return Recipe(path, verb, recorded, SEEDED[verb])
 
 
 def _recorded(path: Path, table: Any) -> Recorded:
