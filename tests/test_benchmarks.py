@@ -122,3 +122,29 @@ def test_the_benchmark_of_all_methods_goes_on_where_it_stopped(tmp_path: Path) -
     before = output.read_text()
     assert "finetune/adamw:fo" in ran("methods.py", *arguments)
     assert json.loads(output.read_text()) == json.loads(before)
+
+
+@pytest.mark.slow
+def test_the_pretraining_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    data = Path(os.environ.get("ZOLR_DATA", BENCHMARKS.parent.parent / "shared" / "data"))
+    if not (data / "corpus" / "tinystories").is_dir():
+        pytest.skip("there is no corpus; set ZOLR_DATA")
+    output, page, picture = tmp_path / "found.json", tmp_path / "table.md", tmp_path / "table.png"
+    arguments = ("--model", "smoke", "--rows", "adamw,stiefel", "--output", output)
+    ran("pretraining.py", *arguments, "--most", 3)
+    first = json.loads(output.read_text())["groups"]
+    ((group, found),) = first.items()
+    assert "rank 8, 4 steps" in group and len(found["runs"]) == 3
+    assert {"adamw/0.003/0", "stiefel/0.003/0"} < set(found["runs"])  # every row before any other rate
+    told = ran("pretraining.py", *arguments, "--most", 1, "--markdown", page, "--plot", picture)
+    again = json.loads(output.read_text())["groups"][group]["runs"]
+    assert len(again) == 4 and all(again[key] == run for key, run in found["runs"].items())
+    for run in again.values():
+        assert (
+            run["tokens"] == 4 * 4 * 32 and run["state_bytes"] > 0 and run["peak_bytes"] > run["weight_bytes"]
+        )
+    full, drawn = again["adamw/0.003/0"], again["stiefel/0.003/0"]
+    assert (
+        full["state_bytes"] > 2 * full["weight_bytes"] > 2 * drawn["state_bytes"] * 0.5
+    )  # two moments a weight
+    assert "adamw" in told and page.read_text().count("\n") == 4 and picture.stat().st_size > 20_000

@@ -679,19 +679,6 @@ def test_doctor(zolr: Run) -> None:
     assert code == 0 and "torch" in out and "demo" in out and "matplotlib" in out
 
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.toml"))
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_is_a_run(path: Path) -> None:
-    from zolr.cli.finetune import Finetune
-    from zolr.cli.pretrain import Pretrain
-
-    kind = Pretrain if "pretrain" in path.stem else Finetune
-    settings = kind.gather({}, path)
-    assert settings.composed().paradigm in ("fo", "zo")
-
-
 def test_the_demo_recipe_is_the_default() -> None:
     from zolr.cli.finetune import DEFAULTS, Finetune
     from zolr.methods import METHODS

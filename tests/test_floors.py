@@ -16,7 +16,17 @@ FLOORS: dict[str, int] = {
             ("subspaces", "probes", "spectra", "factored", "held", "distributed"),
             ("variables", "projectors", "estimators", "transports", "residuals", "layers", "optim"),
             ("methods", "tuning", "dense", "compiled", "engine"),
-            ("tasks", "models", "lora", "memory", "checkpoints", "journal", "training", "adapters"),
+            (
+                "tasks",
+                "models",
+                "lora",
+                "memory",
+                "checkpoints",
+                "journal",
+                "training",
+                "adapters",
+                "diagnostics",
+            ),
             ("cli",),
         )
     )

@@ -51,6 +51,8 @@ TABLES = ("embedding", "head")  # what has a row for each token
 
 Loss = Callable[[nn.Module, Any], Any]
 Schedule = Callable[[Any], Any]
+# of a variable, and its subspace and optimizer state before and after a change
+Watcher = Callable[[Variable, tuple[Subspace | None, dict[str, Any]], tuple[Subspace, dict[str, Any]]], None]
 
 
 @dataclass(frozen=True)
@@ -263,6 +265,7 @@ class Engine:
         self._tune = _eps(method) is not _NO_EPS and (lr is None or _eps(method) is None)
         self._trainable = [n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
         self._cores: dict[str, Core] = {}  # of the weights that a dense method projects
+        self.watchers: list[Watcher] = []  # told of every subspace that follows another one
         self._moments: dict[str, Moments] = {}
         self._spectra: dict[str, Spectrum] = {}
         self._blocks = blocks_of(shapes(model), method.layers.outside)
@@ -500,7 +503,7 @@ class Engine:
         needed = self.method.transport.needs_change and old is not None
         change = new.change_from(cast(Subspace, old)) if needed else None
         before = self.trained(variable)
-        state = self.optimizer.state.pop(before, {})
+        state = given = self.optimizer.state.pop(before, {})
         if state:
             settings = self._group_of(before)
             state = self.method.transport(state, self.method.optimizer.degrees, change, settings)
@@ -511,6 +514,8 @@ class Engine:
             state = {}  # nothing says how it reads in a space of another shape
         if state:
             self.optimizer.state[after] = state
+        for told in self.watchers:
+            told(variable, (old, given), (self.subspace(variable), state))
 
     def _replace(self, before: nn.Parameter, after: nn.Parameter) -> None:
         if before is after:

@@ -950,6 +950,7 @@ def compose(
     accumulate_in: str | None = None,
     clip_by: str | None = None,
     tables: str | None = None,
+    scale: float | None = None,
 ) -> Method:
     """A row of METHODS with some of its parts or settings replaced.
 
@@ -1037,6 +1038,8 @@ def compose(
         result = replace(result, tables=tables)  # pyright: ignore[reportArgumentType]
     if accumulate_in is not None:
         result = replace(result, accumulate=accumulate_in)  # pyright: ignore[reportArgumentType]
+    if scale is not None:
+        result = replace(result, scale=scale)
     if clip_by is not None:
         if not result.dense:
             raise UsageError(

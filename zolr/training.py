@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
@@ -153,6 +153,7 @@ def train(
     reporter: Reporter | None = None,
     until: Callable[[Progress], bool] | None = None,
     check_every: int = CHECK_EVERY,
+    observer: Callable[[Progress], Iterable[Mapping[str, Any]]] | None = None,
 ) -> Outcome:
     """Train `engine` up to `steps` steps and leave it at its best weights.
 
@@ -183,6 +184,7 @@ def train(
         device: where batches are moved after their tokens have been counted.
         meter: who measures the memory of steps.
         reporter: who watches.
+        observer: asked after every step for further lines of `metrics.jsonl` (see `zolr.diagnostics`); its time is not counted.
         until: asked between two steps whether what has been spent is enough; the run then ends as at its last step.
         check_every: steps between comparisons of the weights of all ranks; they are also compared at both ends.
 
@@ -237,6 +239,8 @@ def train(
                     info = engine.step(batches)
                 run.within = False
             run.stepped(info, len(batches), tokens, time.perf_counter() - started)
+            for line in observer(run.progress) if observer and run.writes else ():
+                run.write(**line)
             loss = loss if info.skipped else info.loss
         if save_every:
             run.save()  # what comes after the last step can fail too
@@ -484,6 +488,7 @@ class _Run:
             skipped_in_a_row=now.skipped_in_a_row + 1 if info.skipped else 0,
         )
         counted = {"forwards": now.forwards, "tokens": now.tokens, "seconds": round(now.seconds, 4)}
+        counted["tokens_seen"] = now.tokens_seen
         self.write(
             step=now.step, loss=info.loss, slope=info.slope, lr=info.lr, skipped=info.skipped, **counted
         )

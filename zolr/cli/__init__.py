@@ -22,6 +22,8 @@ VERBS = {
     "evaluate": "Measure a run or a model on a task or on your own file.",
     "predict": "Label lines of text with a finished run.",
     "compare": "The same task under several methods, in one table.",
+    "plot": "Loss curves of runs against what they cost, or maps of their diagnoses.",
+    "reproduce": "Run a recipe, and compare with its recorded result.",
     "estimate": "Peak memory of a step by method, predicted without weights and without a GPU.",
     "replay": "The weights of a run without backprop, made again from its base model and its journal.",
     "export": "A run's journal as a file to give away.",
@@ -49,8 +51,8 @@ _QUIET_LOGGERS = ("torchao", "torch.utils._pytree")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0 done, 2 usage, 3 data, 4 storage or checkpoint, 5 non-finite, 6 peer lost, 7 memory, 130 and 143 interrupted (saved),
-    1 anything unexpected. An error is one line on stderr; `ZOLR_DEBUG=1` shows the traceback.
+    0 done, 2 usage, 3 data, 4 storage or checkpoint, 5 non-finite, 6 peer lost, 7 memory, 8 a result outside
+    of its recorded spread, 130 and 143 interrupted (saved), 1 anything unexpected. An error is one line on stderr; `ZOLR_DEBUG=1` shows the traceback.
 
     Args:
         arguments: without the program's name; default `sys.argv[1:]`.

@@ -31,6 +31,7 @@ import typer.core
 from zolr.errors import UsageError
 
 _FLAG = "flag"
+VERB, RECORDED = "verb", "recorded"  # keys of a recipe that are no settings: what runs it, and what it gave
 _ACTIONS = "Run"  # panel of what a verb can do instead of running
 
 
@@ -290,6 +291,10 @@ def _read(kind: type[Settings], config: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"config file {config} is not valid TOML: {error}") from error
     values: dict[str, Any] = {}
+    table.pop(RECORDED, None)
+    verb = table.pop(VERB, kind.__name__.lower())
+    if verb != kind.__name__.lower():
+        raise UsageError(f"{config} is a recipe of `zolr {verb}`; use that, or `zolr reproduce {config}`")
     for key, value in table.items():
         name = key.replace("-", "_")
         if name in values:

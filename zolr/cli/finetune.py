@@ -55,7 +55,7 @@ PARTS = (
     "projector", "rank", "refresh_every", "optimizer", "transport", "residual", "side",
     "probes", "eps", "law", "sides", "directions", "signs", "limit", "noise",
     "point", "reach", "blocks", "switch_every", "outside", "accumulate_in", "clip_by",
-    "tables",
+    "tables", "scale",
 )  # fmt: skip
 
 RANK = 64  # `held.RANK`, without torch, which --help must not import
@@ -70,6 +70,8 @@ MAY_CHANGE = (
     "threads",
     "keep_last",
     "check_every",
+    "diagnose_every",
+    "diagnose_draws",
 )  # on --resume; anything else would make it another run
 
 
@@ -178,6 +180,9 @@ class Composition(TablePolicy):
         "The norm by which a dense method clips: last (of the step before), twice (by a second backward pass).",
         "Method",
         shown="the method's",
+    )
+    scale: Annotated[float, Gt(0)] | None = flag(
+        None, "Factor on the step that a dense method lifts (GaLore's alpha).", "Method", shown="the method's"
     )
     realization: Literal["auto", "side", "rebuild", "inplace"] = flag(
         "auto", "How a perturbation reaches a weight: auto, side, rebuild, inplace.", "Method"
@@ -396,7 +401,30 @@ def _settled(given: dict[str, Any], config: Path | None) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Finetune(Writing, Holding, Ranks, Machine, Schedule, Composition, DataChoice, ModelChoice):
+class Inspection(Settings):
+    """What to look into while a run lasts."""
+
+    diagnose_every: Annotated[int, Ge(1)] | None = flag(
+        None,
+        "Steps between diagnoses of gradient, subspaces and estimates, for metrics.jsonl and `zolr plot`.",
+        "Output",
+        shown="none",
+    )
+    diagnose_draws: Annotated[int, Ge(2)] = flag(8, "Estimates per weight of a diagnosis.", "Output")
+
+    def observer(self, engine: Engine, batch: dict[str, Any]) -> Any:
+        """Who diagnoses a run on this batch; None where nobody was asked to."""
+        if self.diagnose_every is None:
+            return None
+        from zolr.diagnostics import Diagnostics
+
+        device = engine.variables[0].value.device
+        moved = {name: part.to(device) for name, part in batch.items()}
+        return Diagnostics(engine, moved, every=self.diagnose_every, draws=self.diagnose_draws)
+
+
+@dataclass(frozen=True)
+class Finetune(Writing, Inspection, Holding, Ranks, Machine, Schedule, Composition, DataChoice, ModelChoice):
     """Settings of `zolr finetune`."""
 
     @classmethod
@@ -940,6 +968,7 @@ class Job:
                     reporter=screen,
                     until=until,
                     check_every=settings.check_every,
+                    observer=settings.observer(self.engine, self.batches(0)[0]),
                 )
         except NonFiniteError:
             raise

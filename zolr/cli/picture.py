@@ -26,7 +26,8 @@ def curve(folder: Path, metric: str) -> list[tuple[float, float, float]]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         entry = json.loads(line)
         if "eval" not in entry:
-            spent[entry["step"]] = entry["forwards"], entry["seconds"]
+            if "forwards" in entry:  # a step, and not a diagnosis
+                spent[entry["step"]] = entry["forwards"], entry["seconds"]
             continue
         score = entry["eval"].get(metric)
         if isinstance(score, (int, float)) and isfinite(

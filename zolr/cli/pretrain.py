@@ -16,7 +16,7 @@ from annotated_types import Ge, Gt, Lt
 from zolr.cli import runs
 from zolr.cli.budget import SIZE, Way, bytes_of, plan, told, verdict
 from zolr.cli.config import Settings, add, as_dict, flag, resolve, toml
-from zolr.cli.finetune import PARTS, Composition, Writing
+from zolr.cli.finetune import PARTS, Composition, Inspection, Writing
 from zolr.cli.workload import Machine, Ranks, teamed
 from zolr.errors import NonFiniteError, UsageError
 
@@ -117,6 +117,9 @@ class Course(Settings):
     )
     warmup: Annotated[int, Ge(0)] = flag(0, "Steps in which the rate rises from zero.", "Training")
     decay: Annotated[float, Gt(0), Lt(1)] = flag(0.2, "Share of the steps in which wsd falls.", "Training")
+    floor: Annotated[float, Ge(0), Lt(1)] = flag(
+        0.0, "Share of the highest rate that the schedule ends at.", "Training"
+    )
     weight_decay: Annotated[float, Ge(0)] = flag(0.0, "Decoupled decay of the matrices.", "Training")
     clip: Annotated[float, Gt(0)] | None = flag(
         None, "Largest norm of a gradient.", "Training", shown="no clipping"
@@ -151,7 +154,7 @@ class Course(Settings):
 
 
 @dataclass(frozen=True)
-class Pretrain(Writing, Ranks, Machine, Course, Composition, Text, Architecture):
+class Pretrain(Writing, Inspection, Ranks, Machine, Course, Composition, Text, Architecture):
     """Settings of `zolr pretrain`."""
 
     @classmethod
@@ -405,6 +408,7 @@ def pretrain(
             meter=meter,
             reporter=screen,
             check_every=settings.check_every,
+            observer=settings.observer(engine, batches(0)[0]),
         )
 
     progress = outcome.progress
@@ -483,11 +487,9 @@ def schedule(settings: Pretrain) -> Callable[[int], float]:
 
     Reference: Hu et al., MiniCPM (2024), for wsd.
     """
-    steps, warmup = settings.steps, settings.warmup
+    steps, warmup, floor = settings.steps, settings.warmup, settings.floor
 
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
+    def course(step: int) -> float:
         share = min(1.0, (step - warmup) / max(1, steps - warmup))
         if settings.schedule == "linear":
             return 1.0 - share
@@ -496,6 +498,9 @@ def schedule(settings: Pretrain) -> Callable[[int], float]:
         if settings.schedule == "wsd":
             return min(1.0, (steps - step) / max(1.0, settings.decay * steps))
         return 1.0
+
+    def factor(step: int) -> float:
+        return (step + 1) / (warmup + 1) if step < warmup else floor + (1.0 - floor) * course(step)
 
     return factor
 
