@@ -8,18 +8,9 @@ import pytest
 import torch
 
 from zolr.errors import DataError
-from zolr.tasks.streams import (
-    END,
-    IGNORED,
-    MASK,
-    PAD,
-    UNKNOWN,
-    TokenStream,
-    documents,
-    text_files,
-    tokenize,
-    train_tokenizer,
-)
+from zolr.tasks.shards import pack
+from zolr.tasks.streams import IGNORED, MASK, PAD, UNKNOWN, TokenStream, train_tokenizer
+from zolr.tasks.texts import END, documents, text_files
 
 WORDS = "the cat sat on a mat and who knows why it was there at noon with seven other cats".split()
 
@@ -133,25 +124,19 @@ def test_tokenizer_needs_room_for_bytes(corpus, tmp_path):
 # ids
 
 
+def ids_of(texts, tokenizer):
+    """One document after the other, each with its end."""
+    found = []
+    for text in texts:
+        found += tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    return found
+
+
 def test_ids_are_the_documents_with_an_end_after_each(corpus, tokenizer):
     files, _ = text_files([corpus])
-    expected = []
-    for text in documents(files):
-        expected += tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    ids = tokenize(files, tokenizer)
-    assert ids.dtype == np.uint16
-    assert ids.tolist() == expected
-
-
-def test_cached_ids_are_the_ids(corpus, tokenizer, tmp_path):
-    files, _ = text_files([corpus])
-    fresh = tokenize(files, tokenizer, cache=tmp_path)
-    (path,) = tmp_path.iterdir()
-    before = path.stat().st_mtime_ns
-    assert np.array_equal(tokenize(files, tokenizer, cache=tmp_path), fresh)
-    assert path.stat().st_mtime_ns == before
-    tokenize(files[:1], tokenizer, cache=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2  # other text, other file
+    packed = pack(files, tokenizer)
+    assert np.asarray(packed.ids).dtype == np.uint16
+    assert np.asarray(packed.ids).tolist() == ids_of(documents(files), tokenizer)
 
 
 # batches
@@ -274,7 +259,7 @@ def test_errors_name_the_file_and_the_way_out(tmp_path, tokenizer):
     }
     for path, message in cases.values():
         with pytest.raises(DataError, match=message) as caught:
-            tokenize([path], tokenizer)
+            pack([path], tokenizer)
         assert path.name in str(caught.value)
         with pytest.raises(DataError, match=message):
             train_tokenizer([path], 300, tmp_path / "out")
