@@ -29,7 +29,7 @@ _PIECE = (
 _LINE = 1 << 26  # characters of a JSON line at most: it has to be in memory as a whole
 _ROWS = 256  # rows of a parquet file decoded at once
 # name, name:configuration, name:configuration:split; the name may have an owner
-_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*(:[\w.-]+)?)?")
+_HUB = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]*(:[\w.-]+)?)?")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ def sources(
     """
     train: list[Path | HubText] = []
     held_out: list[Path | HubText] = []
-    for path in map(Path, given):
+    for name in map(str, given):
+        path = Path(name)
         if path.is_file():
             train.append(path)
         elif path.is_dir():
@@ -116,11 +117,11 @@ def sources(
                     held_out.append(file)
                 elif not file.name.startswith(_TEST):
                     train.append(file)
-        elif _HUB.fullmatch(str(path)) and not str(path).endswith(SUFFIXES):
-            train.append(HubText.of(str(path), documents))
+        elif _HUB.fullmatch(name) and not name.endswith(SUFFIXES):
+            train.append(HubText.of(name, documents))
         else:
             raise DataError(
-                f"no file or folder {str(path)!r}; give the path of a text file, or of a folder of them"
+                f"no file or folder {name!r}; give the path of a text file, or of a folder of them"
             )
     if not train:
         shown = ", ".join(repr(str(path)) for path in given) or "nothing"
