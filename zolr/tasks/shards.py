@@ -287,6 +287,21 @@ def _blocks(given: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]
         yield block
 
 
+def _encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
+    """Ids of texts without special tokens: by the compiled half alone where there is one, which takes half the time."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if (
+        fast is None
+        or not hasattr(fast, "encode_batch_fast")
+        or getattr(tokenizer, "split_special_tokens", False)
+    ):
+        options: dict[str, Any] = dict(add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return lambda texts: tokenizer(texts, **options)["input_ids"]
+    fast.no_truncation()
+    fast.no_padding()
+    return lambda texts: [row.ids for row in fast.encode_batch_fast(texts, add_special_tokens=False)]
+
+
 def _tokenized(
     given: Sequence[Source],
     column: str,
@@ -297,10 +312,9 @@ def _tokenized(
     """Hands the ids of each block to `take`, and counts."""
     end, dtype = wanted["boundary"], np.dtype(wanted["dtype"])
     tokens, ended, characters, largest = 0, 0, 0, 0
+    encode = _encoder(tokenizer)
     for block in _blocks(pieces(given, column)):
-        encoded = tokenizer(
-            [text for text, _ in block], add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
+        encoded = encode([text for text, _ in block])
         rows = []
         for row, (_, ends) in zip(encoded, block, strict=True):
             rows.append(np.asarray([*row, end] if ends else row, dtype=np.int64))
