@@ -186,6 +186,13 @@ class Course(Settings):
 class Pretrain(Writing, Machine, Course, Composition, Text, Architecture):
     """Settings of `zolr pretrain`."""
 
+    paradigm: Literal["fo", "zo", "fwd"] | None = flag(
+        None,
+        "fo: backprop; zo: forward passes only; fwd: forward mode.",
+        "Method",
+        shown="fo where the method has it",
+    )
+
     @classmethod
     def gather(cls, given: dict[str, Any], config: Path | None) -> Self:
         """On resume the run's own config file stands in for the flags that are not repeated."""
@@ -267,7 +274,9 @@ class Pretrain(Writing, Machine, Course, Composition, Text, Architecture):
         """Which weights are trained: as given, else as the method has it."""
         from zolr.methods import METHODS
 
-        return self.train or METHODS[self.method or "adamw"].trained(self.paradigm or "fo")
+        return self.train or METHODS[self.method or "adamw"].trained(
+            self.paradigm or self.composed().paradigm
+        )
 
     def composed(self) -> Method:
         """The method these settings describe."""
@@ -279,7 +288,10 @@ class Pretrain(Writing, Machine, Course, Composition, Text, Architecture):
                 "zolr finetune; use another --method here"
             )
         parts = {f: getattr(self, f) for f in PARTS}
-        return compose(self.method or "adamw", self.paradigm, **parts)
+        name, paradigm = self.method or "adamw", self.paradigm
+        if paradigm is None and name in METHODS and "fo" in METHODS[name].paradigms:
+            paradigm = "fo"  # forward passes alone do not teach an untrained model
+        return compose(name, paradigm, **parts)
 
 
 def run(settings: Pretrain) -> None:
@@ -361,6 +373,7 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
     method = settings.composed()
     rows = settings.rows
     parameters = sum(p.numel() for p in model.parameters())
+    flops = flops_of_a_forward(model, settings.length)
 
     loss = _loss(settings, model, on)
     engine = Engine(
@@ -409,7 +422,7 @@ def pretrain(settings: Pretrain, place: runs.RunFolder, shown: Any) -> dict[str,
 
     meter = record.Meter(engine, on)
     low = settings.compute == "bfloat16" or settings.dtype != "float32"
-    speed = Throughput(flops_of_a_forward(model, settings.length), peak_flops(on, low, settings.peak_flops))
+    speed = Throughput(flops, peak_flops(on, low, settings.peak_flops))
     runs.write_text(place.work / runs.CONFIG, toml(settings))
     with (
         watching(shown, lambda: resident(on), 0, settings.steps, speed.line) as screen,
