@@ -13,7 +13,7 @@ FLOORS: dict[str, int] = {
     for floor, names in enumerate(
         (
             ("errors", "keys"),
-            ("subspaces", "probes", "spectra", "factored", "held"),
+            ("subspaces", "probes", "spectra", "factored", "held", "merged"),
             ("variables", "projectors", "estimators", "transports", "residuals", "layers", "optim"),
             ("methods", "tuning", "dense", "compiled", "engine"),
             ("tasks", "models", "lora", "memory", "checkpoints", "training", "adapters"),

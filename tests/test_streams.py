@@ -448,7 +448,7 @@ def test_pretraining_resumed_is_pretraining_uninterrupted(method, corpus, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
-    ["stiefel", "galore --clip 0.5 --accumulate 2", "dependent --documents apart", "stiefel --paradigm zo"],
+    ["stiefel --documents apart", "galore --clip 0.5 --accumulate 2"],
 )
 def test_a_killed_run_goes_on_to_the_same_weights(method, corpus, tmp_path):
     command = [sys.executable, "-m", "zolr", "pretrain", "--data", str(corpus), "--train-tokenizer"]
