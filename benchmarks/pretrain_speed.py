@@ -8,12 +8,13 @@
 Three parts, merged into `benchmarks/results/pretrain_speed.json`:
 
 - `time`: a step of each of our rows over a step of torch's AdamW (fused), paired rounds in alternating order, the same model, batch
-  and chunked loss for both;
-- `even`: steps of one run over several refreshes, in seconds of this process's processor, which other work on the machine moves
-  less than it moves the clock: the worst step over the median one;
+  and chunked loss for both; and over AdamW with the loss of transformers, whose logits exist as a whole;
+- `even`: steps of one run over several refreshes, the worst step over the median one;
 - `peak`: live bytes at most in the first three steps (refreshes of bases included) of every row trained by backprop and
   of the packages, counted by one tracker with weights, batch and optimizer state. Every contestant trains all weights:
   linear maps in subspaces of one rank, embedding, head and norms whole.
+
+Times are seconds of this process's processor.
 """
 
 import argparse
@@ -29,17 +30,24 @@ from typing import Any
 import torch
 import transformers
 from peers import held, installed, reason
-from speed import timed
 from torch import Tensor, nn
 
 import zolr
-from zolr.cli.pretrain import CHUNK_ENTRIES
+from zolr.cli.pretrain import chunk_rows
 from zolr.memory import LiveBytes, kept, size_of
 from zolr.methods import METHODS, compose
 from zolr.models import build, lm_loss
 
 RESULTS = Path(__file__).parent / "results" / "pretrain_speed.json"
 GAP, LR = 200, 1e-6
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Seconds of this process's processor, which other work on the machine moves less than it moves the clock."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
 
 Step = Callable[[], Any]
 Made = tuple[Step, Callable[[], list[Tensor]]]
@@ -72,7 +80,7 @@ class Contest:
             vocabulary, (rows, options.length + 1), generator=torch.Generator().manual_seed(0)
         )
         self.data = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
-        self.chunk = max(64, CHUNK_ENTRIES // vocabulary)  # what `zolr pretrain` takes on a CPU
+        self.chunk = chunk_rows(self.plain)
 
     def loss(self, model: nn.Module, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Sum over tokens, and their number."""
@@ -151,6 +159,20 @@ class Contest:
             "fira FiraAdamW": ("fira", fira),
         }
 
+    def stock(self) -> Step:
+        """AdamW as transformers computes the loss."""
+        model = copy.deepcopy(self.plain).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+
+        def step() -> None:
+            model(
+                input_ids=self.data["input_ids"], shift_labels=self.data["labels"], labels=self.data["labels"]
+            ).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
     def adamw(self) -> Made:
         """The reference."""
         return self.theirs(lambda model: torch.optim.AdamW(model.parameters(), lr=LR, fused=True))
@@ -160,6 +182,7 @@ def times(contest: Contest, rounds: int, wanted: list[str]) -> dict[str, dict[st
     """Ratios of every row to AdamW, each timed once in every round."""
     reference, _ = contest.adamw()
     steps = {name: contest.ours(GAP, **parts)[0] for name, parts in TIMED.items() if name in wanted}
+    steps["AdamW, loss of transformers"] = contest.stock()
     for run in (reference, *steps.values()):
         run(), run()
     ratios: dict[str, list[float]] = {name: [] for name in steps}

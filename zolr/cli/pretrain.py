@@ -727,6 +727,15 @@ def _streams(
     return stream, replace(held_out, batch_size=settings.micro), origins
 
 
+def chunk_rows(model: Any) -> int:
+    """Tokens whose logits are alive at once on a CPU.
+
+    Logits that fit into its cache are fastest, unless the head's gradient, of which each chunk makes one, is much larger.
+    """
+    config = model.config.get_text_config()
+    return max(64, CHUNK_ENTRIES // config.vocab_size, config.hidden_size // 4)
+
+
 def _loss(settings: Pretrain, model: nn.Module, on: device, at: str | None = None) -> Callable[..., Any]:
     """The loss of a batch of rows.
 
@@ -738,9 +747,7 @@ def _loss(settings: Pretrain, model: nn.Module, on: device, at: str | None = Non
 
     from zolr.models import lm_loss
 
-    chunk = None
-    if on.type == "cpu":
-        chunk = max(64, CHUNK_ENTRIES // model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
+    chunk = chunk_rows(model) if on.type == "cpu" else None
     low, kind = settings.compute == "bfloat16", at or on.type
 
     def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
