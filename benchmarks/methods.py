@@ -104,7 +104,8 @@ def pretrained(case: dict[str, Any]) -> dict[str, Any]:
     from zolr.errors import UsageError
     from zolr.methods import METHODS
     from zolr.models import build, lm_loss, load_tokenizer
-    from zolr.tasks.streams import TokenStream, text_files
+    from zolr.tasks.streams import TokenStream
+    from zolr.tasks.texts import text_files
 
     row, paradigm = METHODS[case["row"]], case["paradigm"]
     if row.adapter is not None:

@@ -23,6 +23,14 @@ def zolr(capsys: pytest.CaptureFixture[str]) -> Run:
     return run
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Packed tokens of tests stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZOLR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """So many threads of torch inside."""

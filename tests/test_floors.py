@@ -13,7 +13,7 @@ FLOORS: dict[str, int] = {
     for floor, names in enumerate(
         (
             ("errors", "keys"),
-            ("subspaces", "probes", "spectra", "factored", "held", "distributed"),
+            ("subspaces", "probes", "spectra", "factored", "held", "merged", "distributed"),
             ("variables", "projectors", "estimators", "transports", "residuals", "layers", "optim"),
             ("methods", "tuning", "dense", "compiled", "engine"),
             (

@@ -2,24 +2,18 @@
 
 import json
 import lzma
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from zolr.errors import DataError
-from zolr.tasks.streams import (
-    END,
-    IGNORED,
-    MASK,
-    PAD,
-    UNKNOWN,
-    TokenStream,
-    documents,
-    text_files,
-    tokenize,
-    train_tokenizer,
-)
+from zolr.tasks.shards import pack
+from zolr.tasks.streams import IGNORED, MASK, PAD, UNKNOWN, TokenStream, ahead, train_tokenizer
+from zolr.tasks.texts import END, documents, text_files
 
 WORDS = "the cat sat on a mat and who knows why it was there at noon with seven other cats".split()
 
@@ -133,25 +127,19 @@ def test_tokenizer_needs_room_for_bytes(corpus, tmp_path):
 # ids
 
 
+def ids_of(texts, tokenizer):
+    """One document after the other, each with its end."""
+    found = []
+    for text in texts:
+        found += tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    return found
+
+
 def test_ids_are_the_documents_with_an_end_after_each(corpus, tokenizer):
     files, _ = text_files([corpus])
-    expected = []
-    for text in documents(files):
-        expected += tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    ids = tokenize(files, tokenizer)
-    assert ids.dtype == np.uint16
-    assert ids.tolist() == expected
-
-
-def test_cached_ids_are_the_ids(corpus, tokenizer, tmp_path):
-    files, _ = text_files([corpus])
-    fresh = tokenize(files, tokenizer, cache=tmp_path)
-    (path,) = tmp_path.iterdir()
-    before = path.stat().st_mtime_ns
-    assert np.array_equal(tokenize(files, tokenizer, cache=tmp_path), fresh)
-    assert path.stat().st_mtime_ns == before
-    tokenize(files[:1], tokenizer, cache=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2  # other text, other file
+    packed = pack(files, tokenizer)
+    assert np.asarray(packed.ids).dtype == np.uint16
+    assert np.asarray(packed.ids).tolist() == ids_of(documents(files), tokenizer)
 
 
 # batches
@@ -190,6 +178,99 @@ def test_a_batch_is_a_function_of_seed_and_step(objective):
     assert not torch.equal(
         stream_of(ids, objective=objective, seed=8).batch(0)["input_ids"], in_order[0]["input_ids"]
     )
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+def test_parts_of_ranks_are_the_batch(objective, world_size):
+    stream = stream_of(np.arange(2, 402) % 50, objective=objective, batch_size=6)
+    for step in (0, 7, 40):
+        whole = stream.batch(step)
+        parts = [stream.batch(step, rank=rank, world_size=world_size) for rank in range(world_size)]
+        for name, value in whole.items():
+            assert torch.equal(torch.cat([part[name] for part in parts]), value)
+
+
+def test_batches_made_ahead_are_the_batches():
+    stream = stream_of(np.arange(2, 402) % 50)
+    asked = []
+
+    def batch_of_step(step):
+        asked.append(step)
+        return stream.batch(step)
+
+    order = [
+        5,
+        6,
+        6,
+        7,
+        3,
+        8,
+        9,
+        20,
+        21,
+    ]  # as a run goes that repeats a step, and one that is resumed elsewhere
+    for workers in (0, 1, 3):
+        asked.clear()
+        with ahead(batch_of_step, workers, 22) as batches:
+            for step in order:
+                assert torch.equal(batches(step)["input_ids"], stream.batch(step)["input_ids"])
+        assert max(asked) == 21 and {*order} <= {*asked}
+        if workers:  # only what was asked for out of order, and what was ready then
+            assert asked.count(6) == asked.count(7) == asked.count(9) == asked.count(21) == 1
+
+
+def test_an_error_of_a_batch_made_ahead_comes_out_at_its_step():
+    def batch_of_step(step):
+        if step == 3:
+            raise DataError("step 3 cannot be made")
+        return step
+
+    with ahead(batch_of_step, 2) as batches:
+        assert [batches(step) for step in range(3)] == [0, 1, 2]
+        with pytest.raises(DataError, match="step 3"):
+            batches(3)
+
+
+def test_positions_begin_again_at_every_boundary():
+    stream = stream_of([9, 8, 0, 7, 6, 5, 0, 0, 4, 3, 2, 9, 9], length=6, batch_size=2, reset=0)
+    (batch,) = stream.evaluation()
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 3], [0, 0, 1, 2, 3, 4]]
+    assert batch["labels"].tolist() == [[8, 0, 7, 6, 5, 0], [0, 4, 3, 2, 9, 9]]  # all of them count
+    assert "position_ids" not in stream_of(range(2, 50)).batch(0)
+
+
+def test_documents_apart_are_read_as_if_they_were_alone():
+    from zolr.models import build, lm_loss
+
+    numbers = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    model = build("llama-20m", vocab_size=50, **numbers).eval()
+    rng = np.random.default_rng(0)
+    texts = [[0, *rng.integers(2, 50, size)] for size in (5, 9, 3, 7)]
+    ids = np.concatenate(texts)
+    whole = stream_of([*ids, 0], length=len(ids), batch_size=1, reset=0)
+    with torch.no_grad():
+        total, count = lm_loss(model, next(whole.evaluation()))
+        alone = 0.0
+        for text in texts:
+            row = torch.tensor([[*text, 0]])
+            alone += float(lm_loss(model, {"input_ids": row[:, :-1], "labels": row[:, 1:]})[0])
+    assert int(count) == len(ids) and float(total) == pytest.approx(alone, rel=1e-5)
+
+
+def test_evaluation_does_not_go_by_seed_or_batch_size():
+    ids = np.arange(2, 402) % 50
+    for objective in ("clm", "mlm"):
+        found = [
+            torch.cat(
+                [
+                    b["input_ids"]
+                    for b in stream_of(ids, objective=objective, seed=s, batch_size=n).evaluation(9)
+                ]
+            )
+            for s, n in ((0, 1), (5, 4), (7, 9))
+        ]
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_batches_leave_global_randomness_alone():
@@ -274,7 +355,7 @@ def test_errors_name_the_file_and_the_way_out(tmp_path, tokenizer):
     }
     for path, message in cases.values():
         with pytest.raises(DataError, match=message) as caught:
-            tokenize([path], tokenizer)
+            pack([path], tokenizer)
         assert path.name in str(caught.value)
         with pytest.raises(DataError, match=message):
             train_tokenizer([path], 300, tmp_path / "out")
@@ -295,6 +376,8 @@ def test_streams_refuse_what_they_cannot_do():
         stream_of(range(2, 50), objective="lm")
     with pytest.raises(DataError, match="negative"):
         stream_of(range(2, 50)).batch(-1)
+    with pytest.raises(DataError, match="rank 1 of 2 has no equal part of 3 rows"):
+        stream_of(range(2, 50)).batch(0, rank=1, world_size=2)
     with pytest.raises(DataError, match="cannot hold out 11"):
         stream_of(range(2, 2 + 4 * 11 + 1)).hold_out(11)
 
@@ -362,6 +445,130 @@ def test_pretraining_resumed_is_pretraining_uninterrupted(method, corpus, tmp_pa
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    ["stiefel --documents apart", "galore --clip 0.5 --accumulate 2"],
+)
+def test_a_killed_run_goes_on_to_the_same_weights(method, corpus, tmp_path):
+    command = [sys.executable, "-m", "zolr", "pretrain", "--data", str(corpus), "--train-tokenizer"]
+    command += "--vocab-size 300 --hidden-size 32 --heads 2 --layers 2 --length 16 --batch-size 4".split()
+    command += "--schedule cosine --warmup 3 --threads 1 --device cpu --save-every 7 --eval-rows 8".split()
+    command += ["--steps", "40", "--rank", "4", "--refresh-every", "5", "--quiet", "--lr", "0.01", "--method"]
+    command += method.split()
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert subprocess.run([*command, "--output", str(whole)]).returncode == 0
+    process = subprocess.Popen([*command, "--output", str(killed)])
+    wait = time.monotonic() + 120
+    while not (killed / "checkpoints" / "step-14").exists() and time.monotonic() < wait:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (killed / "result.json").exists(), "the run was over before it was killed"
+    going_on = [*command, "--output", str(killed), "--resume"]
+    assert subprocess.run(going_on).returncode == 0
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    losses = [
+        [
+            line["loss"]
+            for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+            if "loss" in line
+        ]
+        for run in (whole, killed)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 40
+
+
+def test_a_run_is_not_resumed_on_other_data(corpus, tmp_path, capsys):
+    import shutil
+
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(corpus, data)
+    assert pretrained(run, data, "--steps", "2") == 0
+    record = json.loads((run / "data.json").read_text())
+    assert record["train"]["tokens"] > 0 and len(record["train"]["sources"]) == 2
+
+    def complaint(*more):
+        capsys.readouterr()
+        return pretrained(run, data, "--steps", "4", "--resume", *more), capsys.readouterr().err
+
+    code, message = complaint("--length", "8")
+    assert code == 2 and "--length 8 differs from the run to resume (16" in message
+    text = (data / "b-train.txt").read_text()
+    (data / "b-train.txt").write_text(text + "more")
+    code, message = complaint()
+    assert code == 3 and "b-train.txt has changed" in message and "another --output" in message
+    (data / "b-train.txt").write_text(text)
+    (data / "valid.txt").write_text("something else to evaluate on " * 50)
+    code, message = complaint()
+    assert code == 3 and "held-out text is not what the run began with" in message and "valid.txt" in message
+    shutil.copy(corpus / "valid.txt", data / "valid.txt")
+    code, message = complaint()
+    assert code == 0, message
+
+
+def test_a_run_is_not_resumed_on_a_damaged_shard_or_with_another_tokenizer(corpus, tmp_path, capsys):
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    assert pretrained(run, corpus, "--steps", "2", "--cache", str(cache)) == 0
+    digests = {r["sha256"] for r in json.loads((run / "data.json").read_text()).values()}
+    assert len(digests) == 2
+    for shard in cache.glob("*/00000.bin"):
+        shard.write_bytes(shard.read_bytes()[:-2])
+    capsys.readouterr()
+    again = (run, corpus, "--steps", "4", "--resume", "--cache", str(cache))
+    assert pretrained(*again) == 4
+    message = capsys.readouterr().err
+    assert "cut short" in message and "remove" in message
+    for folder in cache.iterdir():  # as the message says
+        if folder.is_dir():
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
+    assert pretrained(*again) == 0
+    (run / "tokenizer").mkdir()  # a run that is not done yet has its tokenizer there
+    train_tokenizer(text_files([corpus])[0], 290, run / "tokenizer")
+    capsys.readouterr()
+    assert pretrained(run, corpus, "--steps", "6", "--resume", "--cache", str(cache)) == 3
+    assert "tokenizer has changed (300 tokens then, 290 now)" in capsys.readouterr().err
+
+
+def test_a_result_says_how_fast_and_even_a_run_was(corpus, tmp_path, capsys):
+    more = (
+        "--steps",
+        "12",
+        "--method",
+        "stiefel",
+        "--rank",
+        "4",
+        "--refresh-every",
+        "3",
+        "--peak-flops",
+        "1e12",
+    )
+    assert pretrained(tmp_path / "run", corpus, *more) == 0
+    result = json.loads(capsys.readouterr().out)
+    speed, steps = result["speed"], result["step_seconds"]
+    assert speed["mfu"] == pytest.approx(speed["flops_per_second"] / 1e12)
+    # a model of one layer of width 16 with feed-forward states of 64, and a tied head: backprop costs three forwards
+    entries = 4 * 16 * 16 + 3 * 16 * 64 + 300 * 16
+    forward = 2 * entries + 4 * 1 * 16 * 16
+    assert speed["flops_per_second"] == pytest.approx(3 * forward * speed["tokens_per_second"])
+    # the first step, the second of the largest batch and the first refresh are left out, or counted
+    assert 7 <= steps["timed"] <= 10 and steps["median"] <= steps["worst"]
+    assert steps["worst_over_median"] == pytest.approx(steps["worst"] / steps["median"], rel=0.01)
+    assert steps["at_refresh"] > 0 and result["evaluated_tokens"] == 8 * 16
+    assert result["data"]["train"]["tokenizer"]["tokens"] == 300
+
+
+def test_schedules_end_at_their_floor():
+    from zolr.cli.pretrain import Pretrain, schedule
+
+    for kind in ("cosine", "linear", "wsd"):
+        factor = schedule(Pretrain(steps=100, warmup=10, schedule=kind, floor=0.1))
+        assert factor(100) == pytest.approx(0.1) and factor(10) == pytest.approx(1.0)
+        assert factor(0) == pytest.approx(1 / 11)
+
+
 def test_wsd_may_be_given_another_end_until_it_falls():
     from zolr.cli.pretrain import Pretrain, schedule
 
@@ -372,7 +579,18 @@ def test_wsd_may_be_given_another_end_until_it_falls():
     assert short(100) == 0 and short(76) < 1
 
 
-def test_pretraining_says_what_is_wrong(corpus, tmp_path, capsys):
+def test_pretraining_says_what_is_wrong(corpus, tokenizer, tmp_path, capsys):
+    from zolr.models import build
+
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(bytes(range(128)) * 40)
+    model, large = tmp_path / "model", tmp_path / "large"
+    build(
+        "llama-20m", vocab_size=16, hidden_size=16, num_attention_heads=2, num_hidden_layers=1
+    ).save_pretrained(model)
+    tokenizer.save_pretrained(large)
+    capsys.readouterr()
+
     from zolr.cli import main
 
     def complaint(*arguments):
@@ -387,6 +605,11 @@ def test_pretraining_says_what_is_wrong(corpus, tmp_path, capsys):
         ([*data, "--heads", "7", "--train-tokenizer"], 2, "--heads"),
         ([*data, "--method", "adam", "--train-tokenizer"], 2, "adamw"),
         ([*data, "--length", "100000", "--train-tokenizer"], 3, "do not fill one row"),
+        ([*data, "--model", "llama-20m", "--length", "1025", "--train-tokenizer"], 2, "the 1024 positions"),
+        ([*data, "--objective", "mlm", "--documents", "apart", "--train-tokenizer"], 2, "causal models"),
+        (["--data", str(tmp_path / "empty.txt"), "--train-tokenizer"], 3, "no text in"),
+        (["--data", str(tmp_path / "binary.txt"), "--train-tokenizer"], 3, "null bytes"),
+        ([*data, "--model", str(model), "--tokenizer", str(large)], 2, "16 tokens, the tokenizer 300"),
     ):
         found, message = complaint(*arguments)
         assert (found, message.count("\n")) == (code, 1), message

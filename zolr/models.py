@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
@@ -909,10 +910,81 @@ def class_loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(class_logits(model, batch), batch["labels"], reduction="none")
 
 
+def _summed(
+    chunk_loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, labels: Tensor, chunk: int
+) -> Tensor:
+    """Sum of a loss over chunks of rows, whose gradients are already there when backward asks for them.
+
+    Args:
+        chunk_loss: of rows `(k, h)` and their labels `(k,)`; a scalar.
+        hidden: all rows `(t, h)`.
+        labels: `(t,)`.
+        chunk: rows at a time.
+    """
+    first = chunk_loss(hidden[:1].detach(), labels[:1])  # shows which weights a loss goes through
+    leaves = _leaves(first)
+    del first
+    if not leaves and not hidden.requires_grad:
+        with torch.no_grad():
+            parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
+            return torch.stack([chunk_loss(rows, targets) for rows, targets in parts]).sum()
+    return _Summed.apply(chunk_loss, chunk, hidden, labels, *leaves)
+
+
+def _leaves(root: Tensor) -> list[Tensor]:
+    """Tensors that backward from `root` would leave a gradient in."""
+    found: dict[int, Tensor] = {}
+    nodes, seen = [root.grad_fn], set()
+    while nodes:
+        node: Any = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.setdefault(id(node.variable), node.variable)
+        nodes += [following for following, _ in node.next_functions]
+    return list(found.values())
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, chunk_loss: Any, chunk: int, hidden: Tensor, labels: Tensor, *leaves: Tensor
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        of_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
+        of_leaves: list[Any] = [None] * len(leaves)
+        start = 0
+        for rows, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+            rows = rows.detach().requires_grad_(of_hidden is not None)
+            with torch.enable_grad():
+                part = chunk_loss(rows, targets)
+            asked = [*([rows] if of_hidden is not None else []), *leaves]
+            found = list(torch.autograd.grad(part, asked, allow_unused=True))
+            total += part.detach()
+            if of_hidden is not None:
+                own = found.pop(0)
+                of_hidden[start : start + len(rows)] = 0 if own is None else own
+            for i, own in enumerate(found):
+                of_leaves[i] = own if of_leaves[i] is None else of_leaves[i].add_(own)
+            start += len(rows)
+        ctx.found = of_hidden, of_leaves
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        of_hidden, of_leaves = ctx.found
+        del ctx.found  # it may be large, and comes once
+        scaled = [None if g is None else g.mul_(grads[0].to(g.dtype)) for g in (of_hidden, *of_leaves)]
+        return None, None, scaled[0], None, *scaled[1:]
+
+
 def lm_loss(model: nn.Module, batch: Batch, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """Sum of token cross-entropies and the number of tokens, with only a chunk of logits alive at a time.
 
-    Under autograd each chunk's logits are computed again in backward instead of being kept.
+    Under autograd the gradient of each chunk is taken at once, in forward, so that logits are neither kept nor computed
+    again (where torch.compile traces, they are computed again in backward).
 
     Args:
         batch: `input_ids` `(b, t)`, `labels` `(b, t)` with -100 where nothing is predicted; labels stand at
@@ -940,6 +1012,8 @@ def lm_loss(model: nn.Module, batch: Batch, chunk: int | None = None) -> tuple[T
         losses = F.cross_entropy(head(model, rows), targets, ignore_index=IGNORED, reduction="none")
         return losses.sum(dtype=torch.float64)
 
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _summed(chunk_loss, hidden, labels, chunk), (labels != IGNORED).sum()
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     # split, not slices: the gradient of each slice would be a zero-padded copy of all hidden states
     for rows, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):

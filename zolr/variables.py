@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from zolr import merged
 from zolr.errors import UsageError
 from zolr.held import (
     RANK,
@@ -530,6 +531,19 @@ class Variable:
         # a rebuilt copy must also stay below the activations that the module makes anyway, or it would set the peak
         return tokens * (n + 2 * m) < 2 * m * n or m * n > tokens * m
 
+    def merges(self, module: nn.Module, kind: Kind, x: Tensor, point: Tensor) -> bool:
+        """Whether backprop to this site is cheaper through a weight that is put together (see `zolr.merged`).
+
+        Only in full precision: a weight that is rounded after it was put together may lose what the coordinates add.
+        """
+        if not torch.is_grad_enabled() or self.realization != "auto" or kind != "linear" or self.held:
+            return False
+        kinds = {x.dtype, point.dtype, self.weight.dtype, getattr(self.subspace, "basis", x).dtype}
+        whole = kinds <= {torch.float32} or kinds <= {torch.float64}
+        if not whole or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+            return False
+        return module.__dict__.get("weight") is None and merged.pays(self.subspace, _tokens(x))
+
 
 def _widened(subspace: Subspace, dtype: torch.dtype) -> Subspace:
     """The subspace with its basis in `dtype`."""
@@ -698,6 +712,11 @@ def _with_side(
         rows = rows.reshape(out.shape)
         in_place = variable._plain and not torch.is_grad_enabled()
         return out.add_(rows) if in_place else out + rows
+    if point is not None and not args and not kwargs and variable.merges(module, kind, x, point):
+        subspace: Any = variable.subspace
+        out = merged.linear(x, variable.weight, decay, subspace, point)
+        loose: Any = module
+        return out if loose.bias is None else out + loose.bias
     # W (decay x) + bias: the decay multiplies the weight and not the bias
     out = compute(module, cls.forward, x if decay == 1.0 else x * decay, *args, **kwargs)
     if point is None:

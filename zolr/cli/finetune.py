@@ -357,15 +357,16 @@ class Writing(Settings):
             )
         return resolve(cls, given, config or saved)
 
-    def check_same(self, before: Self) -> None:
+    def check_same(self, before: Self, *more: str) -> None:
         """Refuse what would make the run that is gone on with another one.
 
         Args:
             before: its settings.
+            more: settings that may differ, besides those that may in every verb.
         """
         was, now = (dict(line.split(" = ", 1) for line in toml(s).splitlines()) for s in (before, self))
         for key in was.keys() | now.keys():
-            if was.get(key) != now.get(key) and key.replace("-", "_") not in MAY_CHANGE:
+            if was.get(key) != now.get(key) and key.replace("-", "_") not in (*MAY_CHANGE, *more):
                 raise UsageError(
                     f"--{key} {now.get(key, 'not given')} differs from the run to resume ({was.get(key, 'not given')} in "
                     f"{Path(self.output or '') / runs.CONFIG}); leave it out, or start a new run"

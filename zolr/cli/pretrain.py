@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from zolr.cli.budget import SIZE, Way, bytes_of, plan, told, verdict
 from zolr.cli.config import Settings, add, as_dict, flag, resolve, toml
 from zolr.cli.finetune import PARTS, Composition, Inspection, Writing
 from zolr.cli.workload import Machine, Ranks, teamed
-from zolr.errors import NonFiniteError, UsageError
+from zolr.errors import DataError, NonFiniteError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor, device, nn
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
     from zolr.methods import Method
     from zolr.tasks.streams import TokenStream
 
-TOKENIZER, TOKENS = "tokenizer", "tokens"  # working files in a run folder until the run is complete
+TOKENIZER = "tokenizer"  # working files in a run folder until the run is complete
+DATA = "data.json"  # what a run was trained and evaluated on: sources, tokenizer and ids with their hashes
+# on --resume; the text may have moved, what it says is compared
+MAY_CHANGE = ("eval_every", "save_every", "eval_rows", "memory_budget", "data", "held_out", "workers")
 CHUNK_ENTRIES = 1 << 21  # logits alive at once on a CPU: 8 MiB stay in its cache, and more is slower
 BATCH_SIZE = 32
 LEARNING_RATE = (
@@ -40,7 +44,10 @@ class Text(Settings):
     """What to read."""
 
     data: tuple[str, ...] = flag(
-        (), "Text files or folders of .txt and .txt.xz files (repeat the flag).", "Data", path=True
+        (),
+        "Text, JSON lines or parquet files (.gz, .xz), folders of them, or a data set of the hub: NAME:CONFIG:SPLIT (repeat the flag).",
+        "Data",
+        path=True,
     )
     held_out: tuple[str, ...] = flag(
         (),
@@ -49,6 +56,23 @@ class Text(Settings):
         shown="files of --data named valid*, dev*, eval*; else the last rows",
         path=True,
     )
+    text_column: str = flag("text", "Key of JSON lines, column of parquet files and data sets.", "Data")
+    hub_documents: Annotated[int, Ge(1)] | None = flag(
+        None, "Documents of a data set of the hub at most; they are streamed.", "Data", shown="all of them"
+    )
+    documents: Literal["joined", "apart"] = flag(
+        "joined",
+        "Documents of a row, a boundary token between them: joined, or apart (neither attention nor positions cross it).",
+        "Data",
+    )
+    cache: str | None = flag(
+        None,
+        "Folder of packed tokens, found again by what they were made of.",
+        "Data",
+        shown="$ZOLR_CACHE, or ~/.cache/zolr",
+        saved=False,
+    )
+    workers: Annotated[int, Ge(0)] = flag(1, "Threads that make batches ahead.", "Data", saved=False)
     tokenizer: str | None = flag(
         None, "Folder or hub name of a tokenizer.", "Data", shown="the model's own", path=True
     )
@@ -151,18 +175,32 @@ class Course(Settings):
         "Memory",
         shown="no limit",
     )
+    peak_flops: Annotated[float, Gt(0)] | None = flag(
+        None,
+        "Operations a second that the device can do at most, to show what share is used (MFU).",
+        "Output",
+        shown="that of common GPUs for 16-bit products",
+        saved=False,
+    )
 
 
 @dataclass(frozen=True)
 class Pretrain(Writing, Inspection, Ranks, Machine, Course, Composition, Text, Architecture):
     """Settings of `zolr pretrain`."""
 
+    paradigm: Literal["fo", "zo", "fwd"] | None = flag(
+        None,
+        "fo: backprop; zo: forward passes only; fwd: forward mode.",
+        "Method",
+        shown="fo where the method has it",
+    )
+
     @classmethod
     def gather(cls, given: dict[str, Any], config: Path | None) -> Self:
         """On resume the run's own config file stands in for the flags that are not repeated."""
         settings = cls.going_on(given, config).filled()
         if settings.resume:
-            settings.check_same(resolve(cls, {}, Path(settings.output or "") / runs.CONFIG))
+            settings.check_same(resolve(cls, {}, Path(settings.output or "") / runs.CONFIG), *MAY_CHANGE)
         return settings
 
     def filled(self) -> Self:
@@ -175,6 +213,8 @@ class Pretrain(Writing, Inspection, Ranks, Machine, Course, Composition, Text, A
             raise UsageError(
                 f"--hidden-size {self.hidden_size} cannot be divided among {self.heads} heads; change --heads"
             )
+        if self.documents == "apart" and self.objective == "mlm":
+            raise UsageError("--documents apart is for causal models; use --objective clm, or leave it out")
         if self.warmup >= self.steps:
             raise UsageError(f"--warmup {self.warmup} leaves none of {self.steps} steps; use less")
         method = self.composed()
@@ -218,7 +258,9 @@ class Pretrain(Writing, Inspection, Ranks, Machine, Course, Composition, Text, A
         """Which weights are trained: as given, else as the method has it."""
         from zolr.methods import METHODS
 
-        return self.train or METHODS[self.method or "adamw"].trained(self.paradigm or "fo")
+        return self.train or METHODS[self.method or "adamw"].trained(
+            self.paradigm or self.composed().paradigm
+        )
 
     def composed(self) -> Method:
         """The method these settings describe."""
@@ -230,7 +272,10 @@ class Pretrain(Writing, Inspection, Ranks, Machine, Course, Composition, Text, A
                 "zolr finetune; use another --method here"
             )
         parts = {f: getattr(self, f) for f in PARTS}
-        return compose(self.method or "adamw", self.paradigm, **parts)
+        name, paradigm = self.method or "adamw", self.paradigm
+        if paradigm is None and name in METHODS and "fo" in METHODS[name].paradigms:
+            paradigm = "fo"  # forward passes alone do not teach an untrained model
+        return compose(name, paradigm, **parts)
 
 
 def run(settings: Pretrain) -> None:
@@ -274,10 +319,13 @@ def _present(result: dict[str, Any], settings: Pretrain, folder: Path) -> None:
 
     from zolr.cli.screen import size, table
 
-    columns = ["held-out loss before", "after", "steps", "tokens", "seconds", "peak", "predicted"]
+    columns = ["held-out loss before", "after", "steps", "tokens", "seconds", "tokens/s", "worst step"]
+    columns += ["peak", "predicted"]
     row = [result[key] for key in ("before", "after", "steps", "tokens_seen")]
     row += [
         f"{result['seconds']:.1f}",
+        round(result["speed"]["tokens_per_second"]),
+        _worst(result["step_seconds"]),
         size(result["peak_bytes_measured"]),
         size(result["peak_bytes_predicted"]),
     ]
@@ -285,6 +333,11 @@ def _present(result: dict[str, Any], settings: Pretrain, folder: Path) -> None:
     out = Console(highlight=False)
     out.print(table(title, columns, [row]))
     out.print(f"run folder: {folder}")
+
+
+def _worst(seconds: Mapping[str, Any]) -> str:
+    """The slowest step for a person."""
+    return f"{seconds['worst_over_median']:.2f} x median" if seconds["timed"] else "-"
 
 
 def pretrain(
@@ -303,6 +356,7 @@ def pretrain(
     from zolr.cli import record
     from zolr.cli.replay import about
     from zolr.cli.screen import watching
+    from zolr.cli.throughput import Throughput, Timed, flops_of_a_forward, peak_flops
     from zolr.cli.workload import device_of, set_threads
     from zolr.distributed import Share, Team
     from zolr.engine import Engine
@@ -310,7 +364,7 @@ def pretrain(
     from zolr.memory import resident
     from zolr.methods import METHODS
     from zolr.models import checkpoint_activations
-    from zolr.tasks.streams import IGNORED
+    from zolr.tasks.streams import IGNORED, ahead
     from zolr.training import train
 
     team = team or Team()
@@ -320,14 +374,19 @@ def pretrain(
     with team.in_turn():
         tokenizer = _tokenizer(settings, place.work, train_files)
     model: Any = _model(settings, tokenizer).to(on)
+    _check_length(settings, model)
+    if settings.documents == "apart":
+        _check_apart(model)
     peaks: dict[Pretrain, int] = {}
     settings = _within_budget(settings, model, on, shown, peaks)
     checkpoint_activations(model, settings.checkpointing or False)
     with team.in_turn():
-        stream, valid = _streams(settings, place.work, tokenizer, train_files, valid_files)
+        stream, valid, origins = _streams(settings, place.work, tokenizer, train_files, valid_files, shown)
+    _check_ids(model, origins)
     method = settings.composed()
     rows = settings.rows
     parameters = sum(p.numel() for p in model.parameters())
+    flops = flops_of_a_forward(model, settings.length)
 
     loss = _loss(settings, model, on)
     engine = Engine(
@@ -382,12 +441,17 @@ def pretrain(
         return {"loss": mean, "perplexity": exp(min(mean, 700.0))}
 
     meter = record.Meter(engine, on)
+    low = settings.compute == "bfloat16" or settings.dtype != "float32"
+    speed = Throughput(flops, peak_flops(on, low, settings.peak_flops))
     if team.first:
         runs.write_text(place.work / runs.CONFIG, toml(settings))
-    with watching(shown, lambda: resident(on), 0, settings.steps) as screen:
+    with (
+        watching(shown, lambda: resident(on), 0, settings.steps, speed.line) as screen,
+        ahead(batches, settings.workers, settings.steps) as made,
+    ):
         outcome = train(
             engine,
-            batches,
+            made,
             steps=settings.steps,
             evaluate=evaluate,
             eval_every=settings.eval_every or 0,
@@ -406,7 +470,7 @@ def pretrain(
             ),
             device=on,
             meter=meter,
-            reporter=screen,
+            reporter=Timed(screen, speed, lambda: meter.counting),
             check_every=settings.check_every,
             observer=settings.observer(engine, batches(0)[0]),
         )
@@ -431,11 +495,15 @@ def pretrain(
         "tokens": progress.tokens,
         "tokens_seen": progress.step * rows * settings.length,
         "seconds": round(progress.seconds, 3),
+        "speed": speed.rates(progress),
+        "step_seconds": speed.steps(),
         "peak_bytes_predicted": _predicted(settings, model, on, shown, peaks),
         "peak_bytes_measured": meter.peak or None,
         **record.within(budget, meter.peak or None),
         "lr": engine.base_lr,
         "rows": {"train": stream.rows, "held_out": valid.rows},
+        "evaluated_tokens": len(valid.evaluated(settings.eval_rows)) * settings.length,
+        "data": origins,
         "metrics": {"held_out": {"before": outcome.before, "after": outcome.after}},
         **record.exchanged(engine),
         "settings": as_dict(settings),
@@ -464,8 +532,7 @@ def pretrain(
         runs.write_text(folder / runs.CARD, card(settings, result))
         runs.write_json(folder / runs.RESULT, result)
 
-    for name in (TOKENIZER, TOKENS):
-        shutil.rmtree(place.work / name, ignore_errors=True)
+    shutil.rmtree(place.work / TOKENIZER, ignore_errors=True)
     place.complete(fill)
     if settings.save_every is None:  # they guarded the run; asked for, they stay
         shutil.rmtree(place.path / runs.CHECKPOINTS, ignore_errors=True)
@@ -505,16 +572,25 @@ def schedule(settings: Pretrain) -> Callable[[int], float]:
     return factor
 
 
-def _files(settings: Pretrain) -> tuple[list[Path], list[Path]]:
-    from zolr.tasks.streams import text_files
+def _files(settings: Pretrain) -> tuple[list[Any], list[Any]]:
+    from zolr.tasks.texts import sources
 
-    train, valid = text_files(settings.data)
+    train, valid = sources(settings.data, settings.hub_documents)
     if settings.held_out:
-        valid = [file for part in text_files(settings.held_out) for file in part]
+        valid = [source for part in sources(settings.held_out, settings.hub_documents) for source in part]
     return train, valid
 
 
-def _tokenizer(settings: Pretrain, work: Path, files: list[Path]) -> Any:
+def cache_folder(given: str | None) -> Path:
+    """Where packed tokens are kept: as given, else `$ZOLR_CACHE/tokens`, else `tokens` in zolr's own cache of the user."""
+    if given is not None:
+        return Path(given)
+    own = os.environ.get("ZOLR_CACHE")
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (Path(own) if own else user / "zolr") / "tokens"
+
+
+def _tokenizer(settings: Pretrain, work: Path, files: list[Any]) -> Any:
     """The tokenizer: named, or the model's own, or learned from the data and kept for a resumed run."""
     from zolr.models import PRESETS, load_tokenizer
     from zolr.tasks.streams import train_tokenizer
@@ -534,7 +610,13 @@ def _tokenizer(settings: Pretrain, work: Path, files: list[Path]) -> Any:
         )
     folder = work / TOKENIZER
     if not (folder / "tokenizer.json").exists():
-        train_tokenizer(files, settings.vocab_size, folder, max_characters=settings.tokenizer_characters)
+        train_tokenizer(
+            files,
+            settings.vocab_size,
+            folder,
+            max_characters=settings.tokenizer_characters,
+            column=settings.text_column,
+        )
     return load_tokenizer(folder)
 
 
@@ -602,20 +684,99 @@ def _config(settings: Pretrain, changes: dict[str, Any]) -> Any:
     return AutoConfig.for_model("roberta", **numbers)
 
 
+def _check_length(settings: Pretrain, model: Any) -> None:
+    from zolr.cli.workload import positions_of
+
+    most = positions_of(model.config.get_text_config())
+    if most is not None and settings.length > most:
+        raise UsageError(
+            f"--length {settings.length} is more than the {most} positions of model "
+            f"'{settings.model or 'made from numbers'}'; use --length {most}, or a config.json with more"
+        )
+
+
+def _check_apart(model: Any) -> None:
+    """Refuse a model for which positions that begin again do not keep documents apart: what it says of one must not depend on another."""
+    import torch
+
+    from zolr.models import encode
+
+    ids = torch.arange(2, 10, device=next(model.parameters()).device).expand(2, -1)  # (2, 8): two documents
+    places = torch.arange(8, device=ids.device).remainder(4).expand(2, -1)
+    with torch.no_grad():
+        seen, alone = (
+            encode(model, {"input_ids": ids, "position_ids": places}),
+            encode(model, {"input_ids": ids[:, 4:]}),
+        )
+    error, size = float((seen[:, 4:] - alone).abs().max()), float(alone.abs().max())
+    if not error <= 1e-2 * size:
+        raise UsageError(
+            f"{type(model).__name__} looks across documents in a row whatever their positions; leave out --documents apart"
+        )
+
+
+def _check_ids(model: Any, origins: Mapping[str, Any]) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(origin["largest"] for origin in origins.values())
+    if largest >= rows:
+        raise DataError(
+            f"the text has token {largest:,}, and the model {rows:,} tokens; use the tokenizer that belongs to the model"
+        )
+
+
 def _streams(
-    settings: Pretrain, work: Path, tokenizer: Any, train: list[Path], valid: list[Path]
-) -> tuple[TokenStream, TokenStream]:
+    settings: Pretrain, work: Path, tokenizer: Any, train: list[Any], valid: list[Any], shown: Any
+) -> tuple[TokenStream, TokenStream, dict[str, Any]]:
+    """The streams to train and to evaluate on, and what they were made of.
+
+    Raises:
+        DataError: a resumed run began with other data.
+    """
+    from zolr.tasks.shards import check_unchanged, pack
     from zolr.tasks.streams import TokenStream
 
-    rows = settings.rows
-    common: dict[str, Any] = dict(
-        length=settings.length, batch_size=rows, objective=settings.objective, seed=settings.seed
-    )
-    common["cache"] = work / TOKENS
-    stream = TokenStream.of_text(train, tokenizer, **common)
+    place = work / DATA
+    known = runs.read_json(place) if settings.resume and place.is_file() else {}
+
+    def packed(given: list[Any]) -> Any:
+        return pack(
+            given,
+            tokenizer,
+            cache_folder(settings.cache),
+            column=settings.text_column,
+            rebuild=not known,
+            noted=lambda text: shown.print(text, markup=False),
+        )
+
+    texts = {"train": packed(train)} | ({"held_out": packed(valid)} if valid else {})
+    origins = {name: text.origin for name, text in texts.items()}
+    for name, what in (("train", "text to train on"), ("held_out", "held-out text")):
+        if name in known and name in origins:
+            check_unchanged(origins[name], known[name], what)
+    if known.keys() - origins.keys() or (known and origins.keys() - known.keys()):
+        raise DataError(
+            f"the run began {'with' if 'held_out' in known else 'without'} held-out files, and now it is the other way; "
+            "give the same --data and --held-out"
+        )
+    if not known:
+        runs.write_json(place, origins)
+    common: dict[str, Any] = dict(length=settings.length, objective=settings.objective, seed=settings.seed)
+    common["reset"] = settings.documents == "apart"
+    stream = TokenStream.of_ids(texts["train"], tokenizer, batch_size=settings.rows, **common)
     if valid:
-        return stream, TokenStream.of_text(valid, tokenizer, **common)
-    return stream.hold_out(max(1, min(settings.eval_rows, stream.rows // 10)))
+        held_out = TokenStream.of_ids(texts["held_out"], tokenizer, batch_size=settings.micro, **common)
+        return stream, held_out, origins
+    stream, held_out = stream.hold_out(max(1, min(settings.eval_rows, stream.rows // 10)))
+    return stream, replace(held_out, batch_size=settings.micro), origins
+
+
+def chunk_rows(model: Any) -> int:
+    """Tokens whose logits are alive at once on a CPU.
+
+    Logits that fit into its cache are fastest, unless the head's gradient, of which each chunk makes one, is much larger.
+    """
+    config = model.config.get_text_config()
+    return max(64, CHUNK_ENTRIES // config.vocab_size, config.hidden_size // 4)
 
 
 def _loss(settings: Pretrain, model: nn.Module, on: device, at: str | None = None) -> Callable[..., Any]:
@@ -629,9 +790,7 @@ def _loss(settings: Pretrain, model: nn.Module, on: device, at: str | None = Non
 
     from zolr.models import lm_loss
 
-    chunk = None
-    if on.type == "cpu":
-        chunk = max(64, CHUNK_ENTRIES // model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
+    chunk = chunk_rows(model) if on.type == "cpu" else None
     low, kind = settings.compute == "bfloat16", at or on.type
 
     def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ class Meter:
         counter: what is counted.
         peak: bytes at most.
         shape: rows and tokens of the batch that took them.
+        counting: whether live tensors were counted in the last step, which makes it slower.
     """
 
     def __init__(self, engine: Engine, device: torch.device) -> None:
@@ -41,6 +42,7 @@ class Meter:
 
         self._engine, self._device = engine, device
         self.counter, self.shape, self._peak = "live tensors of a step", (0, 0), 0
+        self.counting = False
         self._times, self._opened = 0, False  # steps counted of the largest batch; whether a new window was
         if device.type == "cuda":
             self.counter = "cuda allocated"
@@ -71,7 +73,8 @@ class Meter:
         )
         if self._device.type == "cuda":
             self.shape = max(shape, self.shape, key=lambda s: s[0] * s[1])
-        if not due or tuning or self._device.type == "cuda":
+        self.counting = due and not tuning and self._device.type != "cuda"
+        if not self.counting:
             yield
             return
         self._opened |= opens

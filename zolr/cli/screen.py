@@ -82,8 +82,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 class Screen:
     """A reporter (see `zolr.training`) that draws a progress line and prints each evaluation."""
 
-    def __init__(self, shown: Console, bar: Progress, memory: Any) -> None:
-        self._console, self._bar, self._memory = shown, bar, memory
+    def __init__(self, shown: Console, bar: Progress, memory: Any, rates: Any = None) -> None:
+        self._console, self._bar, self._memory, self._rates = shown, bar, memory, rates
         self._task: Any = None
         self._steps = 0
         self._loss, self._drawn = 0.0, 0.0
@@ -104,7 +104,8 @@ class Screen:
         parts = [f"{progress.step}/{self._steps}", f"loss {self._loss:.4f}"]
         if info.slope is not None:
             parts.append(f"slope {info.slope:.2g}")
-        parts += [f"lr {info.lr:.1e}", f"{progress.step / max(progress.seconds, 1e-9):.1f}/s"]
+        speed = f"{progress.step / max(progress.seconds, 1e-9):.1f}/s"
+        parts += [f"lr {info.lr:.1e}", self._rates(progress) if self._rates else speed]
         parts.append(f"{size(live)}, peak {size(peak)}")
         if progress.skipped:
             parts.append(f"skipped {progress.skipped}")
@@ -114,6 +115,8 @@ class Screen:
         """Print the metrics; a star marks the best so far."""
         star = " *" if progress.best_step == progress.step else ""
         text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        if self._rates and progress.step:  # a log has no progress line
+            text += f"  {self._rates(progress)}, peak {size(self._memory()[1])}"
         self._console.print(f"step {progress.step}: {text}{star}")
 
     def noted(self, text: str) -> None:
@@ -122,12 +125,13 @@ class Screen:
 
 
 @contextmanager
-def watching(shown: Console, memory: Any, step: int, steps: int) -> Iterator[Screen]:
+def watching(shown: Console, memory: Any, step: int, steps: int, rates: Any = None) -> Iterator[Screen]:
     """A screen with its progress line.
 
     Args:
         memory: function giving live and peak bytes.
         step, steps: where the run stands and where it ends.
+        rates: function of the counters giving a run's speed in words; None shows steps a second.
     """
     columns = (
         BarColumn(bar_width=8),
@@ -143,6 +147,6 @@ def watching(shown: Console, memory: Any, step: int, steps: int) -> Iterator[Scr
         disable=shown.quiet or not shown.is_terminal,
     )
     with bar:
-        screen = Screen(shown, bar, memory)
+        screen = Screen(shown, bar, memory, rates)
         screen.begin(step, steps)
         yield screen

@@ -425,16 +425,19 @@ def fitted(rate: float, method: Method, width: int) -> float:
 def longest_text(config: Any, tokenizer: Any) -> int | None:
     """Tokens a model can read at most, None where nothing says so."""
     limits = [tokenizer.model_max_length] if tokenizer.model_max_length < 10**6 else []
-    positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions > 0:
-        # models of this family count positions from the padding id on
-        offset = (
-            config.pad_token_id + 1
-            if "roberta" in config.model_type or config.model_type == "camembert"
-            else 0
-        )
-        limits.append(positions - offset)
+    if (positions := positions_of(config)) is not None:
+        limits.append(positions)
     return min(limits, default=None)
+
+
+def positions_of(config: Any) -> int | None:
+    """Positions a model is made for, None where its config does not say."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    # models of this family count positions from the padding id on
+    family = "roberta" in config.model_type or config.model_type == "camembert"
+    return positions - (config.pad_token_id + 1 if family else 0)
 
 
 @contextmanager

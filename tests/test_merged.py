@@ -1,0 +1,88 @@
+"""A weight that is put together gives the output and the gradients of the path beside it, and keeps no more for backward."""
+
+import itertools
+
+import pytest
+import torch
+
+import zolr
+from zolr import merged
+from zolr.keys import Key
+from zolr.memory import LiveBytes
+from zolr.subspaces import Left, Right
+
+
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+def test_outputs_and_gradients_are_those_of_two_products(right: bool, decay: float) -> None:
+    m, n, r = 6, 10, 3
+    draw = iter(range(100))
+    weight, x, turn = (Key(next(draw)).normal(s).double() for s in ((m, n), (4, 7, n), (4, 7, m)))
+    basis = Key(next(draw)).normal((n if right else m, r)).double()
+    subspace = Right(basis, m) if right else Left(basis, n)
+    coords = Key(next(draw)).normal(subspace.coords_shape).double()
+    found = []
+    for way in ("merged", "beside"):
+        a, b = x.clone().requires_grad_(), coords.clone().requires_grad_()
+        if way == "merged":
+            out = merged.linear(a, weight, decay, subspace, b)
+        else:
+            out = decay * (a @ weight.mT) + subspace.apply(a, b)
+        found.append((out, *torch.autograd.grad((out * turn).sum(), (a, b))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda a, b: merged.linear(a, weight, decay, subspace, b),
+        (x.requires_grad_(), coords.requires_grad_()),
+    )
+
+
+def test_it_is_taken_exactly_where_it_saves_multiplications() -> None:
+    for m, n, r, tokens, right in itertools.product((8, 64), (8, 64), (2,), (4, 32, 64, 200), (True, False)):
+        subspace = Right(torch.zeros(n, r), m) if right else Left(torch.zeros(m, r), n)
+        # beside: each product in forward, and twice in backward but for the basis, which is not trained
+        inside, outside = (n, m) if right else (m, n)
+        beside = tokens * r * (2 * inside + 3 * outside)
+        together = tokens * r * (n + m) + 2 * m * n * r
+        assert merged.pays(subspace, tokens) == (together < beside and tokens >= n)
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(32, 48), torch.nn.Linear(48, 32, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_run_is_the_same_either_way(side: str) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(256, 32).double(), torch.randn(256, 32).double()
+    nets, peaks, called = [], [], []
+    real = merged.linear
+    for realization in ("auto", "side"):
+        torch.manual_seed(1)
+        net = Net().double()
+        method = zolr.compose("stiefel", "fo", rank=4, refresh_every=3, side=side)
+        engine = zolr.Engine(
+            net,
+            method,
+            lr=1e-2,
+            loss=lambda model, batch: (model(batch[0]) - batch[1]).square().mean(),
+            weight_decay=0.1,
+            realization=realization,  # type: ignore[arg-type]
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(merged, "linear", lambda *a, r=realization: called.append(r) or real(*a))
+            for _ in range(8):
+                engine.step([(x, y)])
+            with LiveBytes() as live:
+                engine.step([(x, y)])
+        nets.append(engine.detach())
+        peaks.append(live.peak)
+    assert set(called) == {"auto"} and len(called) == 2 * 9
+    for one, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    assert peaks[0] <= peaks[1] + 4 * 48 * 32 * 8  # copies of one weight at a time, but none that stays
