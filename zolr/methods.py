@@ -1,10 +1,13 @@
 """Method: one choice of estimator, projector, optimizer and transport; METHODS: the literature as rows."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from math import sqrt
 from typing import Any, Literal
+
+import torch
 
 from zolr.errors import UsageError
 from zolr.estimators import ESTIMATORS, PARADIGMS, POINTS, Estimator, changed, setting
@@ -950,12 +953,15 @@ def compose(
     accumulate_in: str | None = None,
     clip_by: str | None = None,
     tables: str | None = None,
+    set: Sequence[str] = (),
 ) -> Method:
     """A row of METHODS with some of its parts or settings replaced.
 
     Args:
         method: name of a row; "stiefel" when not given.
         paradigm: "fo", "zo" or "fwd"; the row's default when not given.
+        set: any setting of any part as "PART.NAME=VALUE" ("residual.q=0.2", "optimizer.betas=[0.9, 0.95]"), parts being
+            estimator, projector, optimizer, transport, residual and blocks; or "scale=0.5", "projects=all", "dense=true".
 
     Raises:
         UsageError: an unknown name (with the nearest known one), or a setting that the part does not have.
@@ -1056,7 +1062,83 @@ def compose(
         if isinstance(result.projector, Identity):
             raise UsageError("refresh_every means nothing for projector 'identity'; leave it out")
         result = replace(result, refresh_every=refresh_every)
+    for word in set:
+        result = _set(result, word)
     return result
+
+
+# parts by the names that flags have for them, and what of a method is no part and has no flag
+_PARTS = {
+    **{p: p for p in ("estimator", "projector", "optimizer", "transport", "residual")},
+    "blocks": "layers",
+}
+_REGISTRIES: dict[str, Mapping[str, Any]] = {
+    "estimator": ESTIMATORS,
+    "projector": PROJECTORS,
+    "transport": TRANSPORTS,
+    "residual": RESIDUALS,
+    "blocks": LAYERS,
+}
+_LOOSE = ("scale", "projects", "dense")
+
+
+def _set(method: Method, word: str) -> Method:
+    """A method with one setting of one of its parts replaced, as `PART.NAME=VALUE` says."""
+    path, equals, text = word.partition("=")
+    part, dot, name = path.strip().partition(".")
+    if not equals or not (dot and part in _PARTS and name or not dot and part in _LOOSE):
+        raise UsageError(
+            f"set '{word}' names no setting; write PART.NAME=VALUE with one of {', '.join(_PARTS)} as the part, or "
+            f"{', '.join(f'{loose}=VALUE' for loose in _LOOSE)}"
+        )
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text.strip()  # words need no quotes
+    if not dot:
+        return _checked(word, getattr(method, part), value, lambda new: replace(method, **{part: new}))
+    owner = getattr(method, _PARTS[part])
+    if part == "optimizer":
+        return replace(method, optimizer=_set_optimizer(owner, word, name, value))
+    known = f"{part} '{key_of(_REGISTRIES[part], owner)}'"
+    now = setting(owner, name, _ABSENT)
+    if now is _ABSENT or is_dataclass(now):
+        settings = sorted(n for n, v in vars(owner).items() if not is_dataclass(v))
+        raise UsageError(
+            f"{known} has no setting '{name}' (set '{word}'); it has {', '.join(settings) or 'none'}"
+        )
+    field = _PARTS[part]
+    return _checked(word, now, value, lambda new: replace(method, **{field: changed(owner, **{name: new})}))
+
+
+def _set_optimizer(rule: OptimizerRule, word: str, name: str, value: Any) -> OptimizerRule:
+    """A rule with one more setting."""
+    if name not in rule.known:
+        raise UsageError(
+            f"optimizer '{rule.name}' has no setting '{name}' (set '{word}'); it has {', '.join(rule.known)}"
+        )
+    settings = {**rule.settings, name: tuple(value) if isinstance(value, list) else value}
+    rule = replace(rule, settings=settings)
+    try:
+        rule.build(
+            [torch.nn.Parameter(torch.zeros(1, 1))], lr=1e-3
+        )  # the class itself knows what is possible
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"set '{word}': {value!r} is not possible ({error}); give another value") from error
+    return rule
+
+
+def _checked(word: str, now: Any, value: Any, build: Callable[[Any], Method]) -> Method:
+    """What `build` makes of a value of the same kind as the one that is there."""
+    kind = type(now)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if now is not None and value is not None and type(value) is not kind:
+        raise UsageError(f"set '{word}': {value!r} cannot stand where {now!r} does; give one of its kind")
+    try:
+        return build(value)
+    except TypeError as error:
+        raise UsageError(f"set '{word}': {value!r} is not possible ({error}); give another value") from error
 
 
 _ABSENT = object()

@@ -54,7 +54,7 @@ PARTS = (
     "projector", "rank", "refresh_every", "optimizer", "transport", "residual", "side",
     "probes", "eps", "law", "sides", "directions", "signs", "limit", "noise",
     "point", "reach", "blocks", "switch_every", "outside", "accumulate_in", "clip_by",
-    "tables",
+    "tables", "set",
 )  # fmt: skip
 
 RANK = 64  # `held.RANK`, without torch, which --help must not import
@@ -171,6 +171,12 @@ class Composition(TablePolicy):
         "The norm by which a dense method clips: last (of the step before), twice (by a second backward pass).",
         "Method",
         shown="the method's",
+    )
+    set: tuple[str, ...] = flag(
+        (),
+        "Any setting of any part, as PART.NAME=VALUE: residual.q=0.2, projector.granularity=8, scale=0.5 (`zolr methods NAME` "
+        "shows what a part has). May be repeated.",
+        "Method",
     )
     realization: Literal["auto", "side", "rebuild", "inplace"] = flag(
         "auto", "How a perturbation reaches a weight: auto, side, rebuild, inplace.", "Method"

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
@@ -59,6 +60,15 @@ class OptimizerRule:
     def owns_rank(self) -> bool:
         """Whether the rule has subspaces of its own, whose rank is a setting of it."""
         return self.name in OPTIMIZERS and "rank" in OPTIMIZERS[self.name].settings
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """Names of its settings; the rate and the decay are the engine's."""
+        if self.name in PACKAGED:
+            cls: Any = _packaged(self.name)
+        else:
+            cls = OPTIMIZERS[self.name].cls if self.name in OPTIMIZERS else getattr(torch.optim, self.name)
+        return tuple(n for n in list(signature(cls).parameters)[1:] if n not in ("lr", "weight_decay"))
 
     def build(
         self, values: Sequence[nn.Parameter], lr: float, tables: Sequence[nn.Parameter] = ()
