@@ -655,19 +655,27 @@ _ROWS = (
     ),
     Row(
         "q-galore",
-        "galore that takes the directions of a weight anew the more rarely the less they move",
+        "galore with bases of 4 bits that are taken anew the more rarely the less they move",
         {
             "fo": Method(
-                Backprop(), LazySvd(rank=32), ADAMW, Keep(), 200, dense=True, scale=0.25, projects="linear"
+                Backprop(),
+                LazySvd(rank=32, bits=4),
+                ADAMW,
+                Keep(),
+                200,
+                dense=True,
+                scale=0.25,
+                projects="linear",
             )
         },
-        "galore; the gap between two draws of a weight doubles when the leading directions of its last 5 draws have a mean "
-        "cosine of at least 0.4",
+        "galore, P in codes of 4 bits (groups of 256, a scale and a zero point each); the gap between two draws of a weight "
+        "doubles when the leading directions of its last 5 draws have a mean cosine of at least 0.4",
         "arXiv 2407.08296",
-        "released code (threshold, queue of 5, doubling, leading direction), but the cosine's absolute value, since the sign "
-        "of a singular vector means nothing; not followed: bases of 4 bits, which are no projection any more (0.16 from "
-        "orthonormal), and weights of 8 bits",
-        "states are float32 unless --optimizer adamw8bit; dense gradients as in galore",
+        "released code (threshold, queue of 5, doubling, leading direction, groups of 256), but the cosine's absolute value, "
+        "since the sign of a singular vector means nothing, between the bases as kept; two codes a byte (there one)",
+        "such bases are no projection any more: --set projector.bits=8, or null. States are float32 unless --optimizer "
+        "adamw8bit; weights of 8 bits with stochastic rounding are left out, trained ones have the dtype of the model; dense "
+        "gradients as in galore",
         lr={"fo": 5e-4},
     ),
     Row(
@@ -703,7 +711,8 @@ _ROWS = (
         "abstract and reviews (law, water-filling, fixed-size sampling); inferred: first moments as in LOZO-M; ours: the "
         "average of second moments, and the split of the weight 1/p into a root on each side; a fixed window",
         "unbiased for SGD and momentum, and there for the gradient of the refresh; Adam and Muon lose the inner root "
-        "(see the projector); dense gradients as in galore",
+        "(see the projector); the paper's adaptive window, whose rule could not be had, is left out (projector lazy_svd has "
+        "one); dense gradients as in galore",
         lr={"fo": 1e-3},
     ),
     Row(
@@ -727,7 +736,7 @@ _ROWS = (
         "reviews and a derived sheet (no code was released); inferred: momentum restarts with the window, a coin per weight "
         "and not a fixed number of layers; rate as in row muon (torch's match_rms_adamw)",
         "in a share q of the windows momentum is as large as the weight; what is unbiased is the gradient that momentum is "
-        "fed, not the step; dense gradients as in galore",
+        "fed, not the step; q by --set residual.q; dense gradients as in galore",
         lr={"fo": 7.5e-4},
     ),
     Row(
@@ -738,7 +747,8 @@ _ROWS = (
         "arXiv 2507.08091",
         "paper's step and start (the released code divides by s and starts from the weights: setting released of the "
         "optimizer); rate multiplied by 0.2 sqrt(max(m, n)) as in row muon; embeddings, head and vectors by AdamW",
-        "rank is that of the optimizer; dense gradients, one alive at a time; no clipping",
+        "rank is that of the optimizer; what lies outside of its spans is left out, as in every published run: --set "
+        "optimizer.outside=1 descends it (the paper's eta_2); dense gradients, one alive at a time; no clipping",
         lr={"fo": 1.5e-3},
     ),
     Row(
@@ -762,7 +772,8 @@ _ROWS = (
         "released code (bias corrections, eps, M kept as it is when P changes; its factor a cancels), but one P a window, not "
         "one a micro-batch, and always the input side; its best c = 256, r = 1 is for widths of 4096, c r = 32 here is the "
         "budget of row galore",
-        "dense gradients as in galore, and two lifts a step; for widths that 16 does not divide, parts are fewer",
+        "dense gradients as in galore, and two lifts a step; for widths that 16 does not divide, parts are fewer; c by --set "
+        "projector.granularity",
         lr={"fo": 7.5e-4},
     ),
     Row(
@@ -827,8 +838,8 @@ _ROWS = (
         "W <- W - lr G(W - reach G(W)), both on the same batches; along 'noise': W <- W - lr G(W + reach Z), Z standard normal",
         "arXiv 2006.05720",
         "the abstract; equations inferred from extragradient (Korpelevich 1976), reach = lr at first",
-        "two backward passes a step (one along 'noise'); the variant along the gradient of the step before is left out: it needs "
-        "a copy of that gradient as state",
+        "two backward passes a step (one along 'noise', --set estimator.along=noise). Along the gradient of the step before it "
+        "takes one, and a copy of that gradient: --method sgd --optimizer optimistic, whose weights are the look-ahead points",
         lr={"fo": 1e-2},
     ),
     Row(

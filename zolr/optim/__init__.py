@@ -15,6 +15,7 @@ from zolr.optim.averaged import Averaged
 from zolr.optim.by_shape import ByShape
 from zolr.optim.factored import Factored
 from zolr.optim.mofasgd import MomentumFactorizedSgd
+from zolr.optim.optimistic import Optimistic
 
 ADAM_DEGREES = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 
@@ -128,6 +129,7 @@ OPTIMIZERS: dict[str, Entry] = {
     "momentum": Entry(
         torch.optim.SGD, {"momentum": 0.9, "dampening": 0.9}, {"momentum_buffer": 1}, normalizes=False
     ),
+    "optimistic": Entry(Optimistic, degrees={"previous": 1}, normalizes=False),
     # fused: one kernel, and no temporaries as large as all values together, which foreach has
     "adamw": Entry(torch.optim.AdamW, FUSED, ADAM_DEGREES),
     # torch's own scales by the size of the parameter, which is zero where coordinates begin
