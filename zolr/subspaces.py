@@ -465,7 +465,9 @@ class Coded(Subspace):
         codes = (numbers / usable + zero).round().clamp(0, 2**bits - 1).to(torch.uint8)
         if bits == 4:
             codes = codes[:, ::2] | (codes[:, 1::2] << 4)
-        return cls(codes.contiguous(), step, zero[:, 0].to(torch.uint8), (*basis.shape, other, int(right)))
+        length, rank = basis.shape
+        sizes = (length, rank, other, int(right))
+        return cls(codes.contiguous(), step, zero[:, 0].to(torch.uint8), sizes)
 
     @property
     def bits(self) -> int:
