@@ -161,7 +161,7 @@ def pretrained(case: dict[str, Any]) -> dict[str, Any]:
     from zolr.engine import Engine
     from zolr.errors import UsageError
     from zolr.methods import METHODS, compose
-    from zolr.models import build, lm_loss, load_tokenizer
+    from zolr.models import build, lm_loss, lm_losses, load_tokenizer
     from zolr.tasks.streams import TokenStream, text_files
 
     row, paradigm = METHODS[case["row"]], case["paradigm"]
@@ -190,7 +190,7 @@ def pretrained(case: dict[str, Any]) -> dict[str, Any]:
         model,
         method,
         lr=rate,
-        loss=loss,
+        loss=lm_losses if method.private else loss,
         select=row.trained(paradigm),
         schedule=scaled(schedule_of("linear", min(15, steps // 4), steps), case["factor"]),
     )

@@ -431,7 +431,7 @@ _ROWS = (
         f"{epsilon_of(2 * sqrt(100) / 10, 1e-5):.2f} for 100, at delta = 1e-5; a run prints its own",
         "needs one loss an example; no amplification by sampling is claimed; private are the weights, against who does not "
         "know the seed: not printed losses, label counts or --group-by-length; no measured eps or rate, which would look at "
-        "losses without noise",
+        "losses without noise. In pretraining an example is a row of tokens, and no epsilon is told: a text can reach over rows",
         lr={"zo": 1e-6},
     ),
     Row(
