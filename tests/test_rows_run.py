@@ -35,7 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = "".join(f"{x},{'one' if x.endswith('cat') else 'two'}\n" for x in examples)
     (folder / "examples.csv").write_text("text,label\n" + table)
     for objective in KINDS:
-        more = ("--data", folder / "corpus.txt", "--train-tokenizer", "--vocab-size", 300)
+        more = ("--data", folder / "corpus.txt", "--train-tokenizer", "--vocab-size", 400)
         assert main(pretrain(folder / objective, objective, *more)) == 0
     return folder
 
