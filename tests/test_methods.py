@@ -21,6 +21,7 @@ from oracle import (
     q_galore,
     recovered,
     sam,
+    subspace,
     subzero,
     zo_adam,
     zo_hgd,
@@ -172,6 +173,24 @@ EQUAL: dict[str, tuple[Method, dict[str, Any], Oracle, dict[str, Any]]] = {
         {},
         subzero.run,
         {"eps": 1e-3, "rank": 3, "interval": WINDOW},
+    ),
+    "stiefel": (
+        compose("stiefel", "fo", rank=3, refresh_every=WINDOW),
+        DECAY,
+        subspace.run,
+        {"rank": 3, "every": WINDOW, **DECAY},
+    ),
+    "rso": (
+        compose("rso", rank=3, refresh_every=WINDOW),
+        {},
+        subspace.run,
+        {"rank": 3, "every": WINDOW, "gaussian": True},
+    ),
+    "stiefel, forward only": (
+        compose("stiefel", "zo", eps=1e-3, rank=3, refresh_every=WINDOW),
+        {},
+        zo_adam.run,
+        {"eps": 1e-3, "rank": 3, "interval": WINDOW, "momentum": 0.0},
     ),
     "zo-adam": (
         compose("zo-adam", eps=1e-3, rank=3, refresh_every=WINDOW),

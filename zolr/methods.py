@@ -748,7 +748,8 @@ _ROWS = (
         "paper's step and start (the released code divides by s and starts from the weights: setting released of the "
         "optimizer); rate multiplied by 0.2 sqrt(max(m, n)) as in row muon; embeddings, head and vectors by AdamW",
         "rank is that of the optimizer; what lies outside of its spans is left out, as in every published run: --set "
-        "optimizer.outside=1 descends it (the paper's eta_2); dense gradients, one alive at a time; no clipping",
+        "optimizer.outside=1 descends it (the paper's eta_2); dense gradients, one alive at a time; clipping as in "
+        "galore",
         lr={"fo": 1.5e-3},
     ),
     Row(
@@ -783,7 +784,7 @@ _ROWS = (
         "W <- W - lr G, as soon as G is complete",
         "arXiv 2306.09782",
         "paper; no loss scaling (there is no float16 gradient to save)",
-        "no clipping by the global norm",
+        "clipping is by the norm of the step before (--clip-by twice: exact, by a second backward pass, as released)",
         lr={"fo": 1e-2},
     ),
     Row(
@@ -794,7 +795,7 @@ _ROWS = (
         "W <- W - lr max(1e-3, rms(W)) U",
         "arXiv 2310.10195",
         "released code (constants), whose weights of any dtype are moved in float32 as here",
-        "weights that start at zero move by lr / 1000 a step; no clipping by the global norm",
+        "weights that start at zero move by lr / 1000 a step; clipping as in lomo",
         lr={"fo": 1e-3},
     ),
     Row(
