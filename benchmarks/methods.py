@@ -10,14 +10,13 @@ it. `pretrain` is a llama of width 96 from random weights on a children's-storie
 `zolr finetune` has it (rank, selection, probes), but for windows and turns of blocks, which are a fifth of a run where they are
 longer, so that every row refreshes at least four times.
 
-The rate of a row is the best of a grid of factors, the same for all: 0.1, 0.3, 1, 3, 10, walked from 1 and 3 on in the direction in
-which the loss falls for as long as it does. The factor multiplies the row's own rate (for pretraining four times that), and for forward-only rows, whatever rate they were
-published with, the one that the engine measures; those with a published rate are run at it too. What chooses is the loss on
-held-out rows; in `finetune` the table has that of other rows. All runs are made by one process on one thread, with one seed.
-Losses, metrics and state bytes are of the end of a run; the peak is that of live tensors over further steps, one of which begins a
-new window; times are processor time of
-a step at factor 1, the worst one without the first. Results are merged into `benchmarks/results/methods.json`, with the settings and
-versions they were made with.
+The rate of a row is the best of a grid of factors, the same for all: 0.1, 0.3, 1, 3, 10, walked from 1 and 3 on in the direction
+in which the loss falls for as long as it does. The factor multiplies the row's own rate (for pretraining four times that), and for
+forward-only rows, whatever rate they were published with, the one that the engine measures; those with a published rate are run
+at it too. What chooses is the loss on held-out rows; in `finetune` the table has that of other rows. All runs are made by one
+process on one thread, with one seed. Losses, metrics and state bytes are of the end of a run; the peak is that of live tensors
+over further steps, one of which begins a new window; times are processor time of a step at factor 1, the worst one without the
+first. Results are merged into `benchmarks/results/methods.json`, with the settings and versions they were made with.
 """
 
 import argparse
@@ -26,6 +25,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -151,6 +151,20 @@ def finetuned(case: dict[str, Any]) -> dict[str, Any]:
     return found | peak
 
 
+@cache
+def text() -> tuple[int, Any, Any]:
+    """Size of the vocabulary, rows to train on, and rows to evaluate on."""
+    from zolr.models import load_tokenizer
+    from zolr.tasks.streams import TokenStream, text_files
+
+    tokenizer: Any = load_tokenizer(str(DATA / "models" / "stories260K"))
+    train, valid = (
+        TokenStream.of_text(files, tokenizer, length=LENGTH, batch_size=ROWS, seed=0)
+        for files in text_files([DATA / "corpus" / "tinystories"])
+    )
+    return len(tokenizer), train, valid
+
+
 def pretrained(case: dict[str, Any]) -> dict[str, Any]:
     """One run from random weights."""
     from functools import partial
@@ -162,17 +176,13 @@ def pretrained(case: dict[str, Any]) -> dict[str, Any]:
     from zolr.engine import Engine
     from zolr.errors import UsageError
     from zolr.methods import METHODS, compose
-    from zolr.models import build, lm_loss, lm_losses, load_tokenizer
-    from zolr.tasks.streams import TokenStream, text_files
+    from zolr.models import build, lm_loss, lm_losses
 
     row, paradigm = METHODS[case["row"]], case["paradigm"]
     if row.adapter is not None:
         raise UsageError(f"method '{row.name}' trains an adapter beside weights that stay random")
-    tokenizer: Any = load_tokenizer(str(DATA / "models" / "stories260K"))
-    train, valid = text_files([DATA / "corpus" / "tinystories"])
-    stream = TokenStream.of_text(train, tokenizer, length=LENGTH, batch_size=ROWS, seed=0)
-    held_out = TokenStream.of_text(valid, tokenizer, length=LENGTH, batch_size=ROWS, seed=0)
-    config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), tie_word_embeddings=True, **MODEL)
+    vocabulary, stream, held_out = text()
+    config = AutoConfig.for_model("llama", vocab_size=vocabulary, tie_word_embeddings=True, **MODEL)
     model, steps = build(config, seed=0), case["steps"] or STEPS
     method = compose(row.name, paradigm, **windows(row.build(paradigm), steps))
     usual = row.lr[paradigm] and row.lr[paradigm] * (PRETRAINING if paradigm == "fo" else 1.0)
