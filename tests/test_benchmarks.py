@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,30 @@ def test_the_benchmark_of_all_methods_goes_on_where_it_stopped(tmp_path: Path) -
     (first,) = case.values()
     assert "failed" not in first and first["state_bytes"] > 0 and first["peak_bytes"] > first["state_bytes"]
     before = output.read_text()
-    assert "finetune/adamw:fo" in ran("methods.py", *arguments)
+    assert "adamw:fo" in ran("methods.py", *arguments)
     assert json.loads(output.read_text()) == json.loads(before)
+    assert "| adamw:fo | 1 |" in ran("methods.py", "--markdown", "--output", output)
+
+
+def test_the_rate_of_a_row_is_searched_by_descent_on_one_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    methods = import_module("methods")
+
+    def walked(losses: dict[float, float]) -> tuple[list[float], Any]:
+        rates = {f"{f:g}": {"chosen_by": losses[f]} for f in methods.START}
+        while (factor := methods.following(rates)) is not None:
+            rates[f"{factor:g}"] = {"chosen_by": losses[factor]}
+        return [float(f) for f in rates], methods.best_of(rates)
+
+    grid = methods.FACTORS
+    falling, rising = (dict(zip(grid, losses, strict=True)) for losses in ((5, 4, 3, 2, 1), (1, 2, 3, 4, 5)))
+    assert walked(falling) == ([1, 3, 10], ("10", True))
+    assert walked(rising) == ([1, 3, 0.3, 0.1], ("0.1", True))
+    assert walked({**falling, 10: 9.0}) == ([1, 3, 10], ("3", False))
+    assert walked({**rising, 0.3: 9.0}) == ([1, 3, 0.3], ("1", False))
+    assert walked({**falling, 10: float("nan")}) == ([1, 3, 10], ("3", False))  # diverged
+    published = {"1": {"chosen_by": 2.0}, "3": {"chosen_by": 3.0}, "published": {"chosen_by": 0.0}}
+    assert methods.best_of(published)[0] == "1" and methods.best_of({"1": {"failed": "why"}}) == (None, False)
 
 
 @pytest.mark.slow

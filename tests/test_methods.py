@@ -18,8 +18,10 @@ from oracle import (
     ldadam,
     lozo,
     mezo,
+    q_galore,
     recovered,
     sam,
+    subspace,
     subzero,
     zo_adam,
     zo_hgd,
@@ -46,6 +48,7 @@ from zolr.projectors import PROJECTORS
 from zolr.projectors.gaussian import Gaussian
 from zolr.projectors.identity import Identity
 from zolr.projectors.stiefel import Stiefel
+from zolr.projectors.svd import LazySvd
 from zolr.residuals import RESIDUALS
 from zolr.residuals.recover import Recover
 from zolr.transports import TRANSPORTS
@@ -171,6 +174,24 @@ EQUAL: dict[str, tuple[Method, dict[str, Any], Oracle, dict[str, Any]]] = {
         subzero.run,
         {"eps": 1e-3, "rank": 3, "interval": WINDOW},
     ),
+    "stiefel": (
+        compose("stiefel", "fo", rank=3, refresh_every=WINDOW),
+        DECAY,
+        subspace.run,
+        {"rank": 3, "every": WINDOW, **DECAY},
+    ),
+    "rso": (
+        compose("rso", rank=3, refresh_every=WINDOW),
+        {},
+        subspace.run,
+        {"rank": 3, "every": WINDOW, "gaussian": True},
+    ),
+    "stiefel, forward only": (
+        compose("stiefel", "zo", eps=1e-3, rank=3, refresh_every=WINDOW),
+        {},
+        zo_adam.run,
+        {"eps": 1e-3, "rank": 3, "interval": WINDOW, "momentum": 0.0},
+    ),
     "zo-adam": (
         compose("zo-adam", eps=1e-3, rank=3, refresh_every=WINDOW),
         {},
@@ -225,6 +246,22 @@ EQUAL: dict[str, tuple[Method, dict[str, Any], Oracle, dict[str, Any]]] = {
             "projected": LINEAR,
         },
     ),
+    # gaps of 3 steps, then twice that for weights whose last two draws were alike
+    **{
+        f"q-galore, {bits} bits": (
+            replace(
+                compose("q-galore", refresh_every=3),
+                projector=LazySvd(rank=3, bits=bits, threshold=0.5, memory=2),
+            ),
+            {},
+            q_galore.run,
+            {
+                **{"rank": 3, "every": 3, "scale": 0.25, "projected": LINEAR},
+                **{"bits": bits, "threshold": 0.5, "memory": 2},
+            },
+        )
+        for bits in (4, 8, None)
+    },
     "fira": (like_fira("fira"), DECAY, recovered.run, FIRA),
     "fira, released code": (
         like_fira("fira", residual=Recover(released=True)),
@@ -301,6 +338,12 @@ EQUAL: dict[str, tuple[Method, dict[str, Any], Oracle, dict[str, Any]]] = {
         {"weight_decay": 0.1},
         blocks.run,
         {"every": 2, "count": 3, "weight_decay": 0.1},
+    ),
+    "extrapolation from the past": (
+        compose("sgd", optimizer="optimistic", set=["optimizer.reach=0.5"]),
+        {},
+        extragradient.from_the_past,
+        {"reach": 0.5e-2},
     ),
     "extrapolation along noise": (
         Method(Lookahead(Backprop(), 0.1, "noise"), Identity(), SGD),

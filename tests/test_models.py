@@ -406,3 +406,20 @@ def test_checkpointed_activations_leave_gradients_unchanged(family, how):
         models.checkpoint_activations(model, "half")
     with pytest.raises(UsageError, match="does not support activation checkpointing"):
         models.checkpoint_activations(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("counted", [False, True])
+def test_losses_of_rows_add_up_to_the_loss_of_the_batch(name, counted):
+    model = tiny(name).double().eval()
+    ids = torch.arange(24).view(4, 6) % 11
+    labels = torch.where(torch.arange(24).view(4, 6) % 3 > 0, (ids * 3) % 11, -100)
+    labels[2] = -100  # a row that predicts nothing
+    batch = {"input_ids": ids, "labels": labels}
+    total, count = models.lm_loss(model, batch)
+    if counted:
+        batch["counted"] = (labels.flatten() != -100).nonzero()[:, 0]
+    each = models.lm_losses(model, batch)
+    numbers = (labels != -100).sum(1)
+    assert each.shape == (4,) and float(each[2]) == 0.0
+    torch.testing.assert_close((each * numbers).sum() / count, total / count, rtol=1e-6, atol=0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import adafactor, flora, gum, lomo, mofasgd, plumage, vlorp
+from oracle import adafactor, flora, gum, lomo, mofasgd, plumage, q_galore, vlorp
 from test_methods import BATCHES, WINDOW, distance, little, loss, trained, weights
 from torch import Tensor, nn
 
@@ -33,7 +33,7 @@ from zolr.residuals.drop import Drop
 from zolr.residuals.precondition import Precondition
 from zolr.residuals.projfactor import ProjFactor
 from zolr.spectra import inclusion_probabilities
-from zolr.subspaces import TwoSided, Viewed
+from zolr.subspaces import Coded, TwoSided, Viewed
 
 F64 = torch.float64
 KEY = Key(4)
@@ -70,6 +70,11 @@ EQUAL: dict[str, tuple[Method, Callable[..., list[dict[str, Tensor]]], dict[str,
         {**PROJECTED, "q": 0.4},
     ),
     "mofasgd": (compose("mofasgd", rank=3), mofasgd.run, MOFASGD),
+    "mofasgd, and what lies outside": (
+        compose("mofasgd", rank=3, set=["optimizer.outside=0.5"]),
+        mofasgd.run,
+        {**MOFASGD, "outside": 0.5},
+    ),
     "mofasgd, released": (
         replace(compose("mofasgd"), optimizer=OptimizerRule("mofasgd", {"rank": 3, "released": True})),
         mofasgd.run,
@@ -447,7 +452,7 @@ def test_a_lazy_law_draws_the_more_rarely_the_more_alike_its_draws_are():
 
 
 def lazily(threshold: float) -> Engine:
-    projector = LazySvd(rank=3, threshold=threshold, memory=2)
+    projector = LazySvd(rank=3, threshold=threshold, memory=2, bits=4)
     method = replace(compose("q-galore", refresh_every=1), projector=projector)
     return Engine(little(), method, lr=1e-3, loss=loss)
 
@@ -480,6 +485,39 @@ def test_q_galore_waits_for_each_weight_by_itself_and_resumes_where_it_waited():
     assert all(
         torch.equal(a, b) for a, b in zip(weights(again).values(), weights(engine).values(), strict=True)
     )
+
+
+def test_m1_q_galore_draws_at_the_steps_of_the_loop_written_from_its_paper():
+    drawn: dict[str, list[int]] = {}
+    settings = {"bits": 4, "threshold": 0.5, "memory": 2}
+    q_galore.run(
+        *(little(), loss, BATCHES), lr=1e-2, rank=3, every=3, scale=0.25, projected=MATRICES, drawn=drawn, **settings
+    )  # fmt: skip
+    method = compose("q-galore", refresh_every=3)
+    method = replace(method, projector=LazySvd(rank=3, **settings))  # type: ignore[arg-type]
+    engine, found = Engine(little(), method, lr=1e-2, loss=loss), {name: [] for name in MATRICES}
+    for step, batch in enumerate(BATCHES):
+        before = {name: engine._cores[name].window for name in MATRICES}
+        engine.step([batch])
+        for name in MATRICES:
+            found[name] += [step] if engine._cores[name].window > before[name] else []
+    assert found == drawn and len({len(steps) for steps in drawn.values()}) > 1  # some wait, some do not
+
+
+def test_bases_of_few_bits_are_kept_as_such_and_refused_where_they_cannot_be():
+    engine = Engine(little(), with_rank("q-galore"), lr=1e-2, loss=loss)
+    engine.step(BATCHES[:1])
+    (core, *_) = engine._cores.values()
+    assert isinstance(core.subspace, Coded) and core.subspace.codes.dtype == torch.uint8
+    assert core.subspace.bits == 4
+    plain = Engine(little(), with_rank("q-galore", set=["projector.bits=null"]), lr=1e-2, loss=loss)
+    plain.step(BATCHES[:1])
+    basis = next(iter(plain._cores.values())).subspace
+    assert not isinstance(basis, Coded)
+    with pytest.raises(UsageError, match="kept in 5 bits; use 4, 8"):
+        LazySvd(bits=5)
+    with pytest.raises(UsageError, match="has one side"):
+        LazySvd(bits=4, side="both")
 
 
 # ---- combinations that nobody published -----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zolr.subspaces import Full, Left, Right, Subspace, TwoSided, Viewed, rebuild
+from zolr.subspaces import BLOCK, Coded, Full, Left, Right, Subspace, TwoSided, Viewed, rebuild
 
 F64 = torch.float64
 # rounding of the longest chain below (a solve of an 8 by 8 Gram matrix) is within 1e3 units of the last place
@@ -33,6 +33,8 @@ KINDS: dict[str, Callable[[int, int, int, int], Subspace]] = {
     "left": lambda m, n, r, seed: Left(random(m, r, seed=seed), n),
     "two_sided": lambda m, n, r, seed: TwoSided(random(m, r, seed=seed), random(n, r + 1, seed=seed + 1)),
     "viewed": lambda m, n, r, seed: viewed(m, n, max(1, r // 2), seed),
+    "coded, input side": lambda m, n, r, seed: Coded.of(Right(random(n, r, seed=seed), m), 4),
+    "coded, output side": lambda m, n, r, seed: Coded.of(Left(random(m, r, seed=seed), n), 8),
 }
 
 
@@ -152,7 +154,10 @@ def test_lifted_rows_are_rows_of_the_lifted(subspace: Subspace, shape: tuple[int
 
 def test_a_kind_computes_in_the_dtype_it_is_given(kind: str) -> None:
     kinds = {name: getattr(KINDS[kind](5, 7, 2, 0), name) for name in KINDS[kind](5, 7, 2, 0).tensors()}
-    small = {k: v.bfloat16() if isinstance(v, Tensor) else torch.tensor(v) for k, v in kinds.items()}
+    small = {
+        k: v.bfloat16() if isinstance(v, Tensor) and v.is_floating_point() else torch.as_tensor(v)
+        for k, v in kinds.items()
+    }
     subspace = rebuild(type(KINDS[kind](5, 7, 2, 0)).__name__, small)
     coords = coords_of(subspace).bfloat16()
     assert subspace.lift(coords).dtype == torch.bfloat16
@@ -178,7 +183,32 @@ def test_the_side_path_has_no_tensor_of_the_weights_size(kind: str) -> None:
     with Largest():
         subspace.apply(x, coords)
         subspace.factors(x, coords)
-    assert 0 < Largest.size <= 150
+    assert 0 < Largest.size <= (BLOCK if isinstance(subspace, Coded) else 150)
+
+
+# ---- codes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
+def test_codes_are_nearest_in_blocks_of_their_own_scale_and_small(bits: int, dtype: torch.dtype) -> None:
+    basis = random(100, 7, seed=1)
+    basis[40:80] *= 100  # blocks of their own scale
+    basis[90:] = 0
+    basis = basis.to(dtype)
+    coded = Coded.of(Right(basis, 9), bits)
+    flat = basis.flatten().double()
+    for start in range(0, 700, BLOCK):
+        part = flat[start : start + BLOCK]
+        step = float(part.clamp_min(0).max() - part.clamp_max(0).min()) / (2**bits - 1)
+        error = (coded.basis.flatten().double()[start : start + BLOCK] - part).abs().max()
+        assert float(error) <= step / 2 + 8 * torch.finfo(dtype).eps * float(part.abs().max())
+    assert not coded.basis[90:].any() and coded.basis.dtype == dtype  # zero has a code of its own
+    held = sum(t.numel() * t.element_size() for t in (coded.codes, coded.step, coded.zero))
+    assert held == 3 * (BLOCK * bits // 8 + basis.element_size() + 1)
+    torch.testing.assert_close(Coded.of(Right(coded.basis, 9), bits).basis, coded.basis, rtol=2e-2, atol=0)
+    empty = Coded.of(Left(torch.zeros(4, 2, dtype=dtype), 3), bits)
+    assert not empty.basis.any() and empty.shape == (4, 3)
 
 
 # ---- S3: changing the basis -------------------------------------------------------------------------------------------

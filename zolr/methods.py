@@ -1,10 +1,13 @@
 """Method: one choice of estimator, projector, optimizer and transport; METHODS: the literature as rows."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from math import sqrt
 from typing import Any, Literal
+
+import torch
 
 from zolr.errors import UsageError
 from zolr.estimators import ESTIMATORS, PARADIGMS, POINTS, Estimator, changed, setting
@@ -428,7 +431,7 @@ _ROWS = (
         f"{epsilon_of(2 * sqrt(100) / 10, 1e-5):.2f} for 100, at delta = 1e-5; a run prints its own",
         "needs one loss an example; no amplification by sampling is claimed; private are the weights, against who does not "
         "know the seed: not printed losses, label counts or --group-by-length; no measured eps or rate, which would look at "
-        "losses without noise",
+        "losses without noise. In pretraining an example is a row of tokens, and no epsilon is told: a text can reach over rows",
         lr={"zo": 1e-6},
     ),
     Row(
@@ -652,19 +655,27 @@ _ROWS = (
     ),
     Row(
         "q-galore",
-        "galore that takes the directions of a weight anew the more rarely the less they move",
+        "galore with bases of 4 bits that are taken anew the more rarely the less they move",
         {
             "fo": Method(
-                Backprop(), LazySvd(rank=32), ADAMW, Keep(), 200, dense=True, scale=0.25, projects="linear"
+                Backprop(),
+                LazySvd(rank=32, bits=4),
+                ADAMW,
+                Keep(),
+                200,
+                dense=True,
+                scale=0.25,
+                projects="linear",
             )
         },
-        "galore; the gap between two draws of a weight doubles when the leading directions of its last 5 draws have a mean "
-        "cosine of at least 0.4",
+        "galore, P in codes of 4 bits (groups of 256, a scale and a zero point each); the gap between two draws of a weight "
+        "doubles when the leading directions of its last 5 draws have a mean cosine of at least 0.4",
         "arXiv 2407.08296",
-        "released code (threshold, queue of 5, doubling, leading direction), but the cosine's absolute value, since the sign "
-        "of a singular vector means nothing; not followed: bases of 4 bits, which are no projection any more (0.16 from "
-        "orthonormal), and weights of 8 bits",
-        "states are float32 unless --optimizer adamw8bit; dense gradients as in galore",
+        "released code (threshold, queue of 5, doubling, leading direction, groups of 256), but the cosine's absolute value, "
+        "since the sign of a singular vector means nothing, between the bases as kept; two codes a byte (there one)",
+        "such bases are no projection any more: --set projector.bits=8, or null. States are float32 unless --optimizer "
+        "adamw8bit; weights of 8 bits with stochastic rounding are left out, trained ones have the dtype of the model; dense "
+        "gradients as in galore",
         lr={"fo": 5e-4},
     ),
     Row(
@@ -700,7 +711,8 @@ _ROWS = (
         "abstract and reviews (law, water-filling, fixed-size sampling); inferred: first moments as in LOZO-M; ours: the "
         "average of second moments, and the split of the weight 1/p into a root on each side; a fixed window",
         "unbiased for SGD and momentum, and there for the gradient of the refresh; Adam and Muon lose the inner root "
-        "(see the projector); dense gradients as in galore",
+        "(see the projector); the paper's adaptive window, whose rule could not be had, is left out (projector lazy_svd has "
+        "one); dense gradients as in galore",
         lr={"fo": 1e-3},
     ),
     Row(
@@ -724,7 +736,7 @@ _ROWS = (
         "reviews and a derived sheet (no code was released); inferred: momentum restarts with the window, a coin per weight "
         "and not a fixed number of layers; rate as in row muon (torch's match_rms_adamw)",
         "in a share q of the windows momentum is as large as the weight; what is unbiased is the gradient that momentum is "
-        "fed, not the step; dense gradients as in galore",
+        "fed, not the step; q by --set residual.q; dense gradients as in galore",
         lr={"fo": 7.5e-4},
     ),
     Row(
@@ -735,7 +747,9 @@ _ROWS = (
         "arXiv 2507.08091",
         "paper's step and start (the released code divides by s and starts from the weights: setting released of the "
         "optimizer); rate multiplied by 0.2 sqrt(max(m, n)) as in row muon; embeddings, head and vectors by AdamW",
-        "rank is that of the optimizer; dense gradients, one alive at a time; no clipping",
+        "rank is that of the optimizer; what lies outside of its spans is left out, as in every published run: --set "
+        "optimizer.outside=1 descends it (the paper's eta_2); dense gradients, one alive at a time; clipping as in "
+        "galore",
         lr={"fo": 1.5e-3},
     ),
     Row(
@@ -759,7 +773,8 @@ _ROWS = (
         "released code (bias corrections, eps, M kept as it is when P changes; its factor a cancels), but one P a window, not "
         "one a micro-batch, and always the input side; its best c = 256, r = 1 is for widths of 4096, c r = 32 here is the "
         "budget of row galore",
-        "dense gradients as in galore, and two lifts a step; for widths that 16 does not divide, parts are fewer",
+        "dense gradients as in galore, and two lifts a step; for widths that 16 does not divide, parts are fewer; c by --set "
+        "projector.granularity",
         lr={"fo": 7.5e-4},
     ),
     Row(
@@ -769,7 +784,7 @@ _ROWS = (
         "W <- W - lr G, as soon as G is complete",
         "arXiv 2306.09782",
         "paper; no loss scaling (there is no float16 gradient to save)",
-        "no clipping by the global norm",
+        "clipping is by the norm of the step before (--clip-by twice: exact, by a second backward pass, as released)",
         lr={"fo": 1e-2},
     ),
     Row(
@@ -780,7 +795,7 @@ _ROWS = (
         "W <- W - lr max(1e-3, rms(W)) U",
         "arXiv 2310.10195",
         "released code (constants), whose weights of any dtype are moved in float32 as here",
-        "weights that start at zero move by lr / 1000 a step; no clipping by the global norm",
+        "weights that start at zero move by lr / 1000 a step; clipping as in lomo",
         lr={"fo": 1e-3},
     ),
     Row(
@@ -824,8 +839,8 @@ _ROWS = (
         "W <- W - lr G(W - reach G(W)), both on the same batches; along 'noise': W <- W - lr G(W + reach Z), Z standard normal",
         "arXiv 2006.05720",
         "the abstract; equations inferred from extragradient (Korpelevich 1976), reach = lr at first",
-        "two backward passes a step (one along 'noise'); the variant along the gradient of the step before is left out: it needs "
-        "a copy of that gradient as state",
+        "two backward passes a step (one along 'noise', --set estimator.along=noise). Along the gradient of the step before it "
+        "takes one, and a copy of that gradient: --method sgd --optimizer optimistic, whose weights are the look-ahead points",
         lr={"fo": 1e-2},
     ),
     Row(
@@ -951,12 +966,15 @@ def compose(
     clip_by: str | None = None,
     tables: str | None = None,
     scale: float | None = None,
+    set: Sequence[str] = (),
 ) -> Method:
     """A row of METHODS with some of its parts or settings replaced.
 
     Args:
         method: name of a row; "stiefel" when not given.
         paradigm: "fo", "zo" or "fwd"; the row's default when not given.
+        set: any setting of any part as "PART.NAME=VALUE" ("residual.q=0.2", "optimizer.betas=[0.9, 0.95]"), parts being
+            estimator, projector, optimizer, transport, residual and blocks; or "scale=0.5", "projects=all", "dense=true".
 
     Raises:
         UsageError: an unknown name (with the nearest known one), or a setting that the part does not have.
@@ -1059,7 +1077,83 @@ def compose(
         if isinstance(result.projector, Identity):
             raise UsageError("refresh_every means nothing for projector 'identity'; leave it out")
         result = replace(result, refresh_every=refresh_every)
+    for word in set:
+        result = _set(result, word)
     return result
+
+
+# parts by the names that flags have for them, and what of a method is no part and has no flag
+_PARTS = {
+    **{p: p for p in ("estimator", "projector", "optimizer", "transport", "residual")},
+    "blocks": "layers",
+}
+_REGISTRIES: dict[str, Mapping[str, Any]] = {
+    "estimator": ESTIMATORS,
+    "projector": PROJECTORS,
+    "transport": TRANSPORTS,
+    "residual": RESIDUALS,
+    "blocks": LAYERS,
+}
+_LOOSE = ("scale", "projects", "dense")
+
+
+def _set(method: Method, word: str) -> Method:
+    """A method with one setting of one of its parts replaced, as `PART.NAME=VALUE` says."""
+    path, equals, text = word.partition("=")
+    part, dot, name = path.strip().partition(".")
+    if not equals or not (dot and part in _PARTS and name or not dot and part in _LOOSE):
+        raise UsageError(
+            f"set '{word}' names no setting; write PART.NAME=VALUE with one of {', '.join(_PARTS)} as the part, or "
+            f"{', '.join(f'{loose}=VALUE' for loose in _LOOSE)}"
+        )
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text.strip()  # words need no quotes
+    if not dot:
+        return _checked(word, getattr(method, part), value, lambda new: replace(method, **{part: new}))
+    owner = getattr(method, _PARTS[part])
+    if part == "optimizer":
+        return replace(method, optimizer=_set_optimizer(owner, word, name, value))
+    known = f"{part} '{key_of(_REGISTRIES[part], owner)}'"
+    now = setting(owner, name, _ABSENT)
+    if now is _ABSENT or is_dataclass(now):
+        settings = sorted(n for n, v in vars(owner).items() if not is_dataclass(v))
+        raise UsageError(
+            f"{known} has no setting '{name}' (set '{word}'); it has {', '.join(settings) or 'none'}"
+        )
+    field = _PARTS[part]
+    return _checked(word, now, value, lambda new: replace(method, **{field: changed(owner, **{name: new})}))
+
+
+def _set_optimizer(rule: OptimizerRule, word: str, name: str, value: Any) -> OptimizerRule:
+    """A rule with one more setting."""
+    if name not in rule.known:
+        raise UsageError(
+            f"optimizer '{rule.name}' has no setting '{name}' (set '{word}'); it has {', '.join(rule.known)}"
+        )
+    settings = {**rule.settings, name: tuple(value) if isinstance(value, list) else value}
+    rule = replace(rule, settings=settings)
+    try:
+        rule.build(
+            [torch.nn.Parameter(torch.zeros(1, 1))], lr=1e-3
+        )  # the class itself knows what is possible
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"set '{word}': {value!r} is not possible ({error}); give another value") from error
+    return rule
+
+
+def _checked(word: str, now: Any, value: Any, build: Callable[[Any], Method]) -> Method:
+    """What `build` makes of a value of the same kind as the one that is there."""
+    kind = type(now)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if now is not None and value is not None and type(value) is not kind:
+        raise UsageError(f"set '{word}': {value!r} cannot stand where {now!r} does; give one of its kind")
+    try:
+        return build(value)
+    except TypeError as error:
+        raise UsageError(f"set '{word}': {value!r} is not possible ({error}); give another value") from error
 
 
 _ABSENT = object()

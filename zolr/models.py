@@ -1023,3 +1023,27 @@ def lm_loss(model: nn.Module, batch: Batch, chunk: int | None = None) -> tuple[T
             part = chunk_loss(rows, targets)
         total = total + part
     return total, (labels != IGNORED).sum()
+
+
+def lm_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean token cross-entropy of every row, for rules that ask for one loss an example; 0 where a row predicts nothing.
+
+    Args:
+        batch: as for `lm_loss`.
+
+    Returns:
+        `(b,)`
+    """
+    labels = batch["labels"]  # (b, t)
+    rows = torch.arange(labels.shape[0], device=labels.device)[:, None].expand_as(labels).flatten()
+    labels = labels.flatten()
+    if splits(model):
+        hidden = encode(model, batch).flatten(0, 1)  # (b·t, h)
+        if "counted" in batch:
+            hidden, labels, rows = (x[batch["counted"]] for x in (hidden, labels, rows))
+        logits = head(model, hidden)
+    else:
+        logits = _wide(_stock_logits(model, batch)).flatten(0, 1)
+    losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none").double()
+    sums = losses.new_zeros(batch["labels"].shape[0]).index_add(0, rows, losses)
+    return sums / (batch["labels"] != IGNORED).sum(1).clamp_min(1)

@@ -418,6 +418,114 @@ class Viewed(Subspace):
         return {"basis": self.basis, "m": torch.tensor(self.m), "parts": torch.tensor(self.parts)}
 
 
+BLOCK = 256  # numbers of a coded basis that share a scale
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Coded(Subspace):
+    """One side, its basis kept as whole numbers of 4 or 8 bits and decoded at every use.
+
+    In blocks of 256 numbers, `p = step (code - zero)`, with the range of a block, which always holds 0, cut into
+    `2^bits - 1` steps. What it stands for is the decoded basis in every respect; that one is orthonormal no more.
+
+    Args:
+        codes: uint8 `(blocks, 256 bits / 8)`; at 4 bits two numbers in each, the first in the lower half.
+        step: `(blocks,)`, of the dtype of the basis.
+        zero: uint8 `(blocks,)`, the code of 0.
+        sizes: `(length of the basis, rank, the other side of the weight, 1 for the input side)`.
+
+    Reference: Q-GaLore arXiv 2407.08296 (blocks of 256, uniform codes with a zero point).
+    """
+
+    codes: Tensor
+    step: Tensor
+    zero: Tensor
+    sizes: tuple[int, int, int, int]
+
+    @classmethod
+    def of(cls, subspace: "Left | Right", bits: int) -> "Coded":
+        """The nearest codes of a subspace of one side.
+
+        Args:
+            bits: 4 or 8.
+        """
+        right = isinstance(subspace, Right)
+        basis, other = subspace.basis, subspace.m if isinstance(subspace, Right) else subspace.n
+        blocks = -(-basis.numel() // BLOCK)
+        # in at least float32: there, and not in 16 bits, a step is exact enough to count by
+        flat = basis.flatten().to(torch.promote_types(basis.dtype, torch.float32))
+        numbers = torch.zeros(blocks * BLOCK, dtype=flat.dtype, device=flat.device)
+        numbers[: flat.numel()] = flat
+        numbers = numbers.view(blocks, BLOCK)
+        low, high = numbers.amin(1).clamp_max(0), numbers.amax(1).clamp_min(0)
+        step = ((high - low) / (2**bits - 1)).to(basis.dtype)  # as it is kept
+        usable = torch.where(step > 0, step, torch.ones_like(step)).to(flat)[:, None]
+        zero = (-low[:, None] / usable).round().clamp(0, 2**bits - 1)
+        codes = (numbers / usable + zero).round().clamp(0, 2**bits - 1).to(torch.uint8)
+        if bits == 4:
+            codes = codes[:, ::2] | (codes[:, 1::2] << 4)
+        length, rank = basis.shape
+        sizes = (length, rank, other, int(right))
+        return cls(codes.contiguous(), step, zero[:, 0].to(torch.uint8), sizes)
+
+    @property
+    def bits(self) -> int:
+        """Of each number."""
+        return 8 * self.codes.shape[1] // BLOCK
+
+    @property
+    def basis(self) -> Tensor:
+        """The basis that the codes stand for, `(n, r)` or `(m, r)`."""
+        codes, (length, rank) = self.codes, self.sizes[:2]
+        if self.bits == 4:
+            codes = torch.stack((codes & 15, codes >> 4), dim=2).flatten(1)
+        wide = torch.promote_types(self.step.dtype, torch.float32)
+        numbers = (codes.to(wide) - self.zero.to(wide)[:, None]) * self.step.to(wide)[:, None]
+        return numbers.flatten()[: length * rank].view(length, rank).to(self.step.dtype)
+
+    @property
+    def plain(self) -> Left | Right:
+        """The subspace that the codes stand for."""
+        return Right(self.basis, self.sizes[2]) if self.sizes[3] else Left(self.basis, self.sizes[2])
+
+    @property
+    def channel(self) -> int:  # type: ignore[override]
+        return -1 if self.sizes[3] else -2
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        length, _, other, right = self.sizes
+        return (other, length) if right else (length, other)
+
+    @property
+    def coords_shape(self) -> tuple[int, ...]:
+        _, rank, other, right = self.sizes
+        return (other, rank) if right else (rank, other)
+
+    def project(self, grad: Tensor) -> Tensor:
+        return self.plain.project(grad)
+
+    def apply(self, x: Tensor, coords: Tensor) -> Tensor:
+        return self.plain.apply(x, coords)
+
+    def outer(self, coords: Tensor, rows: Rows = slice(None)) -> tuple[Tensor, Tensor]:
+        return self.plain.outer(coords, rows)
+
+    def factors(self, x: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:
+        return self.plain.factors(x, coords)
+
+    def dual(self, coords: Tensor) -> Tensor:
+        return self.plain.dual(coords)
+
+    def change_from(self, old: Subspace) -> Change | None:
+        return self.plain.change_from(old.plain if isinstance(old, Coded) else old)
+
+    def tensors(self) -> dict[str, Tensor]:
+        sizes = torch.tensor(self.sizes)
+        return {"codes": self.codes, "step": self.step, "zero": self.zero, "sizes": sizes}
+
+
 def rebuild(kind: str, tensors: dict[str, Tensor]) -> Subspace:
     """A subspace from its kind's name and `tensors()`.
 
@@ -434,4 +542,7 @@ def rebuild(kind: str, tensors: dict[str, Tensor]) -> Subspace:
         return TwoSided(tensors["left"], tensors["right"])
     if kind == "Viewed":
         return Viewed(tensors["basis"], int(tensors["m"]), int(tensors["parts"]))
-    raise ValueError(f"'{kind}' is no kind of subspace; use Full, Right, Left, TwoSided or Viewed")
+    if kind == "Coded":
+        length, rank, other, right = tensors["sizes"].tolist()
+        return Coded(tensors["codes"], tensors["step"], tensors["zero"], (length, rank, other, right))
+    raise ValueError(f"'{kind}' is no kind of subspace; use Full, Right, Left, TwoSided, Viewed or Coded")

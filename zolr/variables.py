@@ -31,7 +31,7 @@ from zolr.held import (
 )
 from zolr.keys import Key
 from zolr.probes import Layout, Space, row_blocks
-from zolr.subspaces import Full, Left, Right, Subspace, TwoSided, Viewed
+from zolr.subspaces import Coded, Full, Left, Right, Subspace, TwoSided, Viewed
 
 Realization = Literal["auto", "side", "rebuild", "inplace"]
 REALIZATIONS = ("auto", "side", "rebuild", "inplace")
@@ -276,6 +276,10 @@ class Variable:
         """A basis of rows must not reach the padding row."""
         if self.frozen_row is None or isinstance(subspace, Full | Right | Viewed):
             return subspace
+        if isinstance(subspace, Coded):
+            plain = self.without_frozen_row(subspace.plain)
+            # a code for 0 is exact; the basis stays as it is where no row of it is the padding's
+            return Coded.of(plain, subspace.bits) if isinstance(plain, Left) else subspace
         basis = subspace.basis if isinstance(subspace, Left) else subspace.left  # type: ignore[union-attr]
         basis = basis.clone()
         basis[self.frozen_row] = 0
@@ -555,6 +559,8 @@ def _widened(subspace: Subspace, dtype: torch.dtype) -> Subspace:
         return TwoSided(subspace.left.to(dtype), subspace.right.to(dtype))
     if isinstance(subspace, Viewed):
         return Viewed(subspace.basis.to(dtype), subspace.m, subspace.parts)
+    if isinstance(subspace, Coded):
+        return _widened(subspace.plain, dtype)
     return subspace
 
 

@@ -7,6 +7,22 @@ from zolr.keys import Key
 from zolr.probes import Layout, Probe, Space
 
 
+def from_the_past(model, loss, batches, *, lr, reach):
+    """Points where gradients are taken, after each step; one gradient a step, and the way ahead is that of the step before."""
+    parameters = dict(model.named_parameters())
+    weights = {name: p.detach().clone() for name, p in parameters.items()}
+    ahead = weights
+    history = []
+    for batch in batches:
+        loss_at(model, loss, ahead, batch)
+        found = torch.autograd.grad(loss(model, batch), list(parameters.values()))
+        gradient = dict(zip(parameters, found, strict=True))
+        weights = {name: w - lr * gradient[name] for name, w in weights.items()}
+        ahead = {name: w - reach * gradient[name] for name, w in weights.items()}
+        history.append(dict(ahead))
+    return history
+
+
 def run(model, loss, batches, *, lr, reach, noise=False, seed=0):
     """Weights after each step; with `noise` the gradient is that at W + reach Z, Z standard normal."""
     parameters = dict(model.named_parameters())

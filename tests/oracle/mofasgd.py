@@ -8,7 +8,9 @@ def truncated(matrix, rank):
     return left[:, :rank], values[:rank], right[:rank].T
 
 
-def run(model, loss, batches, *, lr, rank, beta, factored, released=False, limit=5.0, share=0.25):
+def run(
+    model, loss, batches, *, lr, rank, beta, factored, released=False, limit=5.0, share=0.25, outside=0.0
+):
     """Weights after each step; `factored` names the matrices with a factored momentum."""
     parameters = dict(model.named_parameters())
     others = [p for name, p in parameters.items() if name not in factored]
@@ -30,6 +32,7 @@ def run(model, loss, batches, *, lr, rank, beta, factored, released=False, limit
                 else:
                     triples[name] = truncated(g, rank)
                 u, s, v = triples[name]
+                w -= lr * outside * (torch.eye(len(u)) - u @ u.T) @ g @ (torch.eye(len(v)) - v @ v.T)
                 if released:
                     w -= lr * share * u @ torch.diag(torch.clamp(1 / s, max=limit)) @ v.T
                 else:

@@ -45,7 +45,15 @@ DEFAULTS = {
 
 # Learning rate where neither the user nor the method's row has one for this optimizer (zo: the engine measures one)
 LEARNING_RATES = {
-    **{"sgd": 1e-2, "momentum": 1e-2, "averaged": 1e-2, "adamw": 2.5e-4, "adafactor": 2.5e-4, "muon": 2.5e-4},
+    **{
+        "sgd": 1e-2,
+        "momentum": 1e-2,
+        "averaged": 1e-2,
+        "optimistic": 1e-2,
+        "adamw": 2.5e-4,
+        "adafactor": 2.5e-4,
+        "muon": 2.5e-4,
+    },
     **{"adalomo": 1e-3, "flora": 1e-3, "mofasgd": 5e-4},
 }
 OTHER_OPTIMIZER = 2.5e-4
@@ -55,7 +63,7 @@ PARTS = (
     "projector", "rank", "refresh_every", "optimizer", "transport", "residual", "side",
     "probes", "eps", "law", "sides", "directions", "signs", "limit", "noise",
     "point", "reach", "blocks", "switch_every", "outside", "accumulate_in", "clip_by",
-    "tables", "scale",
+    "tables", "scale", "set",
 )  # fmt: skip
 
 RANK = 64  # `held.RANK`, without torch, which --help must not import
@@ -183,6 +191,12 @@ class Composition(TablePolicy):
     )
     scale: Annotated[float, Gt(0)] | None = flag(
         None, "Factor on the step that a dense method lifts (GaLore's alpha).", "Method", shown="the method's"
+    )
+    set: tuple[str, ...] = flag(
+        (),
+        "Any setting of any part, as PART.NAME=VALUE: residual.q=0.2, projector.granularity=8, scale=0.5 (`zolr methods NAME` "
+        "shows what a part has). May be repeated.",
+        "Method",
     )
     realization: Literal["auto", "side", "rebuild", "inplace"] = flag(
         "auto", "How a perturbation reaches a weight: auto, side, rebuild, inplace.", "Method"

@@ -395,7 +395,7 @@ def pretrain(
         lr=settings.lr
         if settings.lr is not None
         else METHODS[settings.method or "adamw"].lr.get(method.paradigm),
-        loss=loss,
+        loss=_objective(settings, model, on),
         select=settings.selection,
         seed=settings.seed,
         weight_decay=settings.weight_decay,
@@ -800,6 +800,23 @@ def _loss(settings: Pretrain, model: nn.Module, on: device, at: str | None = Non
     return loss
 
 
+def _objective(settings: Pretrain, model: Any, on: device, at: str | None = None) -> Callable[..., Any]:
+    """What training lowers: the loss of a batch, or, where a method must tell examples apart, that of each row."""
+    import torch
+
+    from zolr.models import lm_losses
+
+    if not settings.composed().private:
+        return _loss(settings, model, on, at)
+    low, kind = settings.compute == "bfloat16", at or on.type
+
+    def losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        with torch.autocast(kind, torch.bfloat16, enabled=low):
+            return lm_losses(model, batch)
+
+    return losses
+
+
 def _peak(settings: Pretrain, model: Any, on: device, known: dict[Pretrain, int]) -> int:
     """Predicted peak bytes of a step, seconds the first time; under mlm the loss is taken to see every token."""
     if settings in known:
@@ -815,7 +832,7 @@ def _peak(settings: Pretrain, model: Any, on: device, known: dict[Pretrain, int]
         max_length=settings.length,
         dtype=getattr(torch, settings.dtype),
         objective="lm",
-        loss=_loss(settings, model, on, "cpu"),
+        loss=_objective(settings, model, on, "cpu"),
         accumulation=settings.parts,
         checkpointing=settings.checkpointing or False,
         select=settings.selection,

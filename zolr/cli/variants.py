@@ -13,7 +13,8 @@ def variant(word: str, flag: str = "--methods") -> tuple[str, dict[str, Any]]:
     """The full name and the settings of `stiefel:fo@lr=1e-3`, checked.
 
     Args:
-        word: `NAME[:PARADIGM][@SETTING=VALUE]...`, settings spelled as those of `zolr finetune`.
+        word: `NAME[:PARADIGM][@SETTING=VALUE]...`, settings spelled as those of `zolr finetune`, or `PART.NAME` as for
+            its `--set`.
         flag: where the word was given, for errors.
 
     Returns:
@@ -35,6 +36,9 @@ def variant(word: str, flag: str = "--methods") -> tuple[str, dict[str, Any]]:
         key, equals, value = part.partition("=")
         if not equals:
             raise UsageError(f"{flag}: '{part}' in '{word}' is no setting; write it as @lr=1e-3")
+        if "." in key or key == "set":
+            own["set"] = (*own.get("set", ()), value if key == "set" else part)
+            continue
         try:
             own[key.replace("-", "_")] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:

@@ -39,8 +39,8 @@ class Lookahead:
         inner: whose gradient is taken.
         reach: factor on what is gone along, at least 0; 0 is `inner` itself.
         along: "gradient", g that of the same batches at `B`, which is kept and costs a second evaluation; or "noise", g
-            standard normal in the coordinates, which costs nothing. The variant with the gradient of the step before needs
-            state as large as the weights, which an estimator does not have.
+            standard normal in the coordinates, which costs nothing. For the gradient of the step before see optimizer
+            "optimistic": it is state, which an estimator does not have.
 
     Raises:
         UsageError: an argument out of range.

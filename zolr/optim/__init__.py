@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from zolr.optim.averaged import Averaged
 from zolr.optim.by_shape import ByShape
 from zolr.optim.factored import Factored
 from zolr.optim.mofasgd import MomentumFactorizedSgd
+from zolr.optim.optimistic import Optimistic
 from zolr.optim.portable import Portable
 
 ADAM_DEGREES = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
@@ -60,6 +62,15 @@ class OptimizerRule:
     def owns_rank(self) -> bool:
         """Whether the rule has subspaces of its own, whose rank is a setting of it."""
         return self.name in OPTIMIZERS and "rank" in OPTIMIZERS[self.name].settings
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """Names of its settings; the rate and the decay are the engine's."""
+        if self.name in PACKAGED:
+            cls: Any = _packaged(self.name)
+        else:
+            cls = OPTIMIZERS[self.name].cls if self.name in OPTIMIZERS else getattr(torch.optim, self.name)
+        return tuple(n for n in list(signature(cls).parameters)[1:] if n not in ("lr", "weight_decay"))
 
     def build(
         self, values: Sequence[nn.Parameter], lr: float, tables: Sequence[nn.Parameter] = ()
@@ -119,6 +130,7 @@ OPTIMIZERS: dict[str, Entry] = {
     "momentum": Entry(
         Portable, {"momentum": 0.9, "dampening": 0.9}, {"momentum_buffer": 1}, normalizes=False
     ),
+    "optimistic": Entry(Optimistic, degrees={"previous": 1}, normalizes=False),
     # fused: one kernel, and no temporaries as large as all values together, which foreach has
     "adamw": Entry(torch.optim.AdamW, FUSED, ADAM_DEGREES),
     # torch's own scales by the size of the parameter, which is zero where coordinates begin

@@ -17,13 +17,16 @@ class MomentumFactorizedSgd(torch.optim.Optimizer):
     spans turn by what lies in one of them. The sum has rank 2 r at most and is decomposed by two thin QR and one SVD of
     `2 r` by `2 r`, so no second matrix of the gradient's size is made. The first gradient gives the first triples. The
     step has singular values 1, and 0 for triples that hold nothing but rounding; as torch's Muon does it to be as large as
-    AdamW's, the rate is multiplied by `0.2 sqrt(max(m, n))`.
+    AdamW's, the rate is multiplied by `0.2 sqrt(max(m, n))`. What lies outside of both spans can be descended as it is:
+    `p -= lr outside (I - U Uᵀ) G (I - V Vᵀ)`.
 
     Args:
         lr: learning rate.
         rank: r, at least 1; capped at the shorter side.
         beta: memory of the momentum, in [0, 1).
         adjust: multiply the rate so.
+        outside: factor on the part of the gradient outside of both new spans (the paper's eta_2, with lr taken out); 0 leaves
+            it out, as every published run does.
         released: the step of the released code, `p -= lr share U diag(min(limit, 1/s)) Vᵀ` with 0 for s below 1e-4, at the
             bare rate, and its start, whose first triples are those of the weight.
         share: see `released`.
@@ -43,6 +46,7 @@ class MomentumFactorizedSgd(torch.optim.Optimizer):
         rank: int = 16,
         beta: float = 0.95,
         adjust: bool = True,
+        outside: float = 0.0,
         released: bool = False,
         share: float = 0.25,
         limit: float = 5.0,
@@ -52,9 +56,12 @@ class MomentumFactorizedSgd(torch.optim.Optimizer):
             raise UsageError(f"rank {rank!r} is not possible; use a whole number of at least 1")
         if not 0 <= beta < 1:
             raise UsageError(f"beta = {beta} is no memory of a momentum; use a number in [0, 1)")
+        if not 0 <= outside < float("inf"):
+            raise UsageError(f"outside = {outside} is no factor on a gradient; use a number of at least 0")
         super().__init__(
             params,
             {
+                "outside": outside,
                 **{"lr": lr, "rank": rank, "beta": beta, "adjust": adjust, "released": released},
                 **{"share": share, "limit": limit, "weight_decay": weight_decay},
             },
@@ -89,6 +96,9 @@ class MomentumFactorizedSgd(torch.optim.Optimizer):
                 else:
                     weights = (values > values[0] * max(p.shape) * torch.finfo(p.dtype).eps).to(p)
                     weights *= 0.2 * max(p.shape) ** 0.5 if group["adjust"] else 1.0
+                if group["outside"]:
+                    rest = p.grad - left @ (left.mT @ p.grad)
+                    p.sub_((rest - rest @ right @ right.mT).mul_(group["lr"] * group["outside"]))
                 p.addmm_(left * weights, right.mT, alpha=-group["lr"])
 
 

@@ -20,7 +20,7 @@ from zolr.projectors import (
     one_sided,
     working_dtype,
 )
-from zolr.subspaces import Left, Right, Subspace, TwoSided
+from zolr.subspaces import Coded, Left, Right, Subspace, TwoSided
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ class LazySvd(Svd, Patient):
     Args:
         threshold: in (0, 1].
         memory: number of cosines that are averaged, at least 1; before that many were seen, the gap stays.
+        bits: 4 or 8 keeps the basis in whole numbers of so many bits (see `subspaces.Coded`), for one side; None as it is.
+            Cosines are those of the bases that were kept.
 
     Raises:
         UsageError: a setting out of range.
@@ -105,18 +107,32 @@ class LazySvd(Svd, Patient):
 
     threshold: float = 0.4
     memory: int = 5
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.bits not in (None, 4, 8):
+            raise UsageError(f"bases cannot be kept in {self.bits!r} bits; use 4, 8 or none")
+        if self.bits is not None and self.side == "both":
+            raise UsageError(
+                f"a basis of {self.bits} bits has one side; use side 'short', or no bits for side 'both'"
+            )
         if not 0 < self.threshold <= 1 or self.memory < 1:
             raise UsageError(
                 f"threshold = {self.threshold}, memory = {self.memory} are out of range; use a threshold in (0, 1] and a "
                 "memory of at least 1"
             )
 
+    def draw(
+        self, shape: tuple[int, ...], key: Key, *, like: Tensor, gradient: Tensor | None = None, **_: Any
+    ) -> Subspace:
+        """Take the subspace of one weight from its gradient; see `Svd`."""
+        drawn = super().draw(shape, key, like=like, gradient=gradient)
+        return Coded.of(drawn, self.bits) if self.bits and isinstance(drawn, Left | Right) else drawn
+
     def likeness(self, before: Subspace, after: Subspace) -> Tensor:
         """Absolute cosine of the leading directions; the sign of a singular vector means nothing."""
-        return torch.linalg.vecdot(_first(before), _first(after)).abs()
+        return torch.cosine_similarity(_first(before), _first(after), dim=0).abs()
 
     def gap(self, gap: int, seen: Sequence[float]) -> int:
         """Twice as long where the last draws were alike."""
@@ -128,5 +144,5 @@ class LazySvd(Svd, Patient):
 def _first(subspace: Subspace) -> Tensor:
     if isinstance(subspace, TwoSided):
         return subspace.right[:, 0]
-    assert isinstance(subspace, Left | Right)  # the kinds that `svd` draws
+    assert isinstance(subspace, Left | Right | Coded)  # the kinds that are drawn
     return subspace.basis[:, 0]
