@@ -96,7 +96,8 @@ def test_every_row_runs_and_goes_on_after_a_kill_to_the_same_weights(
     )  # predictions have tests of their own, and take most of the time
     monkeypatch.setattr(verb_pretrain, "_predicted", lambda *_: None)
     wrong = {}
-    for name, paradigm in ROWS:
+    # every row by both verbs and for both kinds of models, but not all four ways, which take twice as long
+    for name, paradigm in ROWS[(verb == "pretrain") == (objective == "clm") :: 2]:
         row = METHODS[name]
         if verb == "pretrain" and row.adapter is not None:
             continue  # refused, see test_lora

@@ -422,7 +422,7 @@ def test_subspaces_of_other_kinds_or_weights_have_no_common_coordinates() -> Non
     subspaces = [make(6, 6, 2, 0) for make in KINDS.values()]
     for new in subspaces:
         for old in subspaces:
-            assert (new.change_from(old) is None) == (type(new) is not type(old))
+            assert (new.change_from(old) is None) == ((type(new), new.channel) != (type(old), old.channel))
     for make in KINDS.values():
         assert make(6, 5, 2, 0).change_from(make(7, 5, 2, 0)) is None
 
@@ -448,7 +448,7 @@ def test_a_full_space_has_any_number_of_axes(size: tuple[int, ...]) -> None:
 
 
 def test_an_unknown_kind_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="Diagonal.*Full, Right, Left, TwoSided or Viewed"):
+    with pytest.raises(ValueError, match="Diagonal.*Full, Right, Left, TwoSided, Viewed or Coded"):
         rebuild("Diagonal", {})
 
 

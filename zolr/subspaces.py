@@ -519,7 +519,7 @@ class Coded(Subspace):
         return self.plain.dual(coords)
 
     def change_from(self, old: Subspace) -> Change | None:
-        return self.plain.change_from(old.plain if isinstance(old, Coded) else old)
+        return self.plain.change_from(old.plain) if isinstance(old, Coded) else None
 
     def tensors(self) -> dict[str, Tensor]:
         sizes = torch.tensor(self.sizes)
