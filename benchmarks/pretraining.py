@@ -588,6 +588,9 @@ def main() -> None:
     found = results["groups"].setdefault(group, {"runs": {}})
     runs = found["runs"]
     begun = time.monotonic()
+    if not options.table:
+        found["conditions"] = {p: version(p) for p in ("zolr", "torch", "transformers")}
+        found["conditions"] |= {**asdict(protocol), "grid": GRID, "device": device_name(options.device)}
     if options.estimates:
         prepared(options.model, protocol)
         case = dict(model=options.model, seed=0, rank=rank, steps=options.steps or 60, lr=1e-2)
@@ -597,8 +600,6 @@ def main() -> None:
         return
     if not options.table:
         prepared(options.model, protocol)
-        found["conditions"] = {p: version(p) for p in ("zolr", "torch", "transformers")}
-        found["conditions"] |= {**asdict(protocol), "grid": GRID, "device": device_name(options.device)}
         for _ in range(options.most if options.most is not None else sys.maxsize):
             left = None if options.seconds is None else options.seconds - (time.monotonic() - begun)
             following = next(missing(runs, rows), None)
