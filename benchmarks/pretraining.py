@@ -506,6 +506,7 @@ def draw(runs: dict[str, Any], rows: Sequence[str], path: Path, title: str) -> N
     from matplotlib.figure import Figure
 
     from zolr.cli.picture import COLORS, MARKERS
+    from zolr.cli.plot import _counts, _plain_ticks
 
     figure = Figure(figsize=(13.5, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -532,9 +533,11 @@ def draw(runs: dict[str, Any], rows: Sequence[str], path: Path, title: str) -> N
         axes.set_xlabel(x)
         axes.set_ylabel("held-out perplexity")
         axes.set_yscale("log")
+        _plain_ticks(axes.yaxis)
         axes.grid(color="0.9", linewidth=0.8, which="both")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
+    _counts(curves)
     figure.legend(*curves.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     figure.suptitle(title, fontweight="bold")
     figure.savefig(path, dpi=150)
@@ -585,6 +588,9 @@ def main() -> None:
     found = results["groups"].setdefault(group, {"runs": {}})
     runs = found["runs"]
     begun = time.monotonic()
+    if not options.table:
+        found["conditions"] = {p: version(p) for p in ("zolr", "torch", "transformers")}
+        found["conditions"] |= {**asdict(protocol), "grid": GRID, "device": device_name(options.device)}
     if options.estimates:
         prepared(options.model, protocol)
         case = dict(model=options.model, seed=0, rank=rank, steps=options.steps or 60, lr=1e-2)
@@ -594,8 +600,6 @@ def main() -> None:
         return
     if not options.table:
         prepared(options.model, protocol)
-        found["conditions"] = {p: version(p) for p in ("zolr", "torch", "transformers")}
-        found["conditions"] |= {**asdict(protocol), "grid": GRID, "device": device_name(options.device)}
         for _ in range(options.most if options.most is not None else sys.maxsize):
             left = None if options.seconds is None else options.seconds - (time.monotonic() - begun)
             following = next(missing(runs, rows), None)

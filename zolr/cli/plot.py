@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
@@ -107,12 +108,14 @@ class Traced:
     evaluations: Sequence[Mapping[str, Any]]
     diagnoses: Sequence[Mapping[str, Any]]
 
+    @cached_property
+    def spent(self) -> dict[int, Mapping[str, Any]]:
+        """The line of each step."""
+        return {line["step"]: line for line in self.steps}
+
     def at(self, step: int, axis: str) -> float:
         """What has been spent after a step."""
-        if not hasattr(self, "_spent"):
-            object.__setattr__(self, "_spent", {line["step"]: line for line in self.steps})
-        line: Mapping[str, Any] = getattr(self, "_spent").get(step, {})  # noqa: B009
-        return float(line.get(AXES[axis][0], 0.0))
+        return float(self.spent.get(step, {}).get(AXES[axis][0], 0.0))
 
 
 def traced(folder: Path) -> Traced:
