@@ -16,7 +16,7 @@ FLOORS: dict[str, int] = {
             ("subspaces", "probes", "spectra", "factored", "held", "distributed"),
             ("variables", "projectors", "estimators", "transports", "residuals", "layers", "optim"),
             ("methods", "tuning", "dense", "compiled", "engine"),
-            ("tasks", "models", "lora", "memory", "checkpoints", "training", "adapters"),
+            ("tasks", "models", "lora", "memory", "checkpoints", "training", "adapters", "sharded"),
             ("cli",),
         )
     )
