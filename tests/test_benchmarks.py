@@ -122,3 +122,10 @@ def test_the_benchmark_of_all_methods_goes_on_where_it_stopped(tmp_path: Path) -
     before = output.read_text()
     assert "finetune/adamw:fo" in ran("methods.py", *arguments)
     assert json.loads(output.read_text()) == json.loads(before)
+
+
+def test_the_page_on_scaling_shows_what_its_script_prints() -> None:
+    page = (BENCHMARKS.parent / "docs" / "scaling.md").read_text()
+    assert ran("scaling.py").strip() in page
+    more = json.loads(ran("scaling.py", "--json", "--inside", 900.0))
+    assert len(more) == page.count("| yes |") + page.count("| no |")
