@@ -214,9 +214,10 @@ class Coordinator:
                 answers[answer["task"]][worker] = float(answer["slope"])
             missing = {(w, t) for w, t in missing if w in self.links}
         self.counts["late or lost"] += len(missing)
-        slopes = {
+        reduced = {
             task: self.reduce(list(seen.values())) for task, seen in answers.items() if len(seen) >= QUORUM
         }
+        slopes = {task: slope for task, slope in reduced.items() if math.isfinite(slope)}
         if not slopes:
             return
         self.model.apply(step, slopes)
