@@ -171,3 +171,10 @@ def test_the_pretraining_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
         full["state_bytes"] > 2 * full["weight_bytes"] > 2 * drawn["state_bytes"] * 0.5
     )  # two moments a weight
     assert "adamw" in told and page.read_text().count("\n") == 4 and picture.stat().st_size > 20_000
+
+
+def test_the_page_on_scaling_shows_what_its_script_prints() -> None:
+    page = (BENCHMARKS.parent / "docs" / "scaling.md").read_text()
+    assert ran("scaling.py").strip() in page
+    more = json.loads(ran("scaling.py", "--json", "--inside", 900.0))
+    assert len(more) == page.count("| yes |") + page.count("| no |")

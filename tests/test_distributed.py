@@ -3,9 +3,12 @@
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,11 +18,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from zolr import sharded as shards
 from zolr.distributed import Processes, Share, Team, digest
 from zolr.engine import Engine
-from zolr.errors import PeerLostError, PeersDifferError, UsageError
+from zolr.errors import PeerLostError, PeersDifferError, StorageError, UsageError
 from zolr.estimators import mean_loss, setting
 from zolr.methods import METHODS, Method, compose
 from zolr.training import train
@@ -210,6 +217,62 @@ def bad_batch(team: Team | None) -> dict[str, Tensor]:
     return found
 
 
+@case
+def sharded(team: Team | None) -> dict[str, Tensor]:
+    """Weights in pieces (several processes), or held (one): coordinates, and the weights as a plain file has them."""
+    found = {}
+    for paradigm in ("zo", "fo"):
+        model = Small(torch.float64)
+        if team is not None:
+            mesh = init_device_mesh("cpu", (team.size,))
+            for part in (model.embedding, model.inner, model):
+                fully_shard(part, mesh=mesh)
+        method = composed("stiefel", paradigm, optimizer="adamw")
+        engine = Engine(model, method, lr=1e-2, loss=loss, seed=3, hold=True, realization="side", team=team)
+        for step in range(STEPS):
+            assert not engine.step(batches(step)).skipped
+        for variable in engine.variables:
+            found[f"{paradigm} {variable.name} value"] = variable.value.detach().clone()
+            if team is None:
+                weight = variable.value if variable.stack is None else variable.weight.data
+                if variable.stack is not None:
+                    left, right = variable.moved_by()
+                    weight = weight + left @ right.mT
+                found[f"{paradigm} {variable.name}"] = weight.detach().clone()
+        if team is not None:
+            with tempfile.TemporaryDirectory() as scratch:
+                folder = shards.save(Path(team.told(scratch)) / "model", engine)
+                plain = shards.consolidate(folder, Path(scratch) / "model.safetensors")
+                found |= {f"{paradigm} {name}": tensor for name, tensor in load_file(plain).items()}
+                _check_damage(folder)
+                team.wait()
+    return found
+
+
+def _check_damage(folder: Path) -> None:
+    """A shard with another byte is refused."""
+    copy = Path(f"{folder}-{os.getpid()}")
+    shutil.copytree(folder, copy)
+    path = copy / shards.shard_name(1)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StorageError, match="does not match its hash"):
+        shards.consolidate(copy, copy / "model.safetensors")
+
+
+def _uneven(team: Team) -> str:
+    """What is said when sharded weights meet micro-batches that ranks cannot share evenly."""
+    model = Small(torch.float32)
+    fully_shard(model, mesh=init_device_mesh("cpu", (team.size,)))
+    engine = Engine(model, composed("stiefel", "zo"), lr=1e-2, loss=loss, team=team)
+    try:
+        engine.step(batches(0, team.size + 1))
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
 # ---- what only several processes do -----------------------------------------------------------------------------------
 
 
@@ -298,6 +361,7 @@ def _worked(rank: int, size: int, port: int, folder: Path) -> None:
         "difference": _difference(team),
         "told": team.told(f"from {rank}"),
         "largest": team.largest(rank),
+        "uneven": _uneven(team),
     }
     _trained(engine_of(composed("galore", "fo"), team), folder / "streamed", 3)
     team.wait()
@@ -381,6 +445,18 @@ def test_gradients_are_those_of_one_process_to_rounding_and_equal_on_all_ranks(
         assert all(torch.equal(weights[key], first[key]) for weights in others), key
 
 
+def test_sharded_weights_need_batches_that_ranks_share_evenly(world: World) -> None:
+    for said in world.said:
+        assert f"{world.size + 1} micro-batches do not go evenly into {world.size} ranks" in said["uneven"]
+
+
+def test_forward_only_coordinates_of_sharded_weights_have_the_bits_of_one_process(world: World) -> None:
+    alone = sharded(None)
+    for weights in world.found("sharded"):
+        values = [key for key in alone if key.startswith("zo") and key.endswith("value")]
+        assert values and [key for key in values if not torch.equal(weights[key], alone[key])] == []
+
+
 def test_forward_only_steps_send_scalars_and_backprop_sends_coordinates(world: World) -> None:
     sent = world.said[0]["bytes"]
     ranks = world.size
@@ -422,7 +498,9 @@ def test_a_killed_rank_ends_all_others_and_names_itself(world: World) -> None:
     *others, killed = world.codes
     assert killed == -signal.SIGKILL
     assert others == [PeerLostError.exit_code] * (world.size - 1)
-    assert f"rank {world.size - 1} of the run is gone" in world.said[0]["killed"]
+    named = re.match(r"(?:rank|one of ranks) ([\d, ]+) of the run is gone", world.said[0]["killed"])
+    assert named and str(world.size - 1) in named[1].split(", "), world.said[0]["killed"]
+    assert "0" not in named[1].split(", ")
     assert "step 5 is saved in" in world.said[0]["killed"]
 
 

@@ -26,6 +26,7 @@ FLOORS: dict[str, int] = {
                 "training",
                 "adapters",
                 "diagnostics",
+                "sharded",
             ),
             ("cli",),
         )

@@ -258,7 +258,10 @@ class Processes(Team):
             yield
         except (RuntimeError, OSError) as error:  # gloo's, nccl's and the store's own are RuntimeErrors
             missing = self._missing()
-            who = f"rank {', '.join(map(str, missing))} of the run" if missing else "another rank of the run"
+            # a rank that waits for none of the lost ones hears of them late, and may not have answered yet
+            named = ", ".join(map(str, missing))
+            one = f"rank {named}" if len(missing) == 1 else f"one of ranks {named}"
+            who = f"{one} of the run" if missing else "another rank of the run"
             raise PeerLostError(
                 f"{who} is gone, or was silent for {self.timeout.total_seconds():g} s ({doing}); start all ranks again, with "
                 "--resume where the run has a checkpoint"

@@ -30,7 +30,7 @@ from zolr.estimators import (
 )
 from zolr.estimators.forward import Forward
 from zolr.estimators.spsa import Spsa
-from zolr.held import RANK, shapes
+from zolr.held import RANK, is_sharded, shapes
 from zolr.keys import Key
 from zolr.layers import blocks_of
 from zolr.methods import Method
@@ -288,6 +288,7 @@ class Engine:
             )
         self._fast = Compiled(self._loss_of, self.variables, self._trains) if compile else self._loss_of
         self._told = False  # that held weights have lost something
+        self._sharded = any(is_sharded(parameter) for parameter in model.parameters())
         self.base_lr = lr
         self._schedule = schedule
         self._scheduler: Any = None
@@ -338,7 +339,9 @@ class Engine:
         held = [v for v in self.variables if v.held]
         if not held:
             return
-        first = f"weight '{held[0].name}' is never written (quantized, offloaded, or held on request)"
+        first = (
+            f"weight '{held[0].name}' is never written (quantized, offloaded, sharded, or held on request)"
+        )
         if self.weight_decay:
             raise UsageError(
                 f"{first}, so it cannot decay; leave out weight_decay = {self.weight_decay}, or train plain weights"
@@ -565,6 +568,11 @@ class Engine:
         """
         if not batches:
             raise UsageError("a step needs at least one batch")
+        if self.team.spread == "batches" and len(batches) % self.team.size and self._sharded:
+            raise UsageError(
+                f"{len(batches)} micro-batches do not go evenly into {self.team.size} ranks, which put sharded weights "
+                "together in step with each other; use a multiple"
+            )
         wanted = self.method.paradigm == "fo"
         before = self.model.training
         with self._mode(wanted, before), self._whole_or_nothing():
@@ -1205,7 +1213,7 @@ class Engine:
             result[v.name] = torch.stack([digest(p).cpu() * (2 * i + 1) for i, p in enumerate(parts)]).sum()
         if all_weights:
             for name, parameter in self.model.named_parameters():
-                if name not in result and parameter.device.type != "meta":
+                if name not in result and parameter.device.type != "meta" and not is_sharded(parameter):
                     result[name] = digest(parameter.data).cpu()
         return result
 

@@ -1,7 +1,7 @@
 """Held weights: weights that a run never writes, and the low-rank sum that it keeps beside them.
 
-A weight is held because its numbers are coded (quantized), because they are not there between two uses (offloaded),
-or because the user wants an adapter. What closed windows have moved it by is a sum of products of thin factors, which
+A weight is held because its numbers are coded (quantized), because they are not there between two uses (offloaded, or
+sharded over ranks), or because the user wants an adapter. What closed windows have moved it by is a sum of products of thin factors, which
 stays one such product.
 """
 
@@ -136,6 +136,11 @@ def _is_bitsandbytes(module: nn.Module) -> bool:
     return cls.__module__.startswith("bitsandbytes.") and cls.__name__ in _BITSANDBYTES
 
 
+def is_sharded(weight: Any) -> bool:
+    """Whether a weight is a piece on every rank (fully_shard), and whole only inside the forward of what it belongs to."""
+    return type(weight).__name__ == "DTensor" and type(weight).__module__.startswith("torch.distributed.")
+
+
 def shape_of(module: nn.Module, parameter: str) -> tuple[int, ...]:
     """Shape of a weight as a matrix; four-bit codes are stored as one column of bytes."""
     weight = module._parameters[parameter]
@@ -218,6 +223,10 @@ def stand_in(module: nn.Module, parameter: str, dtype: torch.dtype) -> nn.Parame
             z = torch.cat([z, torch.zeros(1, shape[1])]).to(weight.device, dtype)
             out = type(module).forward(module, z).float()
             size = ((out[:-1] - out[-1]).square().mean() / shape[1]).sqrt()
+        elif is_sharded(weight):
+            loose, dtype = weight, weight.dtype
+            wide = torch.promote_types(dtype, torch.float32)
+            size = (loose.to(wide).square().sum().full_tensor() / max(1, weight.numel())).sqrt()
         else:
             dtype = weight.dtype
             total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=weight.device)

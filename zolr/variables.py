@@ -24,6 +24,7 @@ from zolr.held import (
     execution_device,
     is_decoded,
     is_packed,
+    is_sharded,
     keep_codes,
     opened,
     shape_of,
@@ -198,8 +199,9 @@ class Variable:
             return data if data.dtype == self.dtype else data.to(self.dtype)
         site = self.sites[0]
         with opened(site.module):
-            data = site.weight.data.t() if self.transposed else site.weight.data
-            return data.to(self.dtype, copy=True)
+            loose: Any = site.weight
+            data = loose.full_tensor() if is_sharded(loose) else loose.data
+            return (data.t() if self.transposed else data).detach().to(self.dtype, copy=True)
 
     @property
     def is_full(self) -> bool:
@@ -210,6 +212,11 @@ class Variable:
     def offloaded(self) -> bool:
         """Whether the weight is away between two uses."""
         return any(site.weight.device.type == "meta" for site in self.sites)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether every rank has a piece of the weight."""
+        return any(is_sharded(site.weight) for site in self.sites)
 
     @property
     def is_embedding(self) -> bool:
@@ -635,11 +642,16 @@ class Variables(list[Variable]):
 def _kind(module: nn.Module, parameter: str) -> Kind:
     """How a module uses a parameter; subclasses of the known types may do anything, so only exact types count."""
     if parameter == "weight":
-        if type(module) is nn.Linear or is_packed(module, parameter):
+        cls = type(module)
+        if [base.__name__ for base in cls.__bases__[:1]] == [
+            "FSDPModule"
+        ]:  # what fully_shard makes of a class
+            cls = cls.__bases__[1]
+        if cls is nn.Linear or is_packed(module, parameter):
             return "linear"
-        if type(module) is nn.Embedding and module.max_norm is None and not module.sparse:
-            return "embedding"
-        if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        if isinstance(module, nn.Embedding) and cls is nn.Embedding:
+            return "embedding" if module.max_norm is None and not module.sparse else "other"
+        if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
             return "conv1d"
     return "other"
 
@@ -750,7 +762,9 @@ def _with_side(
 def _readable(module: nn.Module, parameter: str) -> bool:
     """Whether the numbers of a weight are there, and are what the module computes with."""
     weight = module._parameters[parameter]
-    return weight is not None and not is_packed(module, parameter) and weight.device.type != "meta"
+    if weight is None or is_packed(module, parameter) or is_sharded(weight):
+        return False
+    return weight.device.type != "meta"
 
 
 def attach(
@@ -851,7 +865,8 @@ def _check_held(sites: Sequence[Site], realization: Realization, wanted: bool) -
     readable = all(_readable(*place) for place in places)
     if readable and not wanted:
         return
-    why = "is held" if readable else "is quantized" if is_packed(*places[0]) else "is offloaded"
+    away = "is sharded" if is_sharded(sites[0].weight) else "is offloaded"
+    why = "is held" if readable else "is quantized" if is_packed(*places[0]) else away
     if realization == "inplace" or (realization == "rebuild" and not readable):
         raise UsageError(
             f"weight '{name}' {why}, so realization '{realization}' cannot reach it; use 'auto' or 'side'"
