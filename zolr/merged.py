@@ -57,7 +57,7 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         kept, coords, weight, basis = ctx.saved_tensors
         rows = grads[0].reshape(-1, grads[0].shape[-1])  # (T, m)
         of_x = of_coords = None

@@ -76,6 +76,8 @@ class Method:
         clipping: how a dense method, which has one gradient at a time, clips by their norm together: "last" (by the norm of
             the step before, at no cost; the first step as "twice") or "twice" (by their own norm, from a backward pass
             more). Other methods have all gradients at once and clip exactly.
+        ranks: `(part of a weight's name, rank)`: weights whose subspaces have another rank than the projector says. The
+            first part that a name contains counts.
 
     Raises:
         UsageError: parts that cannot work together.
@@ -94,6 +96,7 @@ class Method:
     accumulate: Literal["dense", "coordinates"] = "dense"
     clipping: Literal["last", "twice"] = "last"
     tables: Literal["full", "subspace", "frozen"] | None = None
+    ranks: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         every = self.refresh_every
@@ -117,6 +120,8 @@ class Method:
             )
         if self.dense and self.paradigm != "fo":
             raise UsageError(f"paradigm '{self.paradigm}' gives no dense gradient; use --paradigm fo")
+        for _, rank in self.ranks:
+            _with(self.projector, f"projector '{key_of(PROJECTORS, self.projector)}'", rank=rank)  # checks it
         self._check_residual()
         self._check_streams()
         if self.private and self.projector.learns_from == "inputs":
@@ -186,6 +191,11 @@ class Method:
     def paradigm(self) -> str:
         """ "fo" (backprop), "zo" (forward only) or "fwd" (forward mode)."""
         return self.estimator.paradigm
+
+    def projector_of(self, name: str) -> Projector:
+        """The projector of the weight of this name, with the rank that `ranks` has for it."""
+        rank = next((rank for part, rank in self.ranks if part in name), None)
+        return self.projector if rank is None else changed(self.projector, rank=rank)
 
     @property
     def private(self) -> bool:
@@ -950,12 +960,14 @@ def compose(
     accumulate_in: str | None = None,
     clip_by: str | None = None,
     tables: str | None = None,
+    ranks: str | Mapping[str, int] | None = None,
 ) -> Method:
     """A row of METHODS with some of its parts or settings replaced.
 
     Args:
         method: name of a row; "stiefel" when not given.
         paradigm: "fo", "zo" or "fwd"; the row's default when not given.
+        ranks: ranks of single weights by parts of their names, as a mapping or as `q_proj=16,mlp=64`.
 
     Raises:
         UsageError: an unknown name (with the nearest known one), or a setting that the part does not have.
@@ -1035,6 +1047,8 @@ def compose(
                 f"method '{row.name}' trains its adapter and no embedding or head, so tables '{tables}' cannot be; leave it out"
             )
         result = replace(result, tables=tables)  # pyright: ignore[reportArgumentType]
+    if ranks is not None:
+        result = replace(result, ranks=_ranks(ranks))
     if accumulate_in is not None:
         result = replace(result, accumulate=accumulate_in)  # pyright: ignore[reportArgumentType]
     if clip_by is not None:
@@ -1057,6 +1071,21 @@ def compose(
             raise UsageError("refresh_every means nothing for projector 'identity'; leave it out")
         result = replace(result, refresh_every=refresh_every)
     return result
+
+
+def _ranks(given: str | Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    """Pairs of `q_proj=16,mlp=64`, or of a mapping."""
+    if not isinstance(given, str):
+        return tuple(given.items())
+    found = []
+    for pair in given.split(","):
+        part, _, rank = pair.partition("=")
+        if not part.strip() or not rank.strip().isdecimal():
+            raise UsageError(
+                f"ranks '{given}': '{pair}' is no NAME=RANK; write parts of weights' names, such as q_proj=16,mlp=64"
+            )
+        found.append((part.strip(), int(rank)))
+    return tuple(found)
 
 
 _ABSENT = object()

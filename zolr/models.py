@@ -973,7 +973,7 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         of_hidden, of_leaves = ctx.found
         del ctx.found  # it may be large, and comes once
         scaled = [None if g is None else g.mul_(grads[0].to(g.dtype)) for g in (of_hidden, *of_leaves)]
