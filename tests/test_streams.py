@@ -445,6 +445,21 @@ def test_pretraining_resumed_is_pretraining_uninterrupted(method, corpus, tmp_pa
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+ROWS = "stiefel:fo dependent:fo galore:fo gum:fo mofasgd:fo adalomo:fo badam:fo muon:fo stiefel:fwd mezo:zo"
+
+
+@pytest.mark.slow
+def test_rows_of_every_kind_pretrain_with_clipping_decay_and_accumulation(corpus, tmp_path, capsys):
+    for row in ROWS.split():
+        name, paradigm = row.split(":")
+        given = ["--method", name, "--paradigm", paradigm, "--steps", "2", "--hidden-size", "40"]
+        given += ["--clip", "1", "--accumulate", "2", "--weight-decay", "0.01", "--eval-rows", "2"]
+        code = pretrained(tmp_path / row.replace(":", "-"), corpus, *given)
+        out, err = capsys.readouterr()
+        assert code == 0, (name, paradigm, err)
+        assert json.loads(out)["steps"] == 2 and json.loads(out)["paradigm"] == paradigm
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",

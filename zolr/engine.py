@@ -279,6 +279,15 @@ class Engine:
         self._projected = lambda n, p: method.tables == "subspace" if n in own else projected(n, p)
         self._check_rank(model, lambda name, p: predicate(name, p) and self._projected(name, p))
         self.variables = attach(model, predicate, realization, hold=hold, cap=hold_rank)
+        for part, _ in method.ranks:
+            if not any(
+                part in v.name and not isinstance(self._projector(v), Identity) for v in self.variables
+            ):
+                detach(model, self._trainable)
+                raise UsageError(
+                    f"ranks: no projected weight has '{part}' in its name; there are "
+                    f"{', '.join(sorted({v.name.removesuffix('.weight').split('.')[-1] for v in self.variables}))}"
+                )
         self.active, self._period = self.variables, 0
         self.trained_share = sum(v.weight.numel() for v in self.variables) / total
         if compile and method.dense:
@@ -401,7 +410,7 @@ class Engine:
 
     def _projector(self, variable: Variable) -> Any:
         projected = len(variable.shape) == 2 and self._projected(variable.name, variable.weight)
-        return self.method.projector if projected else Identity()
+        return self.method.projector_of(variable.name) if projected else Identity()
 
     def _open_windows(self) -> None:
         """Draw the first subspace of every variable; those of a dense method wait for the first gradient."""

@@ -226,7 +226,7 @@ def stand_in(module: nn.Module, parameter: str, dtype: torch.dtype) -> nn.Parame
         elif is_sharded(weight):
             loose, dtype = weight, weight.dtype
             wide = torch.promote_types(dtype, torch.float32)
-            size = (loose.to(wide).square().sum().full_tensor() / max(1, weight.numel())).sqrt()
+            size = (loose.to(wide).square().sum().full_tensor() / max(1, weight.numel())).sqrt()  # pyright: ignore[reportAttributeAccessIssue]
         else:
             dtype = weight.dtype
             total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=weight.device)

@@ -79,6 +79,8 @@ class Method:
         clipping: how a dense method, which has one gradient at a time, clips by their norm together: "last" (by the norm of
             the step before, at no cost; the first step as "twice") or "twice" (by their own norm, from a backward pass
             more). Other methods have all gradients at once and clip exactly.
+        ranks: `(part of a weight's name, rank)`: weights whose subspaces have another rank than the projector says. The
+            first part that a name contains counts.
 
     Raises:
         UsageError: parts that cannot work together.
@@ -97,6 +99,7 @@ class Method:
     accumulate: Literal["dense", "coordinates"] = "dense"
     clipping: Literal["last", "twice"] = "last"
     tables: Literal["full", "subspace", "frozen"] | None = None
+    ranks: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         every = self.refresh_every
@@ -120,6 +123,8 @@ class Method:
             )
         if self.dense and self.paradigm != "fo":
             raise UsageError(f"paradigm '{self.paradigm}' gives no dense gradient; use --paradigm fo")
+        for _, rank in self.ranks:
+            _with(self.projector, f"projector '{key_of(PROJECTORS, self.projector)}'", rank=rank)  # checks it
         self._check_residual()
         self._check_streams()
         if self.private and self.projector.learns_from == "inputs":
@@ -189,6 +194,11 @@ class Method:
     def paradigm(self) -> str:
         """ "fo" (backprop), "zo" (forward only) or "fwd" (forward mode)."""
         return self.estimator.paradigm
+
+    def projector_of(self, name: str) -> Projector:
+        """The projector of the weight of this name, with the rank that `ranks` has for it."""
+        rank = next((rank for part, rank in self.ranks if part in name), None)
+        return self.projector if rank is None else changed(self.projector, rank=rank)
 
     @property
     def private(self) -> bool:
@@ -967,6 +977,7 @@ def compose(
     tables: str | None = None,
     scale: float | None = None,
     set: Sequence[str] = (),
+    ranks: str | Mapping[str, int] | None = None,
 ) -> Method:
     """A row of METHODS with some of its parts or settings replaced.
 
@@ -975,6 +986,7 @@ def compose(
         paradigm: "fo", "zo" or "fwd"; the row's default when not given.
         set: any setting of any part as "PART.NAME=VALUE" ("residual.q=0.2", "optimizer.betas=[0.9, 0.95]"), parts being
             estimator, projector, optimizer, transport, residual and blocks; or "scale=0.5", "projects=all", "dense=true".
+        ranks: ranks of single weights by parts of their names, as a mapping or as `q_proj=16,mlp=64`.
 
     Raises:
         UsageError: an unknown name (with the nearest known one), or a setting that the part does not have.
@@ -1054,6 +1066,8 @@ def compose(
                 f"method '{row.name}' trains its adapter and no embedding or head, so tables '{tables}' cannot be; leave it out"
             )
         result = replace(result, tables=tables)  # pyright: ignore[reportArgumentType]
+    if ranks is not None:
+        result = replace(result, ranks=_ranks(ranks))
     if accumulate_in is not None:
         result = replace(result, accumulate=accumulate_in)  # pyright: ignore[reportArgumentType]
     if scale is not None:
@@ -1154,6 +1168,21 @@ def _checked(word: str, now: Any, value: Any, build: Callable[[Any], Method]) ->
         return build(value)
     except TypeError as error:
         raise UsageError(f"set '{word}': {value!r} is not possible ({error}); give another value") from error
+
+
+def _ranks(given: str | Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    """Pairs of `q_proj=16,mlp=64`, or of a mapping."""
+    if not isinstance(given, str):
+        return tuple(given.items())
+    found = []
+    for pair in given.split(","):
+        part, _, rank = pair.partition("=")
+        if not part.strip() or not rank.strip().isdecimal():
+            raise UsageError(
+                f"ranks '{given}': '{pair}' is no NAME=RANK; write parts of weights' names, such as q_proj=16,mlp=64"
+            )
+        found.append((part.strip(), int(rank)))
+    return tuple(found)
 
 
 _ABSENT = object()

@@ -63,7 +63,7 @@ PARTS = (
     "projector", "rank", "refresh_every", "optimizer", "transport", "residual", "side",
     "probes", "eps", "law", "sides", "directions", "signs", "limit", "noise",
     "point", "reach", "blocks", "switch_every", "outside", "accumulate_in", "clip_by",
-    "tables", "scale", "set",
+    "tables", "scale", "ranks", "set",
 )  # fmt: skip
 
 RANK = 64  # `held.RANK`, without torch, which --help must not import
@@ -110,6 +110,12 @@ class Composition(TablePolicy):
         None, "How subspaces are drawn: stiefel, gaussian, identity, ...", "Method", shown="the method's"
     )
     rank: int | None = flag(None, "Rank of the subspaces.", "Method", shown="the method's")
+    ranks: str | None = flag(
+        None,
+        "Ranks of single weights by parts of their names: q_proj=16,mlp=64; the first that fits counts.",
+        "Method",
+        shown="--rank everywhere",
+    )
     refresh_every: int | None = flag(None, "Steps a subspace lives.", "Method", shown="the method's")
     optimizer: str | None = flag(
         None, "sgd, momentum, adamw, muon, ..., or a class of torch.optim.", "Method", shown="the method's"
