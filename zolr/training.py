@@ -471,14 +471,10 @@ class _Run:
         kept = (*now.saved, (now.step, now.best_step))[-self.keep_last :]
         now = replace(now, saved=kept)
         state = self._sound(self.engine.state_dict())
-        if self.book is not None:
-            self.book.sync()  # on the disk no checkpoint is ahead of the journal
         self._check_there()
-        folder = checkpoints.save(
-            self.checkpoints / f"step-{now.step}", {"engine": state, "progress": asdict(now)}
-        )
+        whole = {"engine": state, "progress": asdict(now)}
+        checkpoints.save(self.checkpoints / f"step-{now.step}", whole, self._mark)
         self.progress = now
-        self._mark(checkpoints.digest_of(folder))
         checkpoints.prune(self.checkpoints, self.keep_last)
         self._forget_bests()
 
@@ -493,7 +489,7 @@ class _Run:
         return state
 
     def _mark(self, digest: str) -> None:
-        """Have the journal say what the weights are now, or compare."""
+        """Have the journal say what the weights are now, or compare; before a checkpoint says so too."""
         step = self.progress.step
         if self.book is None or "unrepeatable" in self.book.header:
             return
@@ -505,6 +501,7 @@ class _Run:
                 )
         elif not self.recorded:
             self.book.mark(digest)
+            self.book.sync()  # on the disk no checkpoint is ahead of the journal
             self.hashes[step] = digest
 
     def _check_there(self) -> None:
@@ -552,10 +549,8 @@ class _Run:
             self.in_memory = _on_host(self.engine.state_dict())
         else:
             self._check_there()
-            folder = checkpoints.save(
-                self.checkpoints / f"best-{step}", self._sound(self.engine.state_dict())
-            )
-            self._mark(checkpoints.digest_of(folder))
+            state = self._sound(self.engine.state_dict())
+            checkpoints.save(self.checkpoints / f"best-{step}", state, self._mark)
 
     def _forget_bests(self) -> None:
         """Remove best weights that neither this moment nor a checkpoint on disk refers to."""
