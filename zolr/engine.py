@@ -777,6 +777,8 @@ class Engine:
             )
             found = estimator.from_slopes(loss, slopes, self.active, key)
         seen = self._judged(Estimate(found.loss, found.slopes), [])
+        if made is not None:  # a journal that was given away has no losses
+            seen = replace(seen, loss=made.loss, finite=True)
         if self.ahead is not None and made is None:
             slopes = tuple(map(float, found.recorded.tolist()))
             self.ahead(
