@@ -243,7 +243,7 @@ def same(a: Any, b: Any) -> bool:
 # ---- replay -----------------------------------------------------------------------------------------------------------
 
 
-def replays(where: Path, steps: int = 200) -> dict[str, Any]:
+def replays(where: Path, steps: int = 60) -> dict[str, Any]:
     """Runs of all rows without backprop against their journals, and the size of 10,000 steps."""
     from zolr.methods import METHODS
 
