@@ -66,9 +66,9 @@ class Words(nn.Module):
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:
-    """Mean over the rows' tokens of the next one's."""
-    logits = model(batch["input_ids"])[:, :-1].float()
-    return nn.functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten())
+    """Of each row, the mean over its tokens of the next one's."""
+    logits = model(batch["input_ids"])[:, :-1].float().transpose(1, 2)
+    return nn.functional.cross_entropy(logits, batch["input_ids"][:, 1:], reduction="none").mean(1)
 
 
 def batches(step: int, rows: int = 8, length: int = 12, vocabulary: int = 61) -> list[dict[str, Tensor]]:
@@ -93,7 +93,7 @@ def course(engine: Engine, folder: Path, steps: int = STEPS, **more: Any) -> Non
 
     def evaluate() -> dict[str, float]:
         with torch.no_grad():
-            return {"accuracy": -float(loss(engine.model, batches(10_000)[0]))}
+            return {"accuracy": -float(loss(engine.model, batches(10_000)[0]).mean())}
 
     settings = {"eval_every": 10, "save_every": 6, "evaluate": evaluate, **more}
     train(engine, batches, steps=steps, folder=folder, **settings)
@@ -243,7 +243,7 @@ def same(a: Any, b: Any) -> bool:
 # ---- replay -----------------------------------------------------------------------------------------------------------
 
 
-def replays(where: Path, steps: int = 60) -> dict[str, Any]:
+def replays(where: Path, steps: int = 30) -> dict[str, Any]:
     """Runs of all rows without backprop against their journals, and the size of 10,000 steps."""
     from zolr.methods import METHODS
 

@@ -571,6 +571,7 @@ class Engine:
         estimator = method.estimator
         return (
             method.optimizer.name in ("sgd", "momentum")
+            and set(method.optimizer.settings) <= {"momentum", "dampening"}
             and isinstance(estimator, Spsa)
             and (estimator.law, estimator.directions, estimator.normalize) == ("rademacher", "fresh", False)
             and (estimator.probes == 1 or not any(v.space.blocked for v in self.variables))
