@@ -661,7 +661,7 @@ def _resident() -> int:
 # ---- threads ----------------------------------------------------------------------------------------------------------
 
 
-def threads(where: Path, steps: int = 30, width: int = 256) -> dict[str, Any]:
+def threads(where: Path, steps: int = 9, width: int = 256) -> dict[str, Any]:
     """Runs on one and on two threads: what is equal, and by how much weights differ that are not."""
     before = torch.get_num_threads()
     result: dict[str, Any] = {}
