@@ -71,6 +71,17 @@ def test_a_journal_replayed_is_the_run_bit_for_bit(
     assert again.step_count == live.step_count and again.base_lr == live.base_lr
 
 
+def test_a_journal_without_losses_is_as_good(tmp_path: Path) -> None:
+    live = run_of(tmp_path)
+    path = tmp_path / journal.NAME
+    found = journal.read(path)
+    path.write_bytes(journal.shared(found, found.header))
+    again, given = begin(), journal.read(path)
+    assert all(made.loss != made.loss for made in given.made) and given.hashes == found.hashes
+    assert journal.replay(again, given) == len(found.hashes)
+    assert checkpoints.digest(again.state_dict()) == checkpoints.digest(live.state_dict())
+
+
 def test_a_journal_leads_to_every_step(tmp_path: Path) -> None:
     run_of(tmp_path)
     found = journal.read(tmp_path / journal.NAME)

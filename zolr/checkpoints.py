@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Found:
     damaged: tuple[str, ...]
 
 
-def save(folder: str | Path, state: State) -> Path:
+def save(folder: str | Path, state: State, hashed: Callable[[str], None] | None = None) -> Path:
     """Write `state` as the checkpoint `folder`: aside first, flushed to the disk, then renamed.
 
     Tensors are written one after the other, so that saving needs the memory of one tensor at most. A folder of the same
@@ -70,6 +70,7 @@ def save(folder: str | Path, state: State) -> Path:
     Args:
         folder: the folder to create, by convention `RUN/checkpoints/step-N`.
         state: nested dicts, lists and tuples of tensors, numbers, strings, booleans and None.
+        hashed: told what `digest_of` will say, before the folder has its name.
 
     Raises:
         StorageError: the folder cannot be written, or `state` holds something else.
@@ -88,6 +89,8 @@ def save(folder: str | Path, state: State) -> Path:
         manifest = {"format": FORMAT, "zolr": zolr.__version__, "files": files, "tree": tree}
         write_text(aside / _MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}))
         _sync_folder(aside)
+        if hashed is not None:
+            hashed(digest)
         replaced = folder.with_name(f".{folder.name}.old-{os.getpid()}")
         if folder.exists():
             os.rename(folder, replaced)

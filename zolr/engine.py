@@ -612,6 +612,7 @@ class Engine:
         estimator = method.estimator
         return (
             method.optimizer.name in ("sgd", "momentum")
+            and set(method.optimizer.settings) <= {"momentum", "dampening"}
             and isinstance(estimator, Spsa)
             and (estimator.law, estimator.directions, estimator.normalize) == ("rademacher", "fresh", False)
             and (estimator.probes == 1 or not any(v.space.blocked for v in self.variables))
@@ -830,6 +831,8 @@ class Engine:
             found = cast(Repeatable, estimator).from_slopes(loss, slopes, self.active, key)
         ahead = self.ahead if made is None else None
         seen = self._judged(Estimate(found.loss, found.slopes), record=found.recorded if ahead else None)
+        if made is not None:  # a journal that was given away has no losses
+            seen = replace(seen, loss=made.loss, finite=True)
         if ahead is not None:
             ahead(Made(seen.loss, lr, seen.record, forwards, **self._told_ahead, skipped=not seen.finite))
         if not seen.finite:

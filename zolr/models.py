@@ -234,7 +234,12 @@ def load_model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model, report = auto.from_pretrained(
-                source, config=config, dtype=dtype, output_loading_info=True, **options
+                source,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                use_safetensors=None if trust_remote_code else True,  # the other format is a pickle
+                **options,
             )
     missing = sorted(report["missing_keys"])
     if missing and kind == "lm":
@@ -648,6 +653,11 @@ def _plain_errors(name: str, remote: bool) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             raise UsageError(
                 f"model '{name}' brings Python code of its own; read it, then allow it with trust_remote_code"
+            ) from error
+        if ".safetensors" in reason:
+            raise DataError(
+                f"model '{name}' has no safetensors; its weights are in a format that can run code: convert them, or allow "
+                f"it with trust_remote_code ({reason})"
             ) from error
         if not remote:
             raise DataError(f"model folder '{name}' cannot be read: {reason}") from error

@@ -527,13 +527,9 @@ class _Run:
         now = replace(now, saved=kept)
         if self.writes:
             state = self._sound(self.engine.state_dict())
-            if self.book is not None:
-                self.book.sync()  # on the disk no checkpoint is ahead of the journal
             self._check_there()
-            folder = checkpoints.save(
-                self.checkpoints / f"step-{now.step}", {"engine": state, "progress": asdict(now)}
-            )
-            self._mark(checkpoints.digest_of(folder))
+            whole = {"engine": state, "progress": asdict(now)}
+            checkpoints.save(self.checkpoints / f"step-{now.step}", whole, self._mark)
             checkpoints.prune(self.checkpoints, self.keep_last)
         self.progress = now
         self._forget_bests()
@@ -549,7 +545,7 @@ class _Run:
         return state
 
     def _mark(self, digest: str) -> None:
-        """Have the journal say what the weights are now, or compare."""
+        """Have the journal say what the weights are now, or compare; before a checkpoint says so too."""
         step = self.progress.step
         if self.book is None or "unrepeatable" in self.book.header:
             return
@@ -561,6 +557,7 @@ class _Run:
                 )
         elif not self.recorded:
             self.book.mark(digest)
+            self.book.sync()  # on the disk no checkpoint is ahead of the journal
             self.hashes[step] = digest
 
     def _check_there(self) -> None:
@@ -608,10 +605,8 @@ class _Run:
             self.in_memory = _on_host(self.engine.state_dict())
         elif self.writes:
             self._check_there()
-            folder = checkpoints.save(
-                self.checkpoints / f"best-{step}", self._sound(self.engine.state_dict())
-            )
-            self._mark(checkpoints.digest_of(folder))
+            state = self._sound(self.engine.state_dict())
+            checkpoints.save(self.checkpoints / f"best-{step}", state, self._mark)
 
     def _forget_bests(self) -> None:
         """Remove best weights that neither this moment nor a checkpoint on disk refers to."""

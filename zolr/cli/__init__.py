@@ -77,6 +77,8 @@ def _main(arguments: list[str]) -> int:
         _check_ranks(arguments)
         code = command.main(args=arguments, prog_name="zolr", standalone_mode=False)
         sys.stdout.flush()
+        if code == INTERRUPTED + signal.SIGINT:  # what typer makes of a KeyboardInterrupt
+            print("interrupted by SIGINT; nothing was begun that could be saved", file=sys.stderr)
         return code if isinstance(code, int) else 0
     except BrokenPipeError:  # the reader of our output has left (`zolr methods | head`): nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -152,18 +154,14 @@ def _app(arguments: list[str]) -> typer.Typer:
 
 def explained(error: Exception) -> tuple[int, str]:
     """Exit code and message of an error."""
+    from zolr.cli.budget import is_out_of_memory
+
     usage = typer.BadParameter.__bases__[0]  # typer does not export the class of its own usage errors
     if isinstance(error, ZolrError):
         return error.exit_code, f"{'' if error.exit_code > INTERRUPTED else 'error: '}{error}"
-    if type(error).__name__ == "Abort":  # what typer makes of a KeyboardInterrupt
-        return INTERRUPTED + signal.SIGINT, "interrupted by SIGINT; nothing was begun that could be saved"
     if isinstance(error, usage):
         return 2, f"error: {error.format_message()}"  # pyright: ignore[reportAttributeAccessIssue]
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    ):
+    if is_out_of_memory(error):
         advice = "try a smaller --batch-size or --max-length, --checkpointing, or --paradigm zo"
         return 7, f"error: out of memory; {advice} ({error})"
     if isinstance(error, OSError) and error.filename is not None:

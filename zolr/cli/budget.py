@@ -192,6 +192,51 @@ def plan(
     )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is the lack of memory, of the host or of a device."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+
+
+def advice(
+    peak_at: Callable[[Way], int], asked: Way, paradigm: str, there: int | None, error: BaseException
+) -> BudgetError:
+    """The error for a step that ran out of memory, with the fastest way to take it whose predicted peak fits.
+
+    Args:
+        peak_at, asked, paradigm: as for `plan`.
+        there: bytes that a step could have; None where that is not known: then anything that takes less may do.
+        error: what the step ended with.
+    """
+    said = " ".join(str(error).split())[:200]
+    text = f"out of memory in a step with {asked.flags(paradigm)}"
+    try:
+        needed = peak_at(asked)
+        budget = needed - 1 if there is None else min(there, needed - 1)
+        found = plan(peak_at, asked, paradigm, [f.name for f in fields(Way)], budget)
+    except BudgetError as nothing:
+        return BudgetError(f"{text}, and {str(nothing).replace('--memory-budget ', '')} ({said})")
+    except Exception:  # a prediction that fails must not hide what happened
+        return BudgetError(f"{text}; try a smaller --batch-size or a shorter --max-length ({said})")
+    room = "" if there is None else f" of {_size(there)}"
+    return BudgetError(
+        f"{text}, predicted to take {_size(needed)}{room}; {found.way.flags(paradigm)} is the same step in "
+        f"{_size(found.peak)}: go on with these and --resume, or give --memory-budget ({said})"
+    )
+
+
+def memory_there(kind: str) -> int | None:
+    """Bytes that this process can have on a device: what is free and what it holds; None for the host."""
+    if kind != "cuda":
+        return None
+    import torch
+
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+
+
 def _fastest(found: Sequence[Way], peak: Callable[[Way], int | None], budget: int) -> Way | None:
     """The first of the ways, fastest first, that fits: of each kind the largest batch, found by halving.
 

@@ -10,8 +10,8 @@ import typer
 from annotated_types import Ge
 
 from zolr.cli import runs
-from zolr.cli.config import Settings, add, flag, resolve
-from zolr.cli.workload import DataChoice, Machine, Workload
+from zolr.cli.config import add, flag, resolve
+from zolr.cli.workload import DataChoice, Machine, Trust, Workload
 from zolr.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Subject(Settings):
+class Subject(Trust):
     """What is measured."""
 
     model: str = flag(
@@ -66,6 +66,7 @@ def run(settings: Evaluate) -> None:
         dtype=settings.dtype,
         device=device,
         quantize=quantize,
+        trust_remote_code=settings.trust_remote_code,
     )
     metrics = work.evaluate(work.encode(examples), settings.batch_size)
     if settings.json:

@@ -13,10 +13,20 @@ import typer
 from annotated_types import Ge, Gt
 
 from zolr.cli import runs
-from zolr.cli.budget import SIZE, Way, bytes_of, plan, told, verdict
+from zolr.cli.budget import (
+    SIZE,
+    Way,
+    advice,
+    bytes_of,
+    is_out_of_memory,
+    memory_there,
+    plan,
+    told,
+    verdict,
+)
 from zolr.cli.config import Settings, add, as_dict, flag, resolve, toml
 from zolr.cli.workload import DataChoice, Machine, ModelChoice, Ranks, Workload, teamed
-from zolr.errors import NonFiniteError, UsageError
+from zolr.errors import BudgetError, NonFiniteError, UsageError
 
 if TYPE_CHECKING:
     from zolr.distributed import Team
@@ -736,6 +746,7 @@ class Job:
             device_map=settings.device_map,
             offload_folder=settings.offload_folder,
             team=self.team,
+            trust_remote_code=settings.trust_remote_code,
         )
         self.train_set = self.work.encode(self.splits.train)
         self.validation = self.work.encode(self.splits.validation)
@@ -835,11 +846,24 @@ class Job:
 
     def _within_budget(self, settings: Finetune, given: Finetune) -> Finetune:
         """The settings with what nobody has given chosen so that a step fits the memory budget."""
-        from zolr.estimators import setting
-
         if settings.memory_budget is None:
             return settings
         method, budget = settings.composed(), bytes_of(settings.memory_budget, "--memory-budget")
+        asked, chosen = self._ways(settings)
+        free = {name for name in ("checkpointing", "signs") if getattr(given, name) is None}
+        if given.batch_size is None and given.accumulate is None:
+            free |= set(SIZE)
+        if given.realization == "auto":
+            free.add("realization")
+        found = plan(lambda way: self._peak(chosen(way)), asked, method.paradigm, free, budget)
+        self.notes += told(found, method.paradigm, budget)
+        return chosen(found.way)
+
+    def _ways(self, settings: Finetune) -> tuple[Way, Callable[[Way], Finetune]]:
+        """The way in which the settings take a step, and the settings that take it in another one."""
+        from zolr.estimators import setting
+
+        method = settings.composed()
         asked = Way(
             settings.batch_size or 1,
             settings.accumulate or 1,
@@ -847,11 +871,6 @@ class Job:
             setting(method.estimator, "signs", "sequence"),
             settings.realization,
         )
-        free = {name for name in ("checkpointing", "signs") if getattr(given, name) is None}
-        if given.batch_size is None and given.accumulate is None:
-            free |= set(SIZE)
-        if given.realization == "auto":
-            free.add("realization")
 
         def chosen(way: Way) -> Finetune:
             signs = way.signs if method.paradigm == "zo" else None
@@ -864,9 +883,15 @@ class Job:
                 realization=way.realization,  # pyright: ignore[reportArgumentType]
             )
 
-        found = plan(lambda way: self._peak(chosen(way)), asked, method.paradigm, free, budget)
-        self.notes += told(found, method.paradigm, budget)
-        return chosen(found.way)
+        return asked, chosen
+
+    def advice(self, error: BaseException) -> BudgetError:
+        """The error for a step that ran out of memory."""
+        asked, chosen = self._ways(self.settings)
+        there = memory_there(self.work.device.type)
+        return advice(
+            lambda way: self._peak(chosen(way)), asked, self.settings.paradigm or "zo", there, error
+        )
 
     @property
     def budget(self) -> int | None:
@@ -993,8 +1018,10 @@ class Job:
                 )
         except NonFiniteError:
             raise
-        except BaseException:
+        except BaseException as error:
             place.discard()
+            if is_out_of_memory(error):
+                raise self.advice(error) from error
             raise
         if until is not None:
             self.settings = replace(settings, steps=outcome.progress.step)

@@ -11,13 +11,13 @@ import typer
 from annotated_types import Ge
 
 from zolr.cli import runs
-from zolr.cli.config import Settings, add, flag
-from zolr.cli.workload import Machine
+from zolr.cli.config import add, flag
+from zolr.cli.workload import Machine, Trust
 from zolr.errors import DataError, UsageError
 
 
 @dataclass(frozen=True)
-class Sources(Settings):
+class Sources(Trust):
     """What is read."""
 
     run: str | None = flag(None, "Run folder of `zolr finetune`.", "Model", argument=True, path=True)
@@ -70,6 +70,7 @@ def run(settings: Predict) -> None:
         dtype=settings.dtype,
         device=device_of(settings.device),
         quantize=saved.get("quantize"),
+        trust_remote_code=settings.trust_remote_code,
     )
     shares = work.predictions(work.encode([Example(text) for text in texts]), settings.batch_size).softmax(-1)
     best, winners = shares.max(-1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import cos, exp, pi
 from pathlib import Path
@@ -15,10 +16,20 @@ import typer
 from annotated_types import Ge, Gt, Lt
 
 from zolr.cli import runs
-from zolr.cli.budget import SIZE, Way, bytes_of, plan, told, verdict
+from zolr.cli.budget import (
+    SIZE,
+    Way,
+    advice,
+    bytes_of,
+    is_out_of_memory,
+    memory_there,
+    plan,
+    told,
+    verdict,
+)
 from zolr.cli.config import Settings, add, as_dict, flag, resolve, toml
 from zolr.cli.finetune import PARTS, Composition, Inspection, Writing
-from zolr.cli.workload import Machine, Ranks, teamed
+from zolr.cli.workload import Machine, Ranks, Trust, teamed
 from zolr.errors import DataError, NonFiniteError, UsageError
 
 if TYPE_CHECKING:
@@ -85,7 +96,7 @@ class Text(Settings):
 
 
 @dataclass(frozen=True)
-class Architecture(Settings):
+class Architecture(Trust):
     """What to train."""
 
     model: str | None = flag(
@@ -448,6 +459,7 @@ def pretrain(
     with (
         watching(shown, lambda: resident(on), 0, settings.steps, speed.line) as screen,
         ahead(batches, settings.workers, settings.steps) as made,
+        _advised(settings, model, on, peaks),
     ):
         outcome = train(
             engine,
@@ -539,6 +551,19 @@ def pretrain(
     return result
 
 
+@contextmanager
+def _advised(settings: Pretrain, model: Any, on: device, known: dict[Pretrain, int]) -> Iterator[None]:
+    """Say what would fit where a step runs out of memory."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_out_of_memory(error):
+            raise
+        asked, chosen = _ways(settings)
+        peak = lambda way: _peak(chosen(way), model, on, known)  # noqa: E731
+        raise advice(peak, asked, settings.paradigm or "fo", memory_there(on.type), error) from error
+
+
 def _builds(model: str) -> bool:
     """Whether a model has random weights."""
     from zolr.models import PRESETS
@@ -596,14 +621,14 @@ def _tokenizer(settings: Pretrain, work: Path, files: list[Any]) -> Any:
     from zolr.tasks.streams import train_tokenizer
 
     if settings.tokenizer:
-        return load_tokenizer(settings.tokenizer)
+        return load_tokenizer(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
     model = settings.model
     if model and model not in PRESETS and not model.endswith(".json"):
         if settings.train_tokenizer:
             raise UsageError(
                 f"--train-tokenizer makes tokens that model '{model}' has never seen; leave it out, or give a config.json"
             )
-        return load_tokenizer(model)
+        return load_tokenizer(model, trust_remote_code=settings.trust_remote_code)
     if not settings.train_tokenizer:
         raise UsageError(
             f"model '{model or 'made from numbers'}' has no tokenizer; give --tokenizer, or --train-tokenizer"
@@ -646,7 +671,7 @@ def _model(settings: Pretrain, tokenizer: Any) -> nn.Module:
             raise UsageError(f"model config '{settings.model}' cannot be used: {error}") from error
         model = build(config, **common, **changes)
     else:
-        model = load_model(settings.model, **common)
+        model = load_model(settings.model, trust_remote_code=settings.trust_remote_code, **common)
         rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
         if len(tokenizer) > rows:
             raise UsageError(
@@ -858,18 +883,28 @@ def _within_budget(
     settings: Pretrain, model: Any, on: device, shown: Any, known: dict[Pretrain, int]
 ) -> Pretrain:
     """The settings with what nobody has given chosen so that a step fits the memory budget."""
-    from zolr.estimators import setting
-
     if settings.memory_budget is None:
         return settings
     method, budget = settings.composed(), bytes_of(settings.memory_budget, "--memory-budget")
-    signs = setting(method.estimator, "signs", "sequence")
-    asked = Way(settings.micro, settings.parts, settings.checkpointing or False, signs, settings.realization)
+    asked, chosen = _ways(settings)
     free = {name for name in ("checkpointing", "signs") if getattr(settings, name) is None}
     if settings.batch_size is None and settings.accumulate is None:
         free |= set(SIZE)
     if settings.realization == "auto":
         free.add("realization")
+    found = plan(lambda way: _peak(chosen(way), model, on, known), asked, method.paradigm, free, budget)
+    for line in told(found, method.paradigm, budget):
+        shown.print(line, markup=False)
+    return chosen(found.way)
+
+
+def _ways(settings: Pretrain) -> tuple[Way, Callable[[Way], Pretrain]]:
+    """The way in which the settings take a step, and the settings that take it in another one."""
+    from zolr.estimators import setting
+
+    method = settings.composed()
+    signs = setting(method.estimator, "signs", "sequence")
+    asked = Way(settings.micro, settings.parts, settings.checkpointing or False, signs, settings.realization)
 
     def chosen(way: Way) -> Pretrain:
         return replace(
@@ -881,10 +916,7 @@ def _within_budget(
             realization=way.realization,  # pyright: ignore[reportArgumentType]
         )
 
-    found = plan(lambda way: _peak(chosen(way), model, on, known), asked, method.paradigm, free, budget)
-    for line in told(found, method.paradigm, budget):
-        shown.print(line, markup=False)
-    return chosen(found.way)
+    return asked, chosen
 
 
 def card(settings: Pretrain, result: Mapping[str, Any]) -> str:

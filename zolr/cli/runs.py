@@ -53,6 +53,7 @@ CONFIG, RESULT, TASK, METRICS, MEMORY, CARD = (
 )
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
+JOURNAL = "journal"
 OF_A_MODEL = (
     "model.safetensors.index.json",
     "config.json",
@@ -130,6 +131,7 @@ class RunFolder:
                     if not (aside / entry.name).exists():
                         entry.rename(aside / entry.name)
                 shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+                (self.path / JOURNAL).unlink(missing_ok=True)  # that of this run, if it has one, comes below
             shutil.rmtree(self.path / ADAPTER, ignore_errors=True)  # of a run that was here before
             for old in (*self.path.glob("model*.safetensors"), *(self.path / name for name in OF_A_MODEL)):
                 if not (

@@ -31,7 +31,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class ModelChoice(Settings):
+class Trust(Settings):
+    """Whose code may run."""
+
+    trust_remote_code: bool = flag(False, "Run Python code that comes with the model.", "Model")
+
+
+@dataclass(frozen=True)
+class ModelChoice(Trust):
     """Which model."""
 
     model: str = flag(
@@ -284,6 +291,7 @@ class Workload:
         seed: of a fresh classification head, and of an adapter.
         team: who shares the evaluation.
         adapter: what the model is wrapped in, in place; None for nothing.
+        trust_remote_code: run Python code that comes with the model.
         loading: further settings of `models.load_model`: quantize, device_map, offload_folder.
 
     Raises:
@@ -302,6 +310,7 @@ class Workload:
         seed: int = 0,
         adapter: Adapter | None = None,
         team: Team | None = None,
+        trust_remote_code: bool = False,
         **loading: Any,
     ) -> None:
         import torch
@@ -311,7 +320,7 @@ class Workload:
 
         self.name, self.head, self.device, self.team = name, head, device, team
         with noted() as self.notes:
-            self.tokenizer = models.load_tokenizer(name)
+            self.tokenizer = models.load_tokenizer(name, trust_remote_code=trust_remote_code)
             self.model: nn.Module = models.load_model(
                 name,
                 kind="classes" if head == "classes" else "lm",
@@ -319,6 +328,7 @@ class Workload:
                 dtype=getattr(torch, dtype),
                 device=device,
                 seed=seed,
+                trust_remote_code=trust_remote_code,
                 **loading,
             )
         config: Any = self.model.config

@@ -11,22 +11,19 @@ class Portable(torch.optim.SGD):
 
     `b <- mu b + (1 - dampening) g`, `value <- value - lr b`. torch's kernels join product and sum into one instruction where
     the processor has it, and round twice where it has not; here every kernel is a product or a sum. Gradients are used
-    up: they hold the step afterwards, so that no memory is taken.
-
-    Raises:
-        NotImplementedError: a setting that is not momentum or dampening.
+    up: they hold the step afterwards, so that no memory is taken. With other settings (nesterov) it is torch's.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step on every value that has a gradient."""
+        if any(g["nesterov"] or g["weight_decay"] or g["maximize"] for g in self.param_groups):
+            return super().step(closure)
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
         for group in self.param_groups:
-            if group["nesterov"] or group["weight_decay"] or group["maximize"]:
-                raise NotImplementedError("only momentum and dampening are portable")
             values = [p for p in group["params"] if p.grad is not None]
             if not values:
                 continue

@@ -1,0 +1,384 @@
+"""Faults: whatever goes wrong in a step, on the disk or at the keyboard, nothing that was good is lost."""
+
+import errno
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run
+from torch import Tensor, nn
+
+from zolr import checkpoints, compose
+from zolr.engine import Engine
+from zolr.errors import BudgetError, NonFiniteError, StorageError, UsageError
+from zolr.methods import METHODS
+from zolr.training import train
+
+OFTEN = {"mezo", "galore", "gum", "lomo", "lorenza", "badam"}  # one of each way to take a step
+ROWS = [
+    pytest.param(name, p, marks=[] if name in OFTEN else pytest.mark.slow)
+    for name, row in METHODS.items()
+    for p in row.paradigms
+    if row.adapter is None
+]
+
+
+class Net(nn.Module):
+    """An embedding, a matrix that is projected, a norm and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.embedding, self.inner = nn.Embedding(19, 12), nn.Linear(12, 16)
+            self.norm, self.out = nn.LayerNorm(16), nn.Linear(16, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.norm(torch.tanh(self.inner(self.embedding(ids).mean(1)))))
+
+
+def loss(model: nn.Module, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(model(batch["input_ids"]), batch["labels"], reduction="none")
+
+
+def batches(step: int) -> list[dict[str, Tensor]]:
+    source = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, 19, (2, 6, 4), generator=source)
+    return [{"input_ids": part, "labels": part.sum(1) % 3} for part in ids]
+
+
+def engine(name: str, paradigm: str, **more: Any) -> Engine:
+    method = compose(name, paradigm)
+    if method.refresh_every is not None:
+        method = replace(method, refresh_every=3)
+    if getattr(method.projector, "rank", None) is not None:
+        method = replace(method, projector=replace(method.projector, rank=2))
+    return Engine(Net(), method, lr=1e-3, loss=loss, seed=2, **more)
+
+
+def bits(run: Engine) -> str:
+    """A hash of weights and state."""
+    return checkpoints.digest(run.state_dict())
+
+
+class Fault(Exception):
+    """What a user's hook raises."""
+
+
+FAULTS = {
+    "loss": lambda run, at: setattr(run, "_loss", after(run._loss, at)),
+    "optimizer": lambda run, at: setattr(run.optimizer, "step", half(run, run.optimizer.step)),
+    "fold": lambda run, at: setattr(run.variables[1], "fold", raising),
+    "hook": lambda run, at: run.model.out.register_forward_hook(after(lambda *_: None, at)),
+}
+
+
+def raising(*_: Any, **__: Any) -> Any:
+    raise Fault
+
+
+def after(real: Callable[..., Any], calls: int) -> Callable[..., Any]:
+    left = calls
+
+    def counted(*arguments: Any, **more: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Fault
+        return real(*arguments, **more)
+
+    return counted
+
+
+def half(run: Engine, real: Callable[..., Any]) -> Callable[..., Any]:
+    def stepped(*arguments: Any) -> Any:
+        real(*arguments)  # it has moved values, of one weight or of all
+        raise Fault
+
+    return stepped
+
+
+@pytest.mark.parametrize(("name", "paradigm"), ROWS)
+def test_with_undo_a_step_that_raises_anywhere_leaves_everything_as_it_was(name: str, paradigm: str) -> None:
+    """On the step that begins a window, where also the fold of the last one has to be undone."""
+    for fault in FAULTS:
+        for at in (0, 1) if fault in ("loss", "hook") else (0,):
+            run, other = engine(name, paradigm, undo=True), engine(name, paradigm)
+            for step in range(3):
+                run.step(batches(step))
+                other.step(batches(step))
+            before = bits(run)
+            kept = run._loss, run.optimizer.step, run.variables[1].fold
+            hook = FAULTS[fault](run, at)
+            try:
+                run.step(batches(3))
+            except Fault:
+                assert bits(run) == before, fault
+            run._loss = kept[0]
+            run.optimizer.__dict__.pop("step", None)
+            run.variables[1].__dict__.pop("fold", None)
+            if hook is not None:
+                hook.remove()
+            if bits(run) == before:  # the fault was met
+                run.step(batches(3))
+                other.step(batches(3))
+                assert bits(run) == bits(other), fault
+
+
+def test_without_undo_an_engine_cut_short_while_it_writes_says_so() -> None:
+    run = engine("lomo", "fo")
+    run.step(batches(0))
+    before = run.state_dict()
+    run.optimizer.step = half(run, run.optimizer.step)
+    with pytest.raises(Fault):
+        run.step(batches(1))
+    del run.optimizer.__dict__["step"]
+    for use in (lambda: run.step(batches(1)), run.state_dict, run.export):
+        with pytest.raises(
+            UsageError, match="cut short by Fault while weights were written; go back by load_state_dict"
+        ):
+            use()
+    run.load_state_dict(before)
+    run.step(batches(1))
+
+
+@pytest.mark.parametrize("realization", ["auto", "inplace"])
+def test_undo_covers_the_walk_in_place_too(realization: Any) -> None:
+    run = Engine(Net(), compose("mezo", "zo"), lr=1e-3, loss=loss, seed=2, realization=realization, undo=True)
+    run.step(batches(0))
+    before = bits(run)
+    run._loss = after(run._loss, 3)
+    with pytest.raises(Fault):
+        run.step(batches(1))
+    assert bits(run) == before
+
+
+# ---- the disk ---------------------------------------------------------------------------------------------------------
+
+
+def full(*_: Any) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class Then:
+    """A reporter that does something after a step."""
+
+    def __init__(self, step: int, act: Callable[[], Any]) -> None:
+        self.step, self.act, self.notes = step, act, []
+
+    def stepped(self, progress: Any, info: Any) -> None:
+        if progress.step == self.step:
+            self.act()
+
+    def evaluated(self, progress: Any, metrics: Any) -> None:
+        pass
+
+    def noted(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.mark.parametrize("row", [("stiefel", "zo"), ("stiefel", "fo"), ("galore", "fo")], ids=str)
+@pytest.mark.parametrize("fault", ["full", "full metrics", "vanished"])
+def test_a_fault_of_the_disk_ends_in_one_line_and_the_last_checkpoint_is_whole(
+    row: tuple[str, str], fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+    run = engine(*row)
+
+    def act() -> None:
+        if fault == "full":
+            monkeypatch.setattr(os, "fsync", full)
+        elif fault == "vanished":
+            folder.rename(moved)
+        else:
+            os.dup2(os.open("/dev/full", os.O_WRONLY), lines[0])
+
+    lines: list[int] = []
+    plain = open
+
+    def opened(path: Any, *arguments: Any, **more: Any) -> Any:
+        file = plain(path, *arguments, **more)
+        if str(path).endswith("metrics.jsonl"):
+            lines.append(file.fileno())
+        return file
+
+    monkeypatch.setattr("builtins.open", opened)
+    with pytest.raises(StorageError, match="No space left|cannot write|has vanished"):
+        train(run, batches, steps=12, folder=folder, save_every=4, reporter=Then(6, act))
+    monkeypatch.undo()
+    found = checkpoints.newest((moved if fault == "vanished" else folder) / "checkpoints")
+    assert found is not None and found.step == 4 and not found.damaged
+    assert not folder.exists() or fault != "vanished"
+    if fault != "vanished":
+        whole, again = engine(*row), engine(*row)
+        train(whole, batches, steps=12)
+        train(again, batches, steps=12, folder=folder, save_every=4, resume=True)
+        assert bits(whole) == bits(again)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_became_read_only_ends_in_one_line(tmp_path: Path) -> None:
+    run = engine("stiefel", "zo")
+    with pytest.raises(StorageError, match="Permission denied"):
+        train(
+            run,
+            batches,
+            steps=12,
+            folder=tmp_path,
+            save_every=4,
+            reporter=Then(6, lambda: tmp_path.chmod(0o500)),
+        )
+
+
+def test_keep_last_keeps_so_many(tmp_path: Path) -> None:
+    for count in (1, 3):
+        run = engine("sgd", "fo")
+        train(run, batches, steps=10, folder=tmp_path / str(count), save_every=2, keep_last=count)
+        kept = sorted(p.name for p in (tmp_path / str(count) / "checkpoints").iterdir())
+        assert kept == sorted(f"step-{10 - 2 * i}" for i in range(count))
+
+
+def test_going_on_from_a_named_checkpoint(tmp_path: Path) -> None:
+    whole = engine("stiefel", "zo")
+    train(whole, batches, steps=12, folder=tmp_path, save_every=3, keep_last=9)
+    again = engine("stiefel", "zo")
+    train(again, batches, steps=12, folder=tmp_path, save_every=3, resume=tmp_path / "checkpoints" / "step-6")
+    assert bits(whole) == bits(again)
+    with pytest.raises(StorageError, match="is no checkpoint: its name is not step-N"):
+        train(engine("stiefel", "zo"), batches, steps=12, folder=tmp_path, resume=tmp_path / "x")
+
+
+def test_a_checkpoint_of_another_layout_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "FORMAT", 7)
+        checkpoints.save(tmp_path / "step-1", {"a": torch.ones(1)})
+    with pytest.raises(
+        StorageError, match=r"has layout 7 \(zolr .*\), and this version reads layout 1; go on with"
+    ):
+        checkpoints.load(tmp_path / "step-1")
+
+
+# ---- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row", [("stiefel", "zo"), ("mezo", "zo"), ("stiefel", "fo"), ("galore", "fo")], ids=str
+)
+def test_a_loss_that_is_never_finite_ends_with_5_and_saves_nothing_bad(
+    row: tuple[str, str], tmp_path: Path
+) -> None:
+    run = engine(*row)
+    good = run._loss
+    run._loss = lambda model, batch: good(model, batch) * (float("nan") if run.step_count >= 5 else 1.0)
+    with pytest.raises(NonFiniteError, match="not finite in 20 steps in a row") as ended:
+        train(run, batches, steps=60, folder=tmp_path, save_every=1, keep_last=50)
+    assert ended.value.exit_code == 5
+    for folder in (tmp_path / "checkpoints").iterdir():
+        assert checkpoints.not_finite(checkpoints.load(folder)) is None
+
+
+def test_a_slope_that_float32_cannot_hold_is_skipped() -> None:
+    run = engine("mezo", "zo")
+    before, good = bits(run), run._loss
+    run._loss = lambda model, batch: good(model, batch).double() * 1e300
+    assert run.step(batches(0)).skipped and bits(run) == before
+
+
+# ---- the command line -------------------------------------------------------------------------------------------------
+
+TINY = (
+    "finetune",
+    "--paradigm",
+    "zo",
+    "--steps",
+    6,
+    "--batch-size",
+    4,
+    "--lr",
+    1e-3,
+    "--eps",
+    1e-3,
+    "--eval-rows",
+    8,
+)
+TINY = (*TINY, "--train-rows", 32, "--eval-every", 3, "--save-every", 2, "--max-length", 24, "--quiet")
+
+
+def test_auto_begins_or_goes_on_and_replay_gives_the_model(zolr: Run, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    run = tmp_path / "run"
+    code, _, err = zolr(*TINY, "--output", run, "--resume", "auto", "--keep-last", 1)
+    assert code == 0, err
+    assert sum(p.name.startswith("step-") for p in (run / "checkpoints").iterdir()) == 1
+    model = load_file(run / "model.safetensors")
+    (run / "result.json").unlink()  # as if it had been cut short
+    for how in ("auto", run / "checkpoints" / "step-6"):
+        code, _, err = zolr(
+            "finetune", "--resume", how, *(("--output", run) if how == "auto" else ()), "--quiet"
+        )
+        assert code == 0, err
+        assert all(
+            torch.equal(model[name], part) for name, part in load_file(run / "model.safetensors").items()
+        )
+    code, out, err = zolr("replay", run, "--output", tmp_path / "again")
+    assert code == 0 and "bit for bit on every machine" in out, err
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert model.keys() == again.keys() and all(torch.equal(model[name], again[name]) for name in model)
+    code, out, err = zolr("export", run, "--journal", tmp_path / "given")
+    assert code == 0 and (tmp_path / "given").stat().st_size < 2000, err
+    assert str(tmp_path) not in (tmp_path / "given").read_text()
+    code, out, err = zolr("replay", tmp_path / "given", "--base", "demo", "--to", 6, "--json")
+    assert code == 0 and '"hashes_compared": 4' in out, err
+    code, _, err = zolr("replay", tmp_path / "given")
+    assert code == 2 and "does not name the model" in err
+    code, _, err = zolr("replay", run, "--to", 7)
+    assert code == 2 and "steps 1 to 6, and no step 7" in err
+    code, _, err = zolr("finetune", "--resume", run, "--output", tmp_path / "other")
+    assert code == 2 and "is not of the run in --output" in err
+
+
+def test_out_of_memory_says_what_fits(zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Engine.step
+
+    def starved(self: Engine, parts: Any) -> Any:
+        if self.step_count == 1 and type(self.variables[0].weight.data) is Tensor:  # predictions may
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return step(self, parts)
+
+    monkeypatch.setattr(Engine, "step", starved)
+    code, _, err = zolr(*TINY, "--output", tmp_path / "run")
+    assert code == 7 and "out of memory in a step with --batch-size 4 --accumulate 1" in err, err
+    assert "--batch-size 2 --accumulate 2" in err or "--batch-size 1 --accumulate 4" in err, err
+    assert BudgetError.exit_code == 7
+
+
+def test_a_signal_before_training_ends_with_its_number(
+    zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import zolr.cli.finetune as finetune
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune, "Workload", lambda *a, number=number, **k: os.kill(os.getpid(), number))
+            before = signal.getsignal(number)
+            code, _, err = zolr(*TINY, "--output", tmp_path / "run")
+        assert code == 128 + number and "interrupted by SIG" in err and signal.getsignal(number) is before
+        assert not (tmp_path / "run").exists()
+
+
+def test_code_that_comes_with_a_model_is_not_run(zolr: Run, tmp_path: Path) -> None:
+    import zolr as package
+
+    model = tmp_path / "model"
+    shutil.copytree(Path(package.__file__).parent / "demo" / "model", model)
+    torch.save({}, model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    code, _, err = zolr(*TINY, "--model", model, "--task", "questions", "--output", tmp_path / "run")
+    assert code == 3 and "no safetensors" in err and "trust_remote_code" in err, err
