@@ -335,7 +335,6 @@ def test_parts_of_a_peak_add_up_to_it(name):
 def test_an_ordinary_step_has_the_state_of_the_optimizer_from_its_beginning(row):
     """The step after a refresh, which drops that state, takes less and must not stand for all."""
     predicted = predict(small(), compose(row, "fo"), batch_size=16, max_length=32, profile=True)
-    assert predicted.phase == "backward"
     assert predicted.parts["optimizer"] == predicted.optimizer_bytes > 0
     assert predicted.parts["coords"] == predicted.coords_bytes
 

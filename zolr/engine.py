@@ -1064,7 +1064,7 @@ class Engine:
                 def step(coords: Tensor) -> Tensor:
                     coords = coords if gathered is None else coords + gathered
                     self._observe(variable, coords)
-                    self._step_alone(core.value, coords)
+                    self._step_alone(core.value, coords.clone())  # optimizers may use gradients up
                     return core.value.data
 
                 self._decay(variable, lr)

@@ -300,9 +300,6 @@ def _read(kind: type[Settings], config: Path) -> dict[str, Any]:
         if name in values:
             raise UsageError(f"config file {config} sets '{spelled(name)}' twice")
         values[name] = value
-    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        if name in values and get_origin(_plain(hint)) is list:  # one column may be written without brackets
-            values[name] = (values[name],) if isinstance(values[name], str) else _frozen(values[name])
     return values
 
 
@@ -321,6 +318,8 @@ def _checked(kind: type[S], values: dict[str, Any], where: dict[str, str]) -> S:
             )
         if _is_switch(hints[name]):
             value = value == "on" if value in ("on", "off") else value
+        elif get_origin(_plain(hints[name])) is list:  # in files; one column may be written without brackets
+            value = (value,) if isinstance(value, str) else _frozen(value)
         try:
             checked[name] = TypeAdapter(hints[name], config=rules).validate_python(value)
         except ValidationError as error:

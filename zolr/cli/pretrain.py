@@ -205,6 +205,12 @@ class Pretrain(Writing, Inspection, Ranks, Machine, Course, Composition, Text, A
         "Method",
         shown="fo where the method has it",
     )
+    tables: Literal["full", "subspace", "frozen"] | None = flag(
+        None,
+        "Embeddings and head: full (trained as a whole), subspace (projected), frozen (not trained).",
+        "Method",
+        shown="full by backprop, else as the method has it",
+    )
 
     @classmethod
     def gather(cls, given: dict[str, Any], config: Path | None) -> Self:
@@ -236,8 +242,10 @@ class Pretrain(Writing, Inspection, Ranks, Machine, Course, Composition, Text, A
         if self.memory_budget is not None:
             bytes_of(self.memory_budget, "--memory-budget")
         lr = self.lr if self.lr is not None or method.paradigm != "fo" else LEARNING_RATE
+        whole = self.tables is None and method.paradigm == "fo"
         return replace(
             self,
+            tables="full" if whole else self.tables,
             method=self.method or "adamw",
             paradigm=method.paradigm,
             probes=self.probes or self.all_probes,
@@ -330,11 +338,9 @@ def _present(result: dict[str, Any], settings: Pretrain, folder: Path) -> None:
 
     from zolr.cli.screen import size, table
 
-    columns = ["held-out loss before", "after", "steps", "tokens", "seconds", "tokens/s", "worst step"]
-    columns += ["peak", "predicted"]
+    columns = ["held-out loss", "after", "steps", "tokens", "tokens/s", "worst step", "peak", "predicted"]
     row = [result[key] for key in ("before", "after", "steps", "tokens_seen")]
     row += [
-        f"{result['seconds']:.1f}",
         round(result["speed"]["tokens_per_second"]),
         _worst(result["step_seconds"]),
         size(result["peak_bytes_measured"]),
@@ -348,7 +354,7 @@ def _present(result: dict[str, Any], settings: Pretrain, folder: Path) -> None:
 
 def _worst(seconds: Mapping[str, Any]) -> str:
     """The slowest step for a person."""
-    return f"{seconds['worst_over_median']:.2f} x median" if seconds["timed"] else "-"
+    return f"{seconds['worst_over_median']:.2f} of median" if seconds["timed"] else "-"
 
 
 def pretrain(
