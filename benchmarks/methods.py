@@ -362,7 +362,9 @@ def main() -> None:
 
         def save(found: dict[str, Any], rates: dict[str, Any] = rates) -> None:
             rates.update(found)
-            options.output.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+            aside = options.output.with_name(options.output.name + ".tmp")
+            aside.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+            aside.replace(options.output)  # a kill must not cost what is known
 
         cases = cases_of(task, row, paradigm, results, options)
         for case in cases:

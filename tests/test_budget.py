@@ -183,7 +183,7 @@ def test_a_run_keeps_its_budget(zolr: Run, tmp_path: Path) -> None:
 
 def test_a_budget_that_nothing_fits_ends_before_training(zolr: Run, tmp_path: Path) -> None:
     code, out, err = finetune(
-        zolr, "--paradigm", "fo", "--batch-size", 4, "--memory-budget", "1MiB", "--output", tmp_path / "run"
+        zolr, "--paradigm", "fo", "--batch-size", 1, "--memory-budget", "1MiB", "--output", tmp_path / "run"
     )
     assert (code, out) == (7, "") and not (tmp_path / "run").exists()
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -193,9 +193,9 @@ def test_a_budget_that_nothing_fits_ends_before_training(zolr: Run, tmp_path: Pa
 
 
 def test_a_size_that_was_given_is_never_changed(zolr: Run, tmp_path: Path) -> None:
-    given = ("--paradigm", "fo", "--batch-size", 16, "--no-checkpointing", "--output", tmp_path / "run")
+    given = ("--paradigm", "fo", "--batch-size", 4, "--no-checkpointing", "--output", tmp_path / "run")
     code, _, err = finetune(zolr, *given, "--memory-budget", "6MiB", "--dry-run")
-    assert code == 7 and "the least is" in err and "--batch-size 16 --accumulate 1 --no-checkpointing" in err
+    assert code == 7 and "the least is" in err and "--batch-size 4 --accumulate 1 --no-checkpointing" in err
 
 
 def test_pretraining_keeps_its_budget(zolr: Run, tmp_path: Path) -> None:

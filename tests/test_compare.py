@@ -33,7 +33,7 @@ def test_every_method_spends_the_same_forwards(zolr: Run, tmp_path: Path) -> Non
     out, plot, table = tmp_path / "all", tmp_path / "pictures" / "all.png", tmp_path / "all.md"
     methods = "adamw,adamw@checkpointing=true,mezo@batch-size=3,stiefel:zo@rank=2"
     places = ("--output", out, "--plot", plot, "--markdown", table)
-    equal = ("--equal", "forwards=240", "--memory-budget", "1TiB")
+    equal = ("--equal", "forwards=150", "--memory-budget", "1TiB")
     code, printed, err = zolr("compare", "--methods", methods, *SMALL, *equal, *places, "--json")
     assert code == 0, err
     rows = json.loads(printed)
@@ -46,8 +46,8 @@ def test_every_method_spends_the_same_forwards(zolr: Run, tmp_path: Path) -> Non
         "stiefel:zo rank=2",
     ]
     # a step of backprop is three forwards, of a probe two; stiefel finds its rate first, which counts
-    assert (adamw["steps"], mezo["steps"], mezo["batch_size"]) == (80, 120, 3)
-    assert all(238 <= row["forwards"] <= 240 for row in rows)
+    assert (adamw["steps"], mezo["steps"], mezo["batch_size"]) == (50, 75, 3)
+    assert all(148 <= row["forwards"] <= 150 for row in rows)
     for row in rows:
         folder = Path(row["folder"])
         result = json.loads((folder / "result.json").read_text())
@@ -55,7 +55,7 @@ def test_every_method_spends_the_same_forwards(zolr: Run, tmp_path: Path) -> Non
             key: result[key] for key in ("before", "after", "forwards")
         }
         lines = curves(folder)
-        assert sum("eval" in line for line in lines) >= 5
+        assert sum("eval" in line for line in lines) >= 4
         assert lines[-1]["step"] == row["steps"] and lines[-2]["forwards"] == row["forwards"]
         rates = [line["lr"] for line in lines if "lr" in line]
         assert rates[-1] < 0.05 * rates[0]  # it falls to zero where the budget ends
@@ -68,16 +68,16 @@ def test_every_method_spends_the_same_forwards(zolr: Run, tmp_path: Path) -> Non
     assert recomputed["after"] == adamw["after"]  # the same mathematics
     assert recomputed["peak_bytes_predicted"] <= adamw["peak_bytes_predicted"]
     saved = json.loads((out / "compare.json").read_text())
-    assert saved["equal"] == ["forwards", 240] and saved["methods"] == rows
+    assert saved["equal"] == ["forwards", 150] and saved["methods"] == rows
     text = table.read_text()
-    assert text.count("\n| `") == 4 and "| `adamw + checkpointing` |" in text and "240 forward passes" in text
+    assert text.count("\n| `") == 4 and "| `adamw + checkpointing` |" in text and "150 forward passes" in text
     assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 20_000
     # the resolved settings repeat the run without its budget, and no way of taking steps was changed for it
     assert "memory-budget" not in (out / "adamw-fo" / "config.toml").read_text()
     code, printed, err = zolr(
         "finetune", "--config", out / "adamw-fo" / "config.toml", "--output", tmp_path / "again", "--json"
     )
-    assert code == 0 and json.loads(printed)["forwards"] == 240, err
+    assert code == 0 and json.loads(printed)["forwards"] == 150, err
 
 
 def test_what_does_not_fit_is_kept_and_not_run(zolr: Run, tmp_path: Path) -> None:

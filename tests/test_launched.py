@@ -153,8 +153,8 @@ def test_a_signal_to_one_rank_ends_all_saved_at_one_step_and_a_silent_rank_ends_
         "--save-every",
         "1000",
     ]
-    long[long.index("--steps") + 1] = "3000"
-    long[long.index("--eval-every") + 1] = "3000"
+    long[long.index("--steps") + 1] = "1000"
+    long[long.index("--eval-every") + 1] = "1000"
     ranks = Ranks(*long, "--output", folder)
     ranks.at(folder, 3)
     ranks.processes[1].send_signal(signal.SIGTERM)
@@ -183,6 +183,7 @@ def test_the_script_of_the_docs_runs_on_two_ranks_as_on_one(tmp_path: Path) -> N
     code = page.split("```python\n")[1].split("```")[0]
     script = tmp_path / "own.py"
     script.write_text(code)
-    two = done("torch.distributed.run", "--standalone", "--nproc-per-node=2", script)
-    one = done("torch.distributed.run", "--standalone", "--nproc-per-node=1", script)
+    one, two = (
+        done("torch.distributed.run", "--standalone", f"--nproc-per-node={size}", script) for size in (1, 2)
+    )
     assert one.split(",")[0] == two.split(",")[0] != ""

@@ -191,7 +191,7 @@ def test_fake_tensors_count_as_real_ones_do(family, step):
 
 
 def small(**changes) -> PreTrainedConfig:
-    numbers = dict(vocab_size=512, hidden_size=64, num_hidden_layers=3, num_attention_heads=2)
+    numbers = dict(vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
     return AutoConfig.for_model("roberta", **{**numbers, "intermediate_size": 256, **changes})
 
 

@@ -89,7 +89,7 @@ CROSSED = [
 
 @pytest.mark.parametrize(("name", "paradigm", "family", "low"), CROSSED)
 def test_every_method_is_predicted_to_the_percent(family: str, name: str, paradigm: str, low: bool) -> None:
-    """With one micro-batch in float32, and with four in bfloat16 and activations recomputed where there are any."""
+    """With one micro-batch in float32, and with two in bfloat16 and activations recomputed where there are any."""
     row = METHODS[name]
     learns = row.build(paradigm).projector.learns_from == "gradients"
     tokens = family == "llama" and not row.build(paradigm).private  # which needs one loss a row
@@ -98,7 +98,7 @@ def test_every_method_is_predicted_to_the_percent(family: str, name: str, paradi
         max_length=TOKENS,
         dtype=torch.bfloat16 if low else torch.float32,
         objective="lm" if tokens else "prompt",
-        accumulation=4 if low else 1,
+        accumulation=2 if low else 1,
         checkpointing=low and paradigm == "fo",
         select="all" if row.adapter else row.trained(paradigm),
         adapter=row.adapter,
@@ -107,8 +107,7 @@ def test_every_method_is_predicted_to_the_percent(family: str, name: str, paradi
     agrees(config(family), short(row.build(paradigm), 2 if learns else 3), settings, 13 if learns else 5)
 
 
-@pytest.mark.parametrize("select", ["attention", "norm", "all"])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize(("family", "select"), [("roberta", "norm"), ("llama", "attention"), ("gpt2", "all")])
 def test_forward_mode_is_predicted_whatever_is_trained(family: str, select: str) -> None:
     """Tangents of weights that are not trained are zeros which nobody writes down."""
     settings = dict(batch_size=ROWS, max_length=TOKENS, dtype=torch.float32, objective="prompt")
