@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from math import nan
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -267,11 +267,65 @@ class OfInner:
         return self if point is None else getattr(point.inner, self.name)
 
 
-def seen_at(first: Estimate | None, last: Estimate) -> Estimate:
+def _seen_at(first: Estimate | None, last: Estimate) -> Estimate:
     """What a step that evaluates at two points saw: the loss of the first one, unless that of the last is not finite."""
     if first is None:
         return last
     return Estimate(torch.where(last.loss.isfinite(), first.loss, last.loss), last.slopes)
+
+
+class Elsewhere:
+    """An estimator that takes the gradient of `inner` at another point, and hands it over as that of where it stands.
+
+    A subclass says which way to go. All evaluations of a step see the same noise.
+    """
+
+    inner: Estimator
+    reach: float
+    paradigm: ClassVar[Any] = OfInner()
+    exact: ClassVar[Any] = OfInner()  # where the gradient is taken may be random, what it is there is not
+
+    def way(
+        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key
+    ) -> tuple[Estimate | None, dict[Variable, Callable[[], Tensor]]]:
+        """What was seen in finding the way, and the offset of each variable."""
+        raise NotImplementedError
+
+    def __call__(
+        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], emit: Emit, key: Key
+    ) -> Estimate:
+        """Emit the gradients; see `Estimator`."""
+        if not self.exact:
+            return self.measure(loss, batches, variables, key).hand_over(variables, emit)
+        with self._there(loss, batches, variables, key) as seen:
+            there = self.inner(loss, batches, variables, emit, key)
+        return _seen_at(seen, there)
+
+    @torch.no_grad()
+    def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
+        """Measure the slopes that `inner` has there; see `Measuring`."""
+        with self._there(loss, batches, variables, key) as seen:
+            there = cast(Measuring, self.inner).measure(loss, batches, variables, key)
+        return replace(there, loss=_seen_at(seen, Estimate(there.loss)).loss)
+
+    @contextmanager
+    def _there(
+        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key
+    ) -> Iterator[Estimate | None]:
+        """Every evaluation inside the context is at the other point; what was seen on the way there."""
+        if not self.reach:
+            yield None
+            return
+        with same_noise(variables[0].value.device) as rewind:
+            seen, offsets = self.way(loss, batches, variables, key)
+            rewind()
+            with moved(offsets):
+                yield seen
+
+
+def itself(offset: Tensor) -> Tensor:
+    """An offset that is there already."""
+    return offset
 
 
 def check_reach(reach: float) -> None:

@@ -1,35 +1,30 @@
 """Another estimator's gradient a little way uphill, in a direction that forward passes have found."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zolr.estimators import (
-    Emit,
+    Elsewhere,
     Estimate,
     Estimator,
-    Found,
     Loss,
-    Measuring,
-    OfInner,
     Prober,
     check_reach,
     combine,
-    moved,
-    same_noise,
-    seen_at,
+    itself,
 )
 from zolr.keys import Key
 from zolr.variables import Variable
 
 
 @dataclass(frozen=True)
-class Ascent:
+class Ascent(Elsewhere):
     """The gradient of `inner` at `B + reach A / |A|`, `A = (1/k) sum_i c_i z_i` the slopes times directions of `guess`.
 
     SAM goes uphill and descends from there: `A` points along the gradient as far as the probes know it, so its sign is plus.
@@ -53,9 +48,6 @@ class Ascent:
     reach: float = 0.05
     within: bool = False
 
-    paradigm: ClassVar[Any] = OfInner()
-    exact: ClassVar[Any] = OfInner()  # where the gradient is taken may be random, what it is there is not
-
     def __post_init__(self) -> None:
         check_reach(self.reach)
 
@@ -63,42 +55,12 @@ class Ascent:
         """Those of the probes and those of `inner`."""
         return self.inner.forwards(batches) + (self.guess.forwards(batches) if self.reach else 0)
 
-    def __call__(
-        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], emit: Emit, key: Key
-    ) -> Estimate:
-        """Emit the gradients; see `Estimator`."""
-        if not self.exact:
-            return self.measure(loss, batches, variables, key).hand_over(variables, emit)
-        with self._there(loss, batches, variables, key) as seen:
-            there = self.inner(loss, batches, variables, emit, key)
-        return seen_at(seen, there)
-
     @torch.no_grad()
-    def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
-        """Measure the slopes that `inner` has there; see `Measuring`."""
-        with self._there(loss, batches, variables, key) as seen:
-            there = cast(Measuring, self.inner).measure(loss, batches, variables, key)
-        return replace(there, loss=seen_at(seen, Estimate(there.loss)).loss)
-
-    @contextmanager
-    def _there(
-        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key
-    ) -> Iterator[Estimate | None]:
-        """Every evaluation inside the context is at the other point; what was seen on the way there."""
-        if not self.reach:
-            yield None
-            return
-        with same_noise(variables[0].value.device) as rewind:
-            seen, offsets = self._uphill(loss, batches, variables, key.fold_in("ascent"))
-            rewind()
-            with moved(offsets):
-                yield seen
-
-    @torch.no_grad()
-    def _uphill(
+    def way(
         self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key
     ) -> tuple[Estimate | None, dict[Variable, Callable[[], Tensor]]]:
         """What the probes saw, and the way to go for each variable."""
+        key = key.fold_in("ascent")
         climbing = [v for v in variables if v.steps_in is not None] if self.within else variables
         if not climbing:
             return None, {}
@@ -124,9 +86,5 @@ class Ascent:
                     continue
                 coords = variable.mask(combine(variable, directions, weights))
                 space = variable.steps_in if self.within else None
-                offsets[variable] = partial(_itself if space is None else space.lift, coords)
+                offsets[variable] = partial(itself if space is None else space.lift, coords)
         return seen, offsets
-
-
-def _itself(coords: Tensor) -> Tensor:
-    return coords

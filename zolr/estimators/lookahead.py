@@ -1,27 +1,21 @@
 """Another estimator's gradient at an extrapolated point."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from zolr.errors import UsageError
 from zolr.estimators import (
-    Emit,
+    Elsewhere,
     Estimate,
     Estimator,
-    Found,
     Loss,
-    Measuring,
-    OfInner,
     check_reach,
-    moved,
-    same_noise,
-    seen_at,
+    itself,
     ungathered,
 )
 from zolr.keys import Key
@@ -30,7 +24,7 @@ from zolr.variables import Variable, layout
 
 
 @dataclass(frozen=True)
-class Lookahead:
+class Lookahead(Elsewhere):
     """The gradient of `inner` at `B - reach g`, to be applied at `B`: extragradient.
 
     All evaluations of a step see the same noise.
@@ -52,9 +46,6 @@ class Lookahead:
     reach: float = 1e-2
     along: Literal["gradient", "noise"] = "gradient"
 
-    paradigm: ClassVar[Any] = OfInner()
-    exact: ClassVar[Any] = OfInner()  # where the gradient is taken may be random, what it is there is not
-
     def __post_init__(self) -> None:
         check_reach(self.reach)
         if self.along not in ("gradient", "noise"):
@@ -65,41 +56,11 @@ class Lookahead:
         twice = self.reach and self.along == "gradient"
         return self.inner.forwards(batches) * (2 if twice else 1)
 
-    def __call__(
-        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], emit: Emit, key: Key
-    ) -> Estimate:
-        """Emit the gradients; see `Estimator`."""
-        if not self.exact:
-            return self.measure(loss, batches, variables, key).hand_over(variables, emit)
-        with self._there(loss, batches, variables, key) as seen:
-            there = self.inner(loss, batches, variables, emit, key)
-        return seen_at(seen, there)
-
-    @torch.no_grad()
-    def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
-        """Measure the slopes that `inner` has there; see `Measuring`."""
-        with self._there(loss, batches, variables, key) as seen:
-            there = cast(Measuring, self.inner).measure(loss, batches, variables, key)
-        return replace(there, loss=seen_at(seen, Estimate(there.loss)).loss)
-
-    @contextmanager
-    def _there(
-        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key
-    ) -> Iterator[Estimate | None]:
-        """Every evaluation inside the context is at the other point; what was seen on the way there."""
-        if not self.reach:
-            yield None
-            return
-        with same_noise(variables[0].value.device) as rewind:
-            seen, offsets = self._ahead(loss, batches, variables, key.fold_in("ahead"))
-            rewind()
-            with moved(offsets):
-                yield seen
-
-    def _ahead(
+    def way(
         self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key
     ) -> tuple[Estimate | None, dict[Variable, Callable[[], Tensor]]]:
         """What was seen on the way, and the way to go for each variable."""
+        key = key.fold_in("ahead")
         if self.along == "noise":
             noise = Probe(layout(variables), "gaussian", key)
             return None, {v: partial(_scaled, noise, v, self.reach) for v in variables}
@@ -107,7 +68,7 @@ class Lookahead:
 
         @torch.no_grad()
         def keep(variable: Variable, gradient: Tensor) -> None:
-            offsets[variable] = partial(_itself, gradient.mul_(-self.reach))
+            offsets[variable] = partial(itself, gradient.mul_(-self.reach))
 
         with ungathered(variables):
             return self.inner(loss, batches, variables, keep, key), offsets
@@ -115,7 +76,3 @@ class Lookahead:
 
 def _scaled(noise: Probe, variable: Variable, reach: float) -> Tensor:
     return noise(variable.name).to(variable.value.dtype) * reach
-
-
-def _itself(offset: Tensor) -> Tensor:
-    return offset
