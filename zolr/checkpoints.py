@@ -32,7 +32,7 @@ _TENSORS, _MANIFEST = "tensors.safetensors", "manifest.json"
 _STEP = re.compile(r"step-(\d{1,18})", re.ASCII)
 
 # names of the safetensors format, https://github.com/huggingface/safetensors#format
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -253,7 +253,7 @@ def _encode(value: Any, tensors: dict[str, Tensor], where: str, places: dict[str
         places: receives where each tensor was.
     """
     if isinstance(value, Tensor):
-        if value.dtype not in _DTYPES:
+        if value.dtype not in DTYPES:
             raise StorageError(f"{where} has dtype {value.dtype}, which a checkpoint cannot hold")
         name = str(len(tensors))
         tensors[name] = value.detach()
@@ -339,7 +339,7 @@ def _file(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
+            "dtype": DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }

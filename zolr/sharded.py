@@ -17,24 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zolr.checkpoints import write_text
+from zolr.checkpoints import DTYPES, write_text
 from zolr.engine import Engine
 from zolr.errors import StorageError, UsageError
 from zolr.held import is_sharded
 from zolr.variables import Variable
 
 SHARDS = "shards.json"
-
-_KINDS = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 def shard_name(rank: int) -> str:
@@ -73,7 +62,7 @@ def save(folder: str | Path, engine: Engine) -> Path:
         elif name in trained:
             local = _trained(trained[name], local, first)
         tensors[name] = local.to("cpu").contiguous()
-        layout[name] = {"shape": list(parameter.shape), "dtype": _KINDS[parameter.dtype]}
+        layout[name] = {"shape": list(parameter.shape), "dtype": DTYPES[parameter.dtype]}
     try:
         aside.mkdir(parents=True, exist_ok=True)
         save_file(tensors, aside / shard_name(team.rank))
@@ -164,7 +153,7 @@ def consolidate(folder: str | Path, target: str | Path) -> Path:
 
 def _plain(tensors: dict[str, dict[str, Any]], shards: list[Any]) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file: rows of a matrix lie one after the other, and so do the pieces."""
-    width = {kind: torch.empty(0, dtype=dtype).element_size() for dtype, kind in _KINDS.items()}
+    width = {kind: torch.empty(0, dtype=dtype).element_size() for dtype, kind in DTYPES.items()}
     order = sorted(tensors, key=lambda name: -width[tensors[name]["dtype"]])  # every tensor aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

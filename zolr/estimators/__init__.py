@@ -107,6 +107,21 @@ class Measuring(Estimator, Protocol):
         ...
 
 
+class BySlopes:
+    """What `Measuring` estimators share: a call measures, and hands over at once."""
+
+    def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
+        """See `Measuring`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def __call__(
+        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], emit: Emit, key: Key
+    ) -> Estimate:
+        """Emit the gradients; see `Estimator`."""
+        return self.measure(loss, batches, variables, key).hand_over(variables, emit)
+
+
 @runtime_checkable
 class Repeatable(Measuring, Protocol):
     """An estimator whose step can be made again from its slopes alone, without a loss or data."""

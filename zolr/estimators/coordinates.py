@@ -11,8 +11,7 @@ from torch import Tensor
 
 from zolr.errors import UsageError
 from zolr.estimators import (
-    Emit,
-    Estimate,
+    BySlopes,
     Found,
     Loss,
     check_eps,
@@ -27,7 +26,7 @@ from zolr.variables import Variable
 
 
 @dataclass(frozen=True)
-class Coordinates:
+class Coordinates(BySlopes):
     """Gradient estimate `sum_(b in I) c_b z_b / p_b` over sampled blocks b of coordinates.
 
     A block is a row of a matrix of coordinates, or a whole vector; `z_b` is a direction inside of it and `c_b` the
@@ -69,13 +68,6 @@ class Coordinates:
     def forwards(self, batches: int) -> int:
         """Two forwards a block and micro-batch."""
         return 2 * batches * self.blocks
-
-    @torch.no_grad()
-    def __call__(
-        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], emit: Emit, key: Key
-    ) -> Estimate:
-        """Emit the gradients; see `Estimator`."""
-        return self.measure(loss, batches, variables, key).hand_over(variables, emit)
 
     @torch.no_grad()
     def measure(

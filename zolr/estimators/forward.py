@@ -14,9 +14,8 @@ from torch.overrides import TorchFunctionMode
 from zolr.distributed import share_of
 from zolr.errors import UsageError
 from zolr.estimators import (
+    BySlopes,
     Direction,
-    Emit,
-    Estimate,
     Found,
     Loss,
     check_probes,
@@ -51,7 +50,7 @@ class _TangentsLikeValues(TorchFunctionMode):
 
 
 @dataclass(frozen=True)
-class Forward:
+class Forward(BySlopes):
     """`(1/k) sum_i ⟨∇L, z_i⟩ z_i` with exact directional derivatives, from one forward each.
 
     No finite difference and no `eps`; costs about two forwards in time and keeps no graph. Attention runs under the
@@ -80,13 +79,6 @@ class Forward:
     def forwards(self, batches: int) -> int:
         """A tangent forward costs about two."""
         return 2 * batches * self.probes
-
-    @torch.no_grad()
-    def __call__(
-        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], emit: Emit, key: Key
-    ) -> Estimate:
-        """Emit the gradients; see `Estimator`."""
-        return self.measure(loss, batches, variables, key).hand_over(variables, emit)
 
     @torch.no_grad()
     def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:

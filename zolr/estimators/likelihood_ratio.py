@@ -9,9 +9,8 @@ from torch import Tensor
 
 from zolr.errors import UsageError
 from zolr.estimators import (
+    BySlopes,
     Direction,
-    Emit,
-    Estimate,
     Found,
     Loss,
     check_eps,
@@ -26,7 +25,7 @@ from zolr.variables import Variable, layout, shifted
 
 
 @dataclass(frozen=True)
-class LikelihoodRatio:
+class LikelihoodRatio(BySlopes):
     """`(1/k) sum_i L(B + s z_i) z_i / s`, the exact gradient of the Gaussian-smoothed loss in expectation.
 
     Without a baseline its variance carries `L² / s²` times the number of coordinates, which buries the slope for small
@@ -54,13 +53,6 @@ class LikelihoodRatio:
     def forwards(self, batches: int) -> int:
         """k forwards a micro-batch."""
         return batches * self.probes
-
-    @torch.no_grad()
-    def __call__(
-        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], emit: Emit, key: Key
-    ) -> Estimate:
-        """Emit the gradients; see `Estimator`."""
-        return self.measure(loss, batches, variables, key).hand_over(variables, emit)
 
     @torch.no_grad()
     def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:

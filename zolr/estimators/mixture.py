@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from zolr.errors import UsageError
-from zolr.estimators import Emit, Estimate, Found, Guided, Loss, Measuring, Repeatable, setting
+from zolr.estimators import BySlopes, Found, Guided, Loss, Measuring, Repeatable, setting
 from zolr.keys import Key
 from zolr.variables import Variable
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(BySlopes):
     """`w g_random + (1 - w) g_guided`, the second estimator guided by what the first has found.
 
     Both are unbiased and the second is so for every guide, hence the mixture is unbiased, and its second moment is
@@ -50,13 +50,6 @@ class Mixture:
         """Forwards of both."""
         guided = self.guided.forwards(batches) if self.share < 1 else 0
         return self.random.forwards(batches) + guided
-
-    @torch.no_grad()
-    def __call__(
-        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], emit: Emit, key: Key
-    ) -> Estimate:
-        """Emit the gradients; see `Estimator`."""
-        return self.measure(loss, batches, variables, key).hand_over(variables, emit)
 
     @torch.no_grad()
     def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:

@@ -11,9 +11,8 @@ from torch import Tensor
 from zolr.distributed import share_of
 from zolr.errors import UsageError
 from zolr.estimators import (
+    BySlopes,
     Direction,
-    Emit,
-    Estimate,
     Found,
     Loss,
     apart,
@@ -29,7 +28,7 @@ from zolr.variables import Variable, layout
 
 
 @dataclass(frozen=True)
-class PrivateSpsa:
+class PrivateSpsa(BySlopes):
     """Gradient estimate `(1/k) sum_i s_i z_i`, `s_i = (1/n) (sum_j clip(c_ij, -C, C) + N(0, (sigma C)²))`.
 
     `c_ij` is the slope of example j along direction i, `n` the examples of a step, `sigma` the noise multiplier. Below
@@ -102,13 +101,6 @@ class PrivateSpsa:
             return inf
         uses = ceil(steps * batch_size / rows) * (1 if rows % batch_size == 0 else 2)
         return epsilon_of(2 * sqrt(self.probes * uses) / self.noise, delta)
-
-    @torch.no_grad()
-    def __call__(
-        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], emit: Emit, key: Key
-    ) -> Estimate:
-        """Emit the gradients; see `Estimator`."""
-        return self.measure(loss, batches, variables, key).hand_over(variables, emit)
 
     @torch.no_grad()
     def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:

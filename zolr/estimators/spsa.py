@@ -9,9 +9,8 @@ import torch
 from zolr.distributed import share_of
 from zolr.errors import UsageError
 from zolr.estimators import (
+    BySlopes,
     Direction,
-    Emit,
-    Estimate,
     Found,
     Loss,
     apart,
@@ -29,7 +28,7 @@ from zolr.variables import Variable, layout
 
 
 @dataclass(frozen=True)
-class Spsa:
+class Spsa(BySlopes):
     """Gradient estimate `(1/k) sum_i c_i z_i` with `c_i = (L(B + eps z_i) - L(B - eps z_i)) / (2 eps)`.
 
     Unbiased up to `O(eps²)` for every law with `E[z zᵀ] = I`. Its second moment is about the number of coordinates
@@ -91,13 +90,6 @@ class Spsa:
         if self.directions == "orthonormal":
             return list(orthonormal(space, self.probes, key))
         return [Probe(space, self.law, key.fold_in("probe", i)) for i in range(self.probes)]
-
-    @torch.no_grad()
-    def __call__(
-        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], emit: Emit, key: Key
-    ) -> Estimate:
-        """Emit the gradients; see `Estimator`."""
-        return self.measure(loss, batches, variables, key).hand_over(variables, emit)
 
     @torch.no_grad()
     def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
