@@ -16,7 +16,7 @@ subspaces.
 
 State is what a run holds from step to step beside the weights, with that of embeddings and head; peak is that of live tensors
 over a step that opens a window (CUDA: `max_memory_allocated`); both are taken after training. Every run is a process of its own
-on one thread. Results are merged into `benchmarks/results/pretraining.json` (and `pretraining-MODEL.json`), with the settings
+on one thread, and its tokens a second are of that thread's processor time (CUDA: of wall-clock time). Results are merged into `benchmarks/results/pretraining.json` (and `pretraining-MODEL.json`), with the settings
 and versions they were made with. `--rank` and `--steps` other than the usual ones are groups of their own in the same file.
 """
 
@@ -270,14 +270,16 @@ def one(case: dict[str, Any]) -> dict[str, Any]:
         seed=case["seed"],
         schedule=schedule(steps),
     )
+    # one thread's processor time, which other work on the machine moves little; a card is waited for
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     curve, times, skipped = [(0, evaluated())], [], 0
     for step in range(steps):
         ready = batches(step)
         _wait(device)
-        started = time.perf_counter()
+        started = clock()
         info = engine.step(ready)
         _wait(device)
-        times.append(time.perf_counter() - started)
+        times.append(clock() - started)
         skipped += info.skipped
         if (step + 1) % max(1, steps // 4) == 0 or step + 1 == steps:
             curve.append((step + 1, evaluated()))
