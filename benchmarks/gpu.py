@@ -195,7 +195,7 @@ def memory(case: Case, device: str, smoke: bool) -> dict[str, Any]:
     import torch
 
     from zolr.engine import Engine
-    from zolr.memory import kept, measure, predict
+    from zolr.memory import measure, predict
     from zolr.methods import METHODS
     from zolr.models import PRESETS, checkpoint_activations, lm_loss, prompt_loss
 
@@ -230,8 +230,7 @@ def memory(case: Case, device: str, smoke: bool) -> dict[str, Any]:
                 variable.stack.push(like.new_zeros(m, rank), like.new_zeros(n, rank))
         for _ in range(1 + 2 * case.compile):
             engine.step([data])  # makes the optimizer's state and the libraries' workspaces
-        held = [tensor for tensors in kept(engine).values() for tensor in tensors]
-        with measure(model, data, *held, device=device) as found:
+        with measure(engine, data, device=device) as found:
             for _ in range(3):
                 engine.step([data])
         if case.compile and (why := engine._fast.failed):  # type: ignore[union-attr]

@@ -73,13 +73,12 @@ def measured(engine: Any, batches: Callable[[int], Sequence[Any]], steps: int) -
         "cpu_first_s": times[0],
         "trained_share": engine.trained_share,
         "lr": engine.base_lr,
-        "_peak": lambda: _peak(engine, batches(steps), measure, kept),
+        "_peak": lambda: _peak(engine, batches(steps), measure),
     }
 
 
-def _peak(engine: Any, batch: Sequence[Any], measure: Any, kept: Any) -> int:
-    held = [tensor for tensors in kept(engine).values() for tensor in tensors]
-    with measure(engine.model, *held, *batch) as found:
+def _peak(engine: Any, batch: Sequence[Any], measure: Any) -> int:
+    with measure(engine, *batch) as found:
         engine.step(batch)
         if engine.method.refresh_every:
             engine.refresh()
@@ -372,8 +371,12 @@ def main() -> None:
                 save({case["name"]: one(case)})
         while not options.smoke and (factor := following(rates)) is not None:
             save({f"{factor:g}": one({**cases[0], "factor": factor, "name": f"{factor:g}"})})
-    for name, rates in results["cases"].items():  # results of a version that did not time
-        if "failed" not in rates["1"] and "cpu_median_s" not in rates["1"] and options.only is None:
+    for name, rates in results["cases"].items():  # results of a version that did not time, or not count
+        whole = {"cpu_median_s", "peak_bytes", "failed"} & rates["1"].keys() in (
+            {"failed"},
+            {"cpu_median_s", "peak_bytes"},
+        )
+        if not whole and options.only is None:
             task, _, who = name.partition("/")
             row, _, paradigm = who.partition(":")
             save({"1": one(cases_of(task, METHODS[row], paradigm, results, options)[0])}, rates)

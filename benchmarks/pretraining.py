@@ -288,7 +288,6 @@ def one(case: dict[str, Any]) -> dict[str, Any]:
     counted = LiveBytes()
     weights = counted.track(model)  # whole coordinates are the weights themselves and count once
     state = {part: counted.track(*tensors) for part, tensors in kept(engine).items()}
-    held = [tensor for tensors in kept(engine).values() for tensor in tensors]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         engine.step(batches(steps))
@@ -297,7 +296,7 @@ def one(case: dict[str, Any]) -> dict[str, Any]:
             engine.step(batches(steps))
         peak = torch.cuda.max_memory_allocated(device)
     else:
-        with measure(model, *held, *batches(steps)) as found:
+        with measure(engine, *batches(steps)) as found:
             engine.step(batches(steps))
             if engine.method.refresh_every:
                 engine.refresh()

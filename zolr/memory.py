@@ -116,14 +116,18 @@ class LiveBytes(TorchDispatchMode):
         self._fresh_peak = False  # the peak has moved since the records were taken
         self._hooks: list[Any] = []
 
-    def track(self, *things: nn.Module | Tensor | Mapping[str, Tensor]) -> int:
-        """Count tensors that exist already: parameters, buffers and gradients of a model, batches, tensors.
+    def track(self, *things: "nn.Module | Tensor | Mapping[str, Tensor] | Engine") -> int:
+        """Count tensors that exist already: parameters, buffers and gradients of a model, batches, tensors, and of an
+        engine its model and all that it keeps from step to step.
 
         Returns:
             Bytes that were not counted before.
         """
         before = self.live
         for thing in things:
+            if isinstance(thing, Engine):
+                self.track(thing.model, *(tensor for part in kept(thing).values() for tensor in part))
+                continue
             if isinstance(thing, nn.Module):
                 named: list[tuple[str, Tensor]] = [*thing.named_parameters(), *thing.named_buffers()]
                 named += [
@@ -957,7 +961,7 @@ class Measured:
 
 @contextlib.contextmanager
 def measure(
-    *things: nn.Module | Tensor | Mapping[str, Tensor],
+    *things: nn.Module | Tensor | Mapping[str, Tensor] | Engine,
     device: torch.device | str = "cpu",
     profile: bool = False,
 ) -> Iterator[Measured]:
@@ -967,7 +971,8 @@ def measure(
     Elsewhere live tensors are counted, which takes some microseconds an operation.
 
     Args:
-        things: models, batches and tensors that exist already and count too; not needed on CUDA.
+        things: models, batches, tensors and engines that exist already and count too; not needed on CUDA. What an engine
+            keeps is best given by the engine itself: a list of its tensors would keep alive what a step replaces.
         device: where the work happens.
         profile: keep the list of storages alive at the peak in `live.records` (not on CUDA).
     """
@@ -986,6 +991,7 @@ def measure(
         return
     measured.live = LiveBytes(profile=profile)
     measured.live.track(*things)
+    del things  # what the caller does not hold may go
     try:
         with measured.live:
             yield measured

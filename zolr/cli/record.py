@@ -80,13 +80,11 @@ class Meter:
         self._opened |= opens
         if tokens >= most:
             self._times = 1 if tokens > most else self._times + 1
-        from zolr.memory import LiveBytes, kept
+        from zolr.memory import LiveBytes
 
         self.shape = shape if tokens > most else self.shape
         live = LiveBytes()
-        live.track(self._engine.model, *batches)
-        for tensors in kept(self._engine).values():
-            live.track(*tensors)
+        live.track(self._engine, *batches)
         with live:
             yield
         if live.peak > self._peak:
