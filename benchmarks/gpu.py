@@ -205,7 +205,9 @@ def memory(case: Case, device: str, smoke: bool) -> dict[str, Any]:
     base = torch.cuda.memory_allocated(device) if device.startswith("cuda") else None
     predicted = None
     shape = PRESETS[case.model].config(**changes(case, smoke))
-    settings: dict[str, Any] = dict(batch_size=case.rows, max_length=case.tokens, objective=case.objective)
+    settings: dict[str, Any] = dict(
+        batch_size=case.rows, max_length=case.tokens, objective=case.objective, device=device
+    )
     coded = case.dtype in ("int8", "nf4")
     if case.method == "forward":
         if not coded:

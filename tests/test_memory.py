@@ -14,7 +14,7 @@ from zolr import models
 from zolr.engine import Engine
 from zolr.errors import BudgetError, DataError, UsageError
 from zolr.held import RANK
-from zolr.memory import OVERHEAD, PARTS, LiveBytes, largest_batch, measure, predict, resident, size_of
+from zolr.memory import OVERHEAD, PARTS, LiveBytes, kept, largest_batch, measure, predict, resident, size_of
 from zolr.methods import compose
 from zolr.models import build, checkpoint_activations, class_loss, lm_loss, prompt_loss
 from zolr.optim import OptimizerRule
@@ -664,3 +664,52 @@ def test_cuda_counter_agrees_with_live_bytes():
             prompt_loss([3, 4])(model, batch)
     assert measured.peak_bytes - base == pytest.approx(live.peak, rel=0.05)
     assert measured.reserved_bytes is not None and measured.reserved_bytes >= measured.peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked", "bytes"),
+    [
+        ((9, 0), None, 32 << 20),
+        ((10, 0), None, 32 << 20),
+        ((8, 6), None, 8_519_680),
+        ((9, 0), ":16:8", 16 << 13),
+    ],
+)
+def test_a_card_adds_a_workspace_for_each_thread_that_multiplies(monkeypatch, capability, asked, bytes):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if asked:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", asked)
+    for paradigm, threads in (("zo", 1), ("fo", 2)):
+        method = compose("stiefel", paradigm, rank=4)
+        plain, card = (
+            predict(small(), method, batch_size=2, max_length=8, profile=True, device=device)
+            for device in ("cpu", "cuda")
+        )
+        assert card.peak_bytes - plain.peak_bytes == card.parts["workspaces"] == threads * bytes
+        assert card.forward_peak_bytes - plain.forward_peak_bytes == bytes
+        assert sum(card.parts.values()) == card.peak_bytes and plain.parts["workspaces"] == 0
+        assert (
+            card.weights_bytes == plain.weights_bytes and len(card.assumptions) == len(plain.assumptions) + 1
+        )
+
+
+def test_what_a_step_replaces_is_not_kept_alive_by_its_measurement():
+    x, y = torch.randn(4, 64), torch.randn(4, 64)
+
+    def loss(model, batch):
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    method = compose("stiefel", "zo", rank=32, refresh_every=1)
+    engine = Engine(torch.nn.Linear(64, 64, bias=False), method, lr=1e-3, loss=loss)
+    engine.step([(x, y)])
+    with measure(engine, x, y) as found:
+        for _ in range(3):
+            engine.step([(x, y)])
+    held = [tensor for part in kept(engine).values() for tensor in part]
+    with measure(engine.model, *held, x, y) as more:
+        for _ in range(3):
+            engine.step([(x, y)])
+    # a basis is replaced at every step, and a list of what was kept holds the first one
+    assert more.peak_bytes - found.peak_bytes >= 64 * 32 * 4

@@ -8,6 +8,7 @@ slack.
 import contextlib
 import copy
 import os
+import re
 import resource
 import sys
 import weakref
@@ -54,9 +55,13 @@ ROUNDING = 512  # bytes; the CUDA caching allocator hands out multiples of this
 
 # What comes on top of every figure here; how much depends on device, driver and libraries, so no number is given
 OVERHEAD = (
-    "CUDA context and loaded kernels, cache and fragmentation of the allocator, workspaces of cuBLAS, cuSOLVER "
-    "and attention kernels"
+    "CUDA context and loaded kernels, cache and fragmentation of the allocator, workspaces of cuSOLVER and attention "
+    "kernels; unless a card is named, cuBLAS's: 34 MB from Hopper on, 9 MB before, twice with backprop"
 )
+
+# bytes that torch gives to cuBLAS for each thread that multiplies (CUBLAS_WORKSPACE_CONFIG says otherwise): from compute
+# capability 9.0 on, and before
+WORKSPACES = (8 * 4096 * 1024, (2 * 4096 + 8 * 16) * 1024)
 
 
 # --- counting -----------------------------------------------------------------------------------------------
@@ -337,8 +342,8 @@ PERIODS = 64
 LONG = 1 << 10  # steps of a period there, so that none ends while it is looked at
 
 # What a peak is made of. "rest": the batch, directions of probes, weights rebuilt for one use, gradients of
-# activations, scratch
-PARTS = ("weights", "coords", "gradients", "optimizer", "activations", "logits", "rest")
+# activations, scratch; "workspaces": cuBLAS's, where a card is named
+PARTS = ("weights", "coords", "gradients", "optimizer", "activations", "logits", "rest", "workspaces")
 
 
 @dataclass(frozen=True)
@@ -403,6 +408,7 @@ def predict(
     quantize: Codes | None = None,
     hold: bool = False,
     hold_rank: int = RANK,
+    device: torch.device | str = "cpu",
     profile: bool = False,
 ) -> Prediction:
     """Predict the peak memory of a training step by running that very step on tensors without data.
@@ -425,6 +431,7 @@ def predict(
         select, realization, weight_decay, clip, hold, hold_rank: as for `Engine`.
         quantize: as for `load_model`.
         adapter: what the model is wrapped in, which is then trained instead of `select`.
+        device: where the step is to run; a card that is there adds cuBLAS's workspaces to peak and forward (see `workspace`).
         profile: list the live storages at the peak, add them up by what they are, and name the module.
 
     Raises:
@@ -537,18 +544,37 @@ def predict(
         if method is not None:
             method = _runnable(method, signs)
             live, weights, coords, state = step(method)
+    scratch, threads = workspace(device), 2 if method is not None and method.paradigm == "fo" else 1
+    if scratch:
+        assumptions.append(
+            f"{scratch / 1e6:.1f} MB of workspace for cuBLAS in each thread that multiplies: {threads} in a step"
+        )
     return Prediction(
-        peak_bytes=live.peak,
-        forward_peak_bytes=forward.peak,
+        peak_bytes=live.peak + threads * scratch,
+        forward_peak_bytes=forward.peak + scratch,
         weights_bytes=weights,
         coords_bytes=coords,
         optimizer_bytes=state,
         phase=live.peak_phase,
         assumptions=tuple(assumptions),
         module=live.peak_module,
-        parts=_parts(live.records, net) if profile else {},
+        parts=_parts(live.records, net) | {"workspaces": threads * scratch} if profile else {},
         records=tuple(live.records),
     )
+
+
+def workspace(device: torch.device | str) -> int:
+    """Bytes that torch sets aside for cuBLAS in each thread that multiplies on this device; 0 without CUDA.
+
+    The host's thread is one, autograd's another. `CUBLAS_WORKSPACE_CONFIG` (":KiB:number", repeated) sets the size, as
+    it does for torch.
+    """
+    if torch.device(device).type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
+        return 0
+    asked = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    if asked:
+        return sum(int(size) * 1024 * int(number) for size, number in asked)
+    return WORKSPACES[torch.cuda.get_device_capability(device) < (9, 0)]
 
 
 def _on_host(net: nn.Module) -> nn.Module:

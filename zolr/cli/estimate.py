@@ -262,6 +262,7 @@ def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
             quantize=plan.quantize,
             hold=plan.holds,
             hold_rank=plan.held_rank,
+            device="cuda",  # counts only where there is one
             profile=profile,
         )
 
@@ -321,8 +322,9 @@ def _print(rows: Sequence[Mapping[str, Any]], settings: Estimate, budget: int | 
     found = [row for row in rows if "error" not in row]
     if not found:
         return
-    parts = [(row["name"], *(size(row["parts"][part]) for part in PARTS)) for row in found]
-    console.print(table("what the peak is made of", ["method", *PARTS], parts))
+    there = [part for part in PARTS if part != "workspaces" or any(row["parts"][part] for row in found)]
+    parts = [(row["name"], *(size(row["parts"][part]) for part in there)) for row in found]
+    console.print(table("what the peak is made of", ["method", *there], parts))
     places = [(row["name"], row["phase"], row["module"] or None) for row in found]
     console.print(table("where the peak is", ["method", "phase", "module"], places))
     for line in (IN_WORDS, *(f"assumed: {text}" for text in assumed(found))):

@@ -973,6 +973,7 @@ class Job:
             quantize=settings.quantize,
             hold=settings.holds,
             hold_rank=settings.held_rank,
+            device=self.device,
         ).peak_bytes
 
     def train(

@@ -870,6 +870,7 @@ def _peak(settings: Pretrain, model: Any, on: device, known: dict[Pretrain, int]
         weight_decay=settings.weight_decay,
         clip=settings.clip,
         realization=settings.realization,
+        device=on,
     ).peak_bytes
     return known[settings]
 
