@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from transformers import AutoConfig, PreTrainedConfig
 
-from zolr import models
+from zolr import memory, models
 from zolr.engine import Engine
 from zolr.errors import BudgetError, DataError, UsageError
 from zolr.held import RANK
@@ -713,3 +713,14 @@ def test_what_a_step_replaces_is_not_kept_alive_by_its_measurement():
             engine.step([(x, y)])
     # a basis is replaced at every step, and a list of what was kept holds the first one
     assert more.peak_bytes - found.peak_bytes >= 64 * 32 * 4
+
+
+def test_a_model_that_drops_no_layer_is_predicted():
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+    with FakeTensorMode(), memory._FakeLiveBytes() as live, live.phase("forward"):
+        assert not torch.rand([]) < 0.0
+        with pytest.raises(DataDependentOutputException):
+            bool(torch.rand([]) < 0.1)
+        with pytest.raises(DataDependentOutputException):
+            bool(torch.randn([]) < 0.0)

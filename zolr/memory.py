@@ -598,7 +598,8 @@ class _FakeLiveBytes(LiveBytes):
     """Counts fake tensors as real ones are counted where the two would differ.
 
     A number that is read from a tensor outside of the model is answered by 1 (Adafactor scales by norms, a projector
-    asks how many directions its law has chosen); what a model itself asks of its tensors stays an error.
+    asks how many directions its law has chosen); what a model itself asks of its tensors stays an error, but for whether
+    a uniform number is below 0, which is how some models drop no layer.
 
     Forward mode has tensors of zeros that hold nothing: `ZeroTensor`, for the tangent of a weight that is not trained.
     Made under the fake mode they lose their device, so plain fake tensors that are not counted stand for them.
@@ -606,10 +607,19 @@ class _FakeLiveBytes(LiveBytes):
 
     def __init__(self, *, profile: bool = False) -> None:
         super().__init__(profile=profile)
-        self._zeros: dict[int, weakref.ref] = {}  # storages of tensors that stand for a ZeroTensor
+        # storages of tensors that stand for a ZeroTensor, of uniform numbers, and of answers that are False
+        self._zeros: dict[int, weakref.ref] = {}
+        self._uniform: dict[int, weakref.ref] = {}
+        self._false: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.rand.default:
+            return _noted(self._uniform, super().__torch_dispatch__(func, types, args, kwargs))
+        if func is torch.ops.aten.lt.Scalar and args[1] <= 0 and _is_in(self._uniform, args[0]):
+            return _noted(self._false, super().__torch_dispatch__(func, types, args, kwargs))
         if func is torch.ops.aten._local_scalar_dense.default:
+            if _is_in(self._false, args[0]):
+                return False
             dtype = args[0].dtype
             if dtype.is_floating_point:
                 return 1.0
@@ -618,31 +628,34 @@ class _FakeLiveBytes(LiveBytes):
         if func is torch.ops.aten._efficientzerotensor.default:
             with unset_fake_temporarily() if not args[0] else contextlib.nullcontext():
                 # one for a plain number is asked for its value at once, so it is real
-                return self._zero(torch.zeros(*args, **(kwargs or {})))
-        if self._zeros and any(self._is_zero(arg) for arg in args):
+                return _noted(self._zeros, torch.zeros(*args, **(kwargs or {})))
+        if self._zeros and any(_is_in(self._zeros, arg) for arg in args):
             args = [self._faked(arg) for arg in args]
             if func in KEEP_ZERO:
-                return self._zero(func(*args, **(kwargs or {})))
+                return _noted(self._zeros, func(*args, **(kwargs or {})))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _faked(self, thing: Any) -> Any:
         """A stand-in that is real, as a fake one."""
-        if isinstance(thing, FakeTensor) or not self._is_zero(thing):
+        if isinstance(thing, FakeTensor) or not _is_in(self._zeros, thing):
             return thing
-        return self._zero(torch.zeros(thing.shape, dtype=thing.dtype, device=thing.device))
-
-    def _zero(self, tensor: Tensor) -> Tensor:
-        for storage in _storages(tensor):
-            forget = partial(self._zeros.pop, storage._cdata, None)
-            self._zeros[storage._cdata] = weakref.ref(storage, lambda _, forget=forget: forget())
-        return tensor
-
-    def _is_zero(self, thing: Any) -> bool:
-        return isinstance(thing, Tensor) and any(s._cdata in self._zeros for s in _storages(thing))
+        return _noted(self._zeros, torch.zeros(thing.shape, dtype=thing.dtype, device=thing.device))
 
     def _count_storage(self, storage: torch.UntypedStorage, tensor: Tensor, op: Any) -> None:
         if storage._cdata not in self._zeros:
             super()._count_storage(storage, tensor, op)
+
+
+def _noted(where: dict[int, weakref.ref], tensor: Tensor) -> Tensor:
+    """The tensor, whose storage is known there for as long as it lives."""
+    for storage in _storages(tensor):
+        forget = partial(where.pop, storage._cdata, None)
+        where[storage._cdata] = weakref.ref(storage, lambda _, forget=forget: forget())
+    return tensor
+
+
+def _is_in(where: dict[int, weakref.ref], thing: Any) -> bool:
+    return isinstance(thing, Tensor) and any(s._cdata in where for s in _storages(thing))
 
 
 # operations that give a ZeroTensor for a ZeroTensor; all others make it real for the moment, at the cost of one number
