@@ -9,7 +9,9 @@
 
 One protocol for all rows: the same architecture, text, tokens, order of rows, warm-up and cosine to a tenth, no decay and no
 clipping (that of GaLore's C4 runs); rank a quarter of the width (apollo-mini: 1) and the same life of a subspace; embeddings,
-head and norms in their whole space for every row. A row's learning rate comes from one grid for all: it begins where it was
+head and norms in their whole space, by Adam at one rate for every row (adalomo and flora, whose steps are shares of a weight's
+size, have a rate for all weights). The learning rate of matrices, which the row is about, comes from one grid for all, times
+the factor that a row is published with (GaLore's 0.25): it begins where it was
 published, or is usual, and goes on to the neighbors until the best one has a neighbor on either side. The held-out loss of
 seed 0 chooses, on text that no run has seen; then come two more seeds of that rate. A seed names weights, the order of rows and
 subspaces.
@@ -92,17 +94,21 @@ PROTOCOLS = {
     ),
 }  # fmt: skip
 
+TABLES_RATE = 1e-2  # of embeddings, head and norms
+# rules that move a weight by a share of its own size: one rate for all weights
+RELATIVE = ("adalomo", "flora")
+
 # how each row is composed, and the rate of the grid that it begins with
 FULL: dict[str, tuple[dict[str, Any], float]] = {
-    "adamw": ({"method": "adamw"}, 3e-3),
+    "adamw": ({"method": "adamw"}, 1e-3),
     "muon": ({"method": "muon"}, 3e-3),
     "adalomo": ({"method": "adalomo"}, 3e-2),
 }
 DRAWN: dict[str, tuple[dict[str, Any], float]] = {
-    "stiefel": ({"method": "stiefel"}, 3e-3),
-    "dependent": ({"method": "dependent"}, 3e-3),
-    "gaussian": ({"method": "stiefel", "projector": "gaussian"}, 3e-3),
-    "coordinate": ({"method": "stiefel", "projector": "coordinate"}, 3e-3),
+    "stiefel": ({"method": "stiefel"}, 1e-3),
+    "dependent": ({"method": "dependent"}, 1e-3),
+    "gaussian": ({"method": "stiefel", "projector": "gaussian"}, 1e-3),
+    "coordinate": ({"method": "stiefel", "projector": "coordinate"}, 1e-3),
 }
 TAKEN: dict[str, tuple[dict[str, Any], float]] = {
     "galore": ({"method": "galore"}, 1e-2),
@@ -118,16 +124,18 @@ TAKEN: dict[str, tuple[dict[str, Any], float]] = {
 ROWS = {"adamw": FULL["adamw"], "muon": FULL["muon"], **DRAWN, **TAKEN, "adalomo": FULL["adalomo"]}
 
 
-def method_of(name: str, rank: int, refresh_every: int) -> Any:
-    """The method of a row."""
+def method_of(name: str, rank: int, refresh_every: int, factor: float = 1.0) -> Any:
+    """The method of a row, whose matrices are trained at `factor` of the rate, times the factor that the row has anyway."""
     from zolr.methods import METHODS, compose
 
     given, _ = ROWS[name]
-    windows = METHODS[given["method"]].build("fo").refresh_every is not None
-    settings: dict[str, Any] = {"rank": rank} if windows or name == "mofasgd" else {}
-    if windows:
-        settings |= {"refresh_every": refresh_every, "tables": "full"}
-    return compose(paradigm="fo", **{**settings, **given})
+    usual = METHODS[given["method"]].build("fo")
+    settings: dict[str, Any] = {"rank": rank} if usual.refresh_every or name == "mofasgd" else {}
+    if usual.refresh_every is not None:
+        settings |= {"refresh_every": refresh_every}
+    if name not in RELATIVE:
+        settings |= {"scale": usual.scale * factor}
+    return compose(paradigm="fo", tables="full", **{**settings, **given})
 
 
 def schedule(steps: int) -> Callable[[int], float]:
@@ -262,10 +270,11 @@ def one(case: dict[str, Any]) -> dict[str, Any]:
         ]
 
     steps = case["steps"]
+    rate = case["lr"] if case["row"] in RELATIVE else TABLES_RATE
     engine = Engine(
         model,
-        method_of(case["row"], case["rank"], case["refresh_every"]),
-        lr=case["lr"],
+        method_of(case["row"], case["rank"], case["refresh_every"], case["lr"] / rate),
+        lr=rate,
         loss=loss,
         seed=case["seed"],
         schedule=schedule(steps),
@@ -592,6 +601,7 @@ def main() -> None:
     if not options.table:
         found["conditions"] = {p: version(p) for p in ("zolr", "torch", "transformers")}
         found["conditions"] |= {**asdict(protocol), "grid": GRID, "device": device_name(options.device)}
+        found["conditions"] |= {"tables_rate": TABLES_RATE}
     if options.estimates:
         prepared(options.model, protocol)
         case = dict(model=options.model, seed=0, rank=rank, steps=options.steps or 60, lr=1e-2)

@@ -323,6 +323,7 @@ class Engine:
         self.optimizer = method.optimizer.build(
             [self.trained(v) for v in self.variables], self.base_lr or 1.0, tables
         )
+        self._divide_groups()
         self._set_schedule()
         self._activate(0)
         # a direction as large as a weight is applied one weight at a time, so that one of them is alive
@@ -406,11 +407,25 @@ class Engine:
                 self._cores[variable.name].due = True
                 self._cores[variable.name].kept.clear()
 
+    def _divide_groups(self) -> None:
+        """Give what `Method.scale` acts on, where nothing is lifted, groups of its own; their "lr" is that of all others."""
+        if self.method.scale == 1.0 or self.method.dense:
+            return
+        scaled = {id(self.trained(v)) for v in self.variables if self._is_projected(v)}
+        divided = []
+        for group in self.optimizer.param_groups:
+            for factor in (1.0, self.method.scale):
+                own = [p for p in group["params"] if (id(p) in scaled) == (factor != 1.0)]
+                divided += [{**group, "params": own, "factor": factor}] if own else []
+        self.optimizer.param_groups = divided
+
     # ---- windows -------------------------------------------------------------------------------------------------
 
+    def _is_projected(self, variable: Variable) -> bool:
+        return len(variable.shape) == 2 and self._projected(variable.name, variable.weight)
+
     def _projector(self, variable: Variable) -> Any:
-        projected = len(variable.shape) == 2 and self._projected(variable.name, variable.weight)
-        return self.method.projector_of(variable.name) if projected else Identity()
+        return self.method.projector_of(variable.name) if self._is_projected(variable) else Identity()
 
     def _open_windows(self) -> None:
         """Draw the first subspace of every variable; those of a dense method wait for the first gradient."""
@@ -733,14 +748,19 @@ class Engine:
 
     @contextmanager
     def _cautious(self) -> Iterator[float]:
-        """The rate of this step, lowered by what the slopes have shown; schedules go on from the rate without that."""
+        """The rate of this step, lowered by what the slopes have shown; schedules go on from the rate without that.
+
+        Inside, groups have it times their own factor (see `Method.scale`).
+        """
         groups = self.optimizer.param_groups
         rates = [group["lr"] for group in groups]
         factor = 1.0 if self._caution is None else self._caution.factor
+        rate = float(rates[0] * factor) if self._repeated is None else self._repeated.lr
         try:
             for group in groups:
-                group["lr"] = group["lr"] * factor if self._repeated is None else self._repeated.lr
-            yield float(groups[0]["lr"])
+                own = group["lr"] * factor if self._repeated is None else rate
+                group["lr"] = own * group.get("factor", 1.0)
+            yield rate
         finally:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate

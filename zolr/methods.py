@@ -66,7 +66,8 @@ class Method:
         refresh_every: life of a subspace in optimizer steps; None keeps the first one.
         dense: dense gradients are streamed at every step, one alive at a time; each is projected, and the step of its
             coordinates is lifted onto the weight at once.
-        scale: factor on what a dense method lifts (GaLore's alpha).
+        scale: factor on the steps of matrices that `projects` and `tables` project: on what a dense method lifts (GaLore's
+            alpha), elsewhere on their learning rate. All else is trained at the rate itself. Decay does not know of it.
         projects: matrices that have a subspace: "all", or categories joined by "+" (see `engine.selection`); others
             have their whole space, as vectors do.
         tables: embeddings and heads: "full" (in their whole space), "subspace" (projected as other matrices are) or "frozen"
@@ -117,10 +118,8 @@ class Method:
                 f"projector '{key_of(PROJECTORS, self.projector)}' needs dense gradients, which this method never forms; "
                 "use method 'galore', or projector 'stiefel'"
             )
-        if not self.scale > 0 or (self.scale != 1.0 and not self.dense):
-            raise UsageError(
-                f"scale = {self.scale} must be positive, and is for dense methods; give the learning rate instead"
-            )
+        if not 0 < self.scale < float("inf"):
+            raise UsageError(f"scale = {self.scale} is no factor on a learning rate; use a positive number")
         if self.dense and self.paradigm != "fo":
             raise UsageError(f"paradigm '{self.paradigm}' gives no dense gradient; use --paradigm fo")
         for _, rank in self.ranks:
