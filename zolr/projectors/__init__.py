@@ -225,13 +225,16 @@ def sampled(
     """`[ sqrt(c / pi_i) q_i ]`, `(n, r)`, for a set of r directions drawn with water-filled marginals pi.
 
     Args:
-        spectrum: directions with a name and an eigenvalue each; all others share one, and are drawn Haar-uniformly.
+        spectrum: directions with a name and an eigenvalue each; all others share one, as do those named with the same, and
+            are drawn Haar-uniformly.
         alpha: share of the uniform law in pi; where fewer than r directions carry anything, the others share the rest.
     """
     n, named = spectrum.vectors.shape
-    if not alpha and not spectrum.rest:
+    certain = not alpha and not spectrum.rest
+    if certain:
         n = named  # nothing else is ever drawn
     sigma = torch.cat((spectrum.values, torch.full((n - named,), spectrum.rest, dtype=torch.float64)))
+    apart = torch.ones_like(sigma, dtype=torch.bool) if certain else sigma != spectrum.rest
     pi = inclusion_probabilities(sigma, rank)
     spare = rank - float(pi.sum())
     if spare > 0.5:  # fewer directions carry anything than may be drawn: spend the others uniformly
@@ -239,17 +242,21 @@ def sampled(
         pi = torch.where(free, spare / free.sum(), pi)
     pi = (1 - alpha) * pi + alpha * rank / n
     drawn = sample(pi, key.fold_in("sample"), rank)
-    count = rank if named == n else int((drawn < named).sum())
-    chosen = picked(drawn, drawn < named, count)
+    by_name = apart[drawn]
+    count = rank if certain else int(by_name.sum())
+    chosen = picked(drawn, by_name, count)
     vectors = spectrum.vectors.cpu().to(working_dtype(like))  # (n, k)
+    # the sign of an eigenvector is that of whatever library computed it, and a probe along it would be another one
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     columns = [vectors[:, chosen] * (c / pi[chosen]).sqrt().to(vectors)]
     others = rank - count
     if others:
         gauss = key.fold_in("rest").normal((len(vectors), others)).to(vectors)
-        gauss = gauss - vectors @ (vectors.mT @ gauss)
-        # twice is enough for full precision
-        complement = orthonormal(gauss - vectors @ (vectors.mT @ gauss))
-        columns.append(complement * sqrt(c / float(pi[named])))
+        vectors = vectors * apart[:named].to(vectors)
+        for _ in range(2):  # twice is enough for full precision
+            gauss = gauss - vectors @ (vectors.mT @ gauss)
+        shared = float(torch.where(apart, 0.0, pi).amax())
+        columns.append(orthonormal(gauss) * sqrt(c / shared))
     return torch.cat(columns, dim=1).to(like)
 
 
