@@ -117,6 +117,20 @@ def check_rank(rank: int, c: float = 1.0) -> None:
         raise UsageError(f"isotropy constant c = {c} must be positive; use 1 for an unbiased estimate")
 
 
+def demanded(gradient: Tensor | None, projector: Projector) -> Tensor:
+    """The gradient that a draw of this projector needs.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if gradient is None:
+        name = next((n for n, cls in PROJECTORS.items() if type(projector) is cls), type(projector).__name__)
+        raise UsageError(
+            f"projector '{name}' needs a dense gradient to draw from; use a dense method such as 'galore'"
+        )
+    return gradient
+
+
 def check_side(side: str) -> None:
     """Refuse an unknown side."""
     if side not in ("right", "left", "short"):
@@ -155,6 +169,12 @@ def orthonormal(matrix: Tensor) -> Tensor:
 def haar(length: int, rank: int, key: Key, like: Tensor) -> Tensor:
     """`(length, rank)` with orthonormal columns, uniform on the Stiefel manifold, drawn on the host."""
     return orthonormal(key.normal((length, rank)).to(working_dtype(like)))
+
+
+def lengthened(basis: Tensor, c: float | None) -> Tensor:
+    """Orthonormal columns of `(n, r)` at the length of an isotropic basis, `PᵀP = (c n / r) I`; as they are for no c."""
+    length, rank = basis.shape
+    return basis if c is None else basis * sqrt(c * length / rank)
 
 
 def oriented(side: Side, gradient: Tensor, like: Tensor) -> Tensor:
