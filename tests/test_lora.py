@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run
+from oracle import lora
 from test_cli import failed
 
 from zolr.engine import Engine
@@ -115,6 +116,75 @@ def test_the_adapter_alone_is_trained() -> None:
     assert set(after) == set(before)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all("proj" in name for name in moved)  # embeddings, norms and the head stay
+
+
+def tiny() -> Any:
+    """A llama in float64 with two maps of one shape and others."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(vocab_size=13, hidden_size=8, intermediate_size=12, max_position_embeddings=16)
+    heads = dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=False)).double().eval()
+
+
+def next_token(model: Any, batch: torch.Tensor) -> torch.Tensor:
+    scores = model(input_ids=batch).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(scores.flatten(0, 1), batch[:, 1:].flatten())
+
+
+TOKENS = torch.randint(13, (12, 3, 6), generator=torch.Generator().manual_seed(1))
+
+
+def beside(name: str) -> tuple[str, str]:
+    """Which weight an adapter's matrix stands beside, and whether it is A or B."""
+    layer, _, kind = name.partition(".lora_")
+    return f"{layer}.weight", kind[0]
+
+
+@pytest.mark.parametrize("paradigm", ["fo", "zo"])
+def test_m1_lora_equals_the_loop_written_from_its_paper(paradigm: str) -> None:
+    model = tiny()
+    wrap(model, Adapter("lora", 2))
+    names = {beside(n): n for n, p in model.named_parameters() if trained(n, p)}
+    first = {w: model.get_parameter(n).detach().clone() for (w, kind), n in names.items() if kind == "A"}
+    more: dict[str, Any] = {"eps": 1e-3} if paradigm == "zo" else {}
+    engine = Engine(model, compose("lora", paradigm, **more), lr=1e-2, loss=next_token, select=trained)
+    history = []
+    for tokens in TOKENS:
+        engine.step([tokens])
+        # weights of float64 have coordinates of float64, which are the adapter's own matrices
+        history.append({key: model.get_parameter(n).detach().clone() for key, n in names.items()})
+    probing = dict(probe=1e-3, names=lambda *key: names[key], betas=(0.9, 0.99))
+    constants: dict[str, Any] = probing if paradigm == "zo" else dict(betas=(0.9, 0.999))
+    expected = lora.run(tiny(), next_token, TOKENS, lr=1e-2, first=first, alpha=8, **constants)
+    assert len(first) == 7  # all linear maps but the head
+    for got, wanted in zip(history, expected, strict=True):
+        assert max(float((got[key] - wanted[key]).detach().abs().max()) for key in names) < 1e-10
+    assert min(float(x.detach().abs().max()) for x in expected[-1].values()) > 1e-3
+
+
+def test_m1_lora_with_a_fixed_orthogonal_matrix_is_sgd() -> None:
+    """`(alpha/r)² Aᵀ A = 1`: the subspace is the whole space, and its basis is fixed."""
+    model, plain = tiny(), tiny()
+    wrap(model, Adapter("lora", 12))
+    spans = {beside(n)[0]: p for n, p in model.named_parameters() if "lora_A" in n}
+    for i, a in enumerate(spans.values()):
+        gauss = torch.randn(12, a.shape[1], dtype=a.dtype, generator=torch.Generator().manual_seed(i))
+        a.data = torch.linalg.qr(gauss)[0] * 12 / 8
+    method = compose("lora", "fo", optimizer="sgd")
+    engine = Engine(model, method, lr=1.0, loss=next_token, select=lambda n, p: "lora_B" in n)
+    other = Engine(plain, compose("sgd"), lr=1.0, loss=next_token, select=lambda n, p: n in spans)
+    for tokens in TOKENS:
+        engine.step([tokens])
+        other.step([tokens])
+    for name in spans:
+        layer = engine.model.get_submodule(name.removesuffix(".weight"))
+        moved: Any = layer.base_layer.weight + layer.get_delta_weight("default")
+        now = other.model.get_parameter(name)
+        assert float((moved - now).detach().abs().max()) < 1e-10
+        assert float((now - tiny().get_parameter(name)).detach().abs().max()) > 1e-5
 
 
 def test_the_seed_names_the_first_matrices() -> None:

@@ -15,7 +15,7 @@ def test_any_setting_of_any_part_can_be_named():
     assert compose("gum", set=["residual.q=0.25"]).residual.q == 0.25  # type: ignore[attr-defined]
     assert compose("vlorp", set=["projector.granularity=8"]).projector.granularity == 8  # type: ignore[attr-defined]
     assert compose("lisa", set=["blocks.count=1"]).layers.count == 1  # type: ignore[attr-defined]
-    assert compose("galore", set=["scale=1", "projects=all"]).scale == 1.0
+    assert compose("galore", set=["projects=all"]).projects == "all"
     assert compose("stiefel", "fo", set=["dense=true"]).dense
     assert compose("fira", set=["residual.growth=null"]).residual.growth is None  # type: ignore[attr-defined]
     muon = compose("gum", set=["optimizer.momentum=0.8"]).optimizer
@@ -42,7 +42,7 @@ REFUSED = {
     "optimizer.lr=1": "has no setting 'lr'",
     "optimizer.momentum=x": "'x' is not possible",
     "transport.x=1": "transport 'reset' has no setting 'x' .* it has none",
-    "scale=0": "must be positive",
+    "scale=0.5": "names no setting",  # it has a flag
 }
 
 
@@ -59,7 +59,7 @@ def test_a_part_inside_another_is_no_value():
 
 @pytest.mark.parametrize("verb", ["finetune", "pretrain"])
 def test_flags_files_and_what_is_printed_agree(tmp_path, capsys, verb):
-    words = ["residual.q=0.25", "scale=0.5"]
+    words = ["residual.q=0.25", "projects=all"]
     more = ["--data", str(tmp_path)] if verb == "pretrain" else []
     arguments = [verb, "--method", "gum", "--set", words[0], "--set", words[1], *more, "--print-config"]
     assert main(arguments) == 0
@@ -72,7 +72,7 @@ def test_flags_files_and_what_is_printed_agree(tmp_path, capsys, verb):
 
 
 def test_a_word_of_compare_sets_them_too():
-    word = "gum:fo@residual.q=0.25@lr=1e-3@set=scale=0.5"
+    word = "gum:fo@residual.q=0.25@lr=1e-3@set=projects=all@scale=0.5"
     name, settings = variant(word)
-    assert name == word and settings["lr"] == 1e-3
-    assert settings["set"] == ("residual.q=0.25", "scale=0.5")
+    assert name == word and settings["lr"] == 1e-3 and settings["scale"] == 0.5
+    assert settings["set"] == ("residual.q=0.25", "projects=all")

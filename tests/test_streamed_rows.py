@@ -81,6 +81,7 @@ EQUAL: dict[str, tuple[Method, Callable[..., list[dict[str, Tensor]]], dict[str,
         {**MOFASGD, "released": True},
     ),
     "lomo": (compose("lomo"), lomo.run, {}),
+    "sgd": (compose("sgd"), lomo.run, {}),
     "adalomo": (compose("adalomo"), lomo.run, {"adaptive": True}),
     "vlorp": (
         replace(with_rank("vlorp"), projector=View(rank=2, granularity=4)),

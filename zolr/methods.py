@@ -984,7 +984,7 @@ def compose(
         method: name of a row; "stiefel" when not given.
         paradigm: "fo", "zo" or "fwd"; the row's default when not given.
         set: any setting of any part as "PART.NAME=VALUE" ("residual.q=0.2", "optimizer.betas=[0.9, 0.95]"), parts being
-            estimator, projector, optimizer, transport, residual and blocks; or "scale=0.5", "projects=all", "dense=true".
+            estimator, projector, optimizer, transport, residual and blocks; or "projects=all", "dense=true".
         ranks: ranks of single weights by parts of their names, as a mapping or as `q_proj=16,mlp=64`.
 
     Raises:
@@ -1107,7 +1107,7 @@ _REGISTRIES: dict[str, Mapping[str, Any]] = {
     "residual": RESIDUALS,
     "blocks": LAYERS,
 }
-_LOOSE = ("scale", "projects", "dense")
+_LOOSE = ("projects", "dense")
 
 
 def _set(method: Method, word: str) -> Method:

@@ -13,6 +13,9 @@ from torch import Tensor
 from zolr.keys import Key
 from zolr.probes import one_thread
 
+# what was summed in float32 is known to this part of the largest; less than that is rounding, or nothing
+_KNOWN = 1e-6
+
 
 def inclusion_probabilities(sigma: Tensor, rank: int) -> Tensor:
     """Water-filled probabilities `pi_i = min(1, sqrt(sigma_i) / lambda)` that sum to `min(rank, support)`.
@@ -95,7 +98,8 @@ class Spectrum:
 
     Args:
         vectors: `(n, k)`, orthonormal columns.
-        values: `(k,)` float64 on the host, not negative, descending.
+        values: `(k,)` float64 on the host, not negative, descending, but those that equal `rest` come last and have arbitrary
+            vectors.
         rest: mean eigenvalue of the `n - k` directions orthogonal to the named ones.
     """
 
@@ -134,14 +138,15 @@ class Spectrum:
         values = (shifted + self.rest).clamp_min(0).flip(0)
         vectors = (span @ rotation).flip(1)
         keep = min(named, len(values))
+        # what is as the rest is needs no name, and rounding alone has chosen its vectors: it gives way to all others
+        apart = shifted.flip(0).abs() > _KNOWN * shifted.abs().amax()
+        order = (~apart).sort(stable=True).indices
+        kept = order[:keep]
         outside = n - len(values)
         left = n - keep
-        total_rest = float(values[keep:].sum()) + outside * self.rest
-        return Spectrum(
-            vectors[:, :keep].to(basis).contiguous(),  # a view would keep the others alive
-            values[:keep],
-            total_rest / left if left else 0.0,
-        )
+        total_rest = float(torch.where(apart, values, self.rest)[order[keep:]].sum()) + outside * self.rest
+        rest = total_rest / left if left else self.rest
+        return Spectrum(vectors[:, kept].to(basis).contiguous(), torch.where(apart, values, rest)[kept], rest)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that define it."""
@@ -170,13 +175,14 @@ class Sketch:
     """
 
     def __init__(self, n: int, size: int, key: Key, like: Tensor) -> None:
-        self.omega = torch.linalg.qr(key.normal((n, min(size, n))))[0].to(like.device)  # (n, size)
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.omega = torch.linalg.qr(key.normal((n, min(size, n))))[0].to(like.device, dtype)  # (n, size)
         self.seen = torch.zeros_like(self.omega)
-        self.trace = torch.zeros((), device=like.device)
+        self.trace = torch.zeros((), device=like.device, dtype=dtype)
 
     def add(self, x: Tensor) -> None:
         """Add vectors `(..., n)`."""
-        x = x.detach().reshape(-1, x.shape[-1]).float()
+        x = x.detach().reshape(-1, x.shape[-1]).to(self.omega)
         self.seen += x.mT @ (x @ self.omega)
         self.trace += x.square().sum()
 
@@ -188,14 +194,15 @@ class Sketch:
             return None
         core = omega.mT @ seen
         weights, axes = torch.linalg.eigh((core + core.mT) / 2)
-        # what was summed in float32 is known to 1e-6 of the largest part; less than that is rounding, or nothing
-        known = weights > 1e-6 * weights[-1]
+        known = weights > _KNOWN * weights[-1]
         left = seen @ (axes * torch.where(known, weights, float("inf")).rsqrt())
         vectors, singular, _ = torch.linalg.svd(left, full_matrices=False)
         values = singular.square()
         n, keep = seen.shape[0], min(named, len(values))
-        rest = max(trace - float(values[:keep].sum()), 0.0)
-        return Spectrum(vectors[:, :keep].float(), values[:keep], rest / (n - keep) if n > keep else 0.0)
+        rest = trace - float(values[:keep].sum())
+        rest = rest / (n - keep) if n > keep and rest > _KNOWN * trace else 0.0
+        values = torch.where(values > _KNOWN * values[0], values, rest)
+        return Spectrum(vectors[:, :keep].to(self.omega), values[:keep], rest)
 
 
 @dataclass(frozen=True, eq=False)

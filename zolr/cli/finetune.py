@@ -210,7 +210,7 @@ class Composition(TablePolicy):
     )
     set: tuple[str, ...] = flag(
         (),
-        "Any setting of any part, as PART.NAME=VALUE: residual.q=0.2, projector.granularity=8, scale=0.5 (`zolr methods NAME` "
+        "Any setting of any part, as PART.NAME=VALUE: residual.q=0.2, projector.granularity=8, projects=all (`zolr methods NAME` "
         "shows what a part has). May be repeated.",
         "Method",
     )

@@ -117,6 +117,20 @@ def check_rank(rank: int, c: float = 1.0) -> None:
         raise UsageError(f"isotropy constant c = {c} must be positive; use 1 for an unbiased estimate")
 
 
+def demanded(gradient: Tensor | None, projector: Projector) -> Tensor:
+    """The gradient that a draw of this projector needs.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if gradient is None:
+        name = next((n for n, cls in PROJECTORS.items() if type(projector) is cls), type(projector).__name__)
+        raise UsageError(
+            f"projector '{name}' needs a dense gradient to draw from; use a dense method such as 'galore'"
+        )
+    return gradient
+
+
 def check_side(side: str) -> None:
     """Refuse an unknown side."""
     if side not in ("right", "left", "short"):
@@ -155,6 +169,12 @@ def orthonormal(matrix: Tensor) -> Tensor:
 def haar(length: int, rank: int, key: Key, like: Tensor) -> Tensor:
     """`(length, rank)` with orthonormal columns, uniform on the Stiefel manifold, drawn on the host."""
     return orthonormal(key.normal((length, rank)).to(working_dtype(like)))
+
+
+def lengthened(basis: Tensor, c: float | None) -> Tensor:
+    """Orthonormal columns of `(n, r)` at the length of an isotropic basis, `PᵀP = (c n / r) I`; as they are for no c."""
+    length, rank = basis.shape
+    return basis if c is None else basis * sqrt(c * length / rank)
 
 
 def oriented(side: Side, gradient: Tensor, like: Tensor) -> Tensor:
@@ -225,13 +245,16 @@ def sampled(
     """`[ sqrt(c / pi_i) q_i ]`, `(n, r)`, for a set of r directions drawn with water-filled marginals pi.
 
     Args:
-        spectrum: directions with a name and an eigenvalue each; all others share one, and are drawn Haar-uniformly.
+        spectrum: directions with a name and an eigenvalue each; all others share one, as do those named with the same, and
+            are drawn Haar-uniformly.
         alpha: share of the uniform law in pi; where fewer than r directions carry anything, the others share the rest.
     """
     n, named = spectrum.vectors.shape
-    if not alpha and not spectrum.rest:
+    certain = not alpha and not spectrum.rest
+    if certain:
         n = named  # nothing else is ever drawn
     sigma = torch.cat((spectrum.values, torch.full((n - named,), spectrum.rest, dtype=torch.float64)))
+    apart = torch.ones_like(sigma, dtype=torch.bool) if certain else sigma != spectrum.rest
     pi = inclusion_probabilities(sigma, rank)
     spare = rank - float(pi.sum())
     if spare > 0.5:  # fewer directions carry anything than may be drawn: spend the others uniformly
@@ -239,17 +262,21 @@ def sampled(
         pi = torch.where(free, spare / free.sum(), pi)
     pi = (1 - alpha) * pi + alpha * rank / n
     drawn = sample(pi, key.fold_in("sample"), rank)
-    count = rank if named == n else int((drawn < named).sum())
-    chosen = picked(drawn, drawn < named, count)
+    by_name = apart[drawn]
+    count = rank if certain else int(by_name.sum())
+    chosen = picked(drawn, by_name, count)
     vectors = spectrum.vectors.cpu().to(working_dtype(like))  # (n, k)
+    # the sign of an eigenvector is that of whatever library computed it, and a probe along it would be another one
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     columns = [vectors[:, chosen] * (c / pi[chosen]).sqrt().to(vectors)]
     others = rank - count
     if others:
         gauss = key.fold_in("rest").normal((len(vectors), others)).to(vectors)
-        gauss = gauss - vectors @ (vectors.mT @ gauss)
-        # twice is enough for full precision
-        complement = orthonormal(gauss - vectors @ (vectors.mT @ gauss))
-        columns.append(complement * sqrt(c / float(pi[named])))
+        vectors = vectors * apart[:named].to(vectors)
+        for _ in range(2):  # twice is enough for full precision
+            gauss = gauss - vectors @ (vectors.mT @ gauss)
+        shared = float(torch.where(apart, 0.0, pi).amax())
+        columns.append(orthonormal(gauss) * sqrt(c / shared))
     return torch.cat(columns, dim=1).to(like)
 
 

@@ -1,7 +1,6 @@
 """The instance-dependent optimum: directions sampled by the spectrum of the gradient's second moment."""
 
 from dataclasses import dataclass
-from math import sqrt
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,6 +15,7 @@ from zolr.projectors import (
     check_rank,
     check_side,
     haar,
+    lengthened,
     one_sided,
     projected_length,
     sampled,
@@ -110,7 +110,7 @@ class Dependent:
         n = projected_length(self.side, shape)
         r = min(self.rank, n)
         if spectrum is None:
-            return one_sided(self.side, shape, (haar(n, r, key, like) * sqrt(self.c * n / r)).to(like))
+            return one_sided(self.side, shape, lengthened(haar(n, r, key, like), self.c).to(like))
         return one_sided(self.side, shape, sampled(spectrum, r, key, like, alpha=self.alpha, c=self.c))
 
     def observe(self, subspace: Subspace, moments: Moments | None, grad: Tensor) -> Moments:

@@ -1,13 +1,22 @@
 """Independent Haar subspaces after a first one that a gradient gives."""
 
 from dataclasses import dataclass
-from math import sqrt
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from zolr.keys import Key
-from zolr.projectors import Fixed, Side, check_rank, check_side, haar, one_sided, projected_length, start
+from zolr.projectors import (
+    Fixed,
+    Side,
+    check_rank,
+    check_side,
+    haar,
+    lengthened,
+    one_sided,
+    projected_length,
+    start,
+)
 from zolr.subspaces import Subspace
 
 
@@ -55,6 +64,4 @@ class Jump(Fixed):
             basis = start(self.side, shape, r, key, like, gradient)
         else:
             basis = haar(n, r, key, like)
-        return one_sided(
-            self.side, shape, (basis * (1.0 if self.c is None else sqrt(self.c * n / r))).to(like)
-        )
+        return one_sided(self.side, shape, lengthened(basis, self.c).to(like))

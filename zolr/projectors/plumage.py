@@ -14,6 +14,7 @@ from zolr.projectors import (
     Side,
     check_rank,
     check_side,
+    demanded,
     is_right,
     one_sided,
     projected_length,
@@ -72,10 +73,7 @@ class Plumage(Fixed):
         Raises:
             UsageError: no gradient.
         """
-        if gradient is None:
-            raise UsageError(
-                "projector 'plumage' needs a dense gradient to draw from; use a dense method such as 'galore'"
-            )
+        gradient = demanded(gradient, self)
         oriented = gradient if is_right(self.side, shape) else gradient.mT
         _, values, vectors = torch.linalg.svd(oriented.to(working_dtype(like)), full_matrices=False)
         n = projected_length(self.side, shape)

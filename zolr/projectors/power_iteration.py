@@ -13,6 +13,7 @@ from zolr.projectors import (
     basis_before,
     check_rank,
     check_side,
+    demanded,
     is_right,
     one_sided,
     oriented,
@@ -69,10 +70,7 @@ class PowerIteration(Fixed):
         Raises:
             UsageError: no gradient.
         """
-        if gradient is None:
-            raise UsageError(
-                "projector 'power_iteration' needs a dense gradient to draw from; use a dense method such as 'ldadam'"
-            )
+        gradient = demanded(gradient, self)
         rank = min(self.rank, *shape)
         basis = basis_before(self.side, shape, rank, previous)  # (n, r)
         if basis is None or previous is None:

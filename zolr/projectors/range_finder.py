@@ -5,13 +5,13 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from zolr.errors import UsageError
 from zolr.keys import Key
 from zolr.projectors import (
     Fixed,
     Side,
     check_rank,
     check_side,
+    demanded,
     one_sided,
     oriented,
     orthonormal,
@@ -53,10 +53,7 @@ class RangeFinder(Fixed):
         Raises:
             UsageError: no gradient.
         """
-        if gradient is None:
-            raise UsageError(
-                "projector 'range_finder' needs a dense gradient to draw from; use a dense method such as 'lorenza'"
-            )
+        gradient = demanded(gradient, self)
         grad = oriented(self.side, gradient, like)  # (m, n), or (n, m)
         omega = key.normal((grad.shape[0], min(self.rank, *grad.shape))).to(grad)
         return one_sided(self.side, shape, orthonormal(grad.mT @ omega).to(like))

@@ -1,13 +1,12 @@
 """Haar-Stiefel: the optimal law when nothing is known of the gradient."""
 
 from dataclasses import dataclass
-from math import sqrt
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from zolr.keys import Key
-from zolr.projectors import Fixed, Side, check_rank, check_side, haar, one_sided, projected_length
+from zolr.projectors import Fixed, Side, check_rank, check_side, haar, lengthened, one_sided, projected_length
 from zolr.subspaces import Subspace
 
 
@@ -50,5 +49,4 @@ class Stiefel(Fixed):
         """Draw the subspace of one weight."""
         n = projected_length(self.side, shape)
         r = min(self.rank, n)
-        q = haar(n, r, key, like)
-        return one_sided(self.side, shape, (q * sqrt(self.c * n / r)).to(like))
+        return one_sided(self.side, shape, lengthened(haar(n, r, key, like), self.c).to(like))

@@ -16,6 +16,7 @@ from zolr.projectors import (
     Side,
     check_rank,
     check_side,
+    demanded,
     is_right,
     one_sided,
     working_dtype,
@@ -65,10 +66,7 @@ class Svd(Fixed):
         Raises:
             UsageError: no gradient.
         """
-        if gradient is None:
-            raise UsageError(
-                "projector 'svd' needs a dense gradient to draw from; use a dense method such as 'galore'"
-            )
+        gradient = demanded(gradient, self)
         # so turned that the projected side comes last: a weight and its transpose get the same numbers
         turned = not is_right("short" if self.side == "both" else self.side, shape)
         oriented = (gradient.mT if turned else gradient).to(working_dtype(like))

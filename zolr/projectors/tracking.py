@@ -15,6 +15,7 @@ from zolr.projectors import (
     basis_before,
     check_rank,
     check_side,
+    demanded,
     geodesic,
     one_sided,
     oriented,
@@ -73,10 +74,7 @@ class Tracking(Fixed):
         Raises:
             UsageError: no gradient.
         """
-        if gradient is None:
-            raise UsageError(
-                "projector 'tracking' needs a dense gradient to draw from; use a dense method such as 'subtrack'"
-            )
+        gradient = demanded(gradient, self)
         rank = min(self.rank, *shape)
         basis = basis_before(self.side, shape, rank, previous)
         if basis is None:

@@ -1,7 +1,7 @@
 """A random walk on the Grassmann manifold."""
 
 from dataclasses import dataclass
-from math import pi, sqrt
+from math import pi
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +17,7 @@ from zolr.projectors import (
     check_rank,
     check_side,
     geodesic,
+    lengthened,
     one_sided,
     orthonormal,
     start,
@@ -83,10 +84,7 @@ class Walk(Fixed):
         else:
             # on the host, as all that a key draws; made orthonormal, whatever its scale and with a padding row cut out
             basis = self._turned(orthonormal(basis.cpu()), key)
-        n, r = basis.shape
-        return one_sided(
-            self.side, shape, (basis * (1.0 if self.c is None else sqrt(self.c * n / r))).to(like)
-        )
+        return one_sided(self.side, shape, lengthened(basis, self.c).to(like))
 
     @one_thread()
     def _turned(self, basis: Tensor, key: Key) -> Tensor:
