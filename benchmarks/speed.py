@@ -3,6 +3,7 @@
     python benchmarks/speed.py                           # 6 layers of width 768, batch 16 x 64, float32, one thread
     python benchmarks/speed.py --dtype bfloat16 --threads 2 --json
     python benchmarks/speed.py --profile                 # where the overhead of the default forward-only step goes
+    python benchmarks/speed.py --undo                    # what keeping weights aside costs: a step with it over one without
     python benchmarks/speed.py --bases                   # ways to draw an orthonormal basis; printed, not kept
 
 Every row is the median over paired rounds of one process: the step and its reference are timed one after the other in
@@ -58,6 +59,14 @@ FO = {
     "stiefel, all weights, checkpointing": (dict(method="stiefel", paradigm="fo"), "all", True),
 }
 FWD = {"stiefel, attention, rank 16": (dict(method="stiefel", paradigm="fwd"), "attention")}
+UNDO = {  # with how many trained weights a step overwrites before it is sure
+    "lomo, all weights": (dict(method="lomo"), "all"),
+    "galore, all weights": (dict(method="galore"), "all"),
+    "adamw, all weights and moments": (dict(method="adamw", paradigm="fo"), "all"),
+    "mezo, all weights": (dict(method="mezo"), "all"),
+    "stiefel fo, coordinates and moments": (dict(method="stiefel", paradigm="fo"), "all"),
+    "stiefel zo, coordinates": (dict(method="stiefel", paradigm="zo"), "attention"),
+}
 
 
 def batch(rows: int, length: int, vocabulary: int, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -170,6 +179,21 @@ def rows(options: argparse.Namespace, plain: torch.nn.Module) -> dict[str, dict[
                 loss(plain, half).mean().item()
 
     add("a forward in two halves / in one", two_halves, lambda: forwards(1))
+    return found
+
+
+def kept_aside(options: argparse.Namespace, plain: torch.nn.Module) -> dict[str, dict[str, Any]]:
+    """A step that keeps aside what it overwrites, over one that does not."""
+    data, found = batch(options.batch_size, options.length, 50000), {}
+    for name, (parts, train) in UNDO.items():
+        if options.only not in name:
+            continue
+        own, other = (engine(plain, parts, train, undo=undo) for undo in (None, False))
+        found[name] = paired(
+            lambda own=own: own.step([data]), lambda other=other: other.step([data]), options.rounds
+        )
+        shown = found[name]
+        print(f"{name:40} {shown['ratio']:.3f}  ({shown['lower']:.3f} to {shown['upper']:.3f})", flush=True)
     return found
 
 
@@ -315,6 +339,7 @@ def main() -> None:
     parser.add_argument(
         "--profile", action="store_true", help="where the overhead of a forward-only step goes"
     )
+    parser.add_argument("--undo", action="store_true", help="what keeping weights aside costs")
     parser.add_argument("--bases", action="store_true", help="ways to draw an orthonormal basis")
     parser.add_argument("--json", action="store_true", help="print the results as JSON too")
     parser.add_argument("--output", type=Path, default=RESULTS, help="file the results are merged into")
@@ -347,6 +372,8 @@ def main() -> None:
     entry["conditions"] = conditions
     if options.profile:
         entry["profile"] = {"rounds": options.rounds, "shares": profile(options, plain)}
+    elif options.undo:
+        entry["undo"] = entry.get("undo", {}) | kept_aside(options, plain)
     else:
         entry["rows"] |= rows(options, plain)
     options.output.parent.mkdir(exist_ok=True)

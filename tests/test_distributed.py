@@ -218,17 +218,46 @@ def bad_batch(team: Team | None) -> dict[str, Tensor]:
 
 
 @case
+def bad_gradient(team: Team | None) -> dict[str, Tensor]:
+    """A gradient without a value amid backprop, in a micro-batch of one rank: all go back, also over the begin of a window."""
+    found = {}
+    for name, more in (
+        ("stiefel", {}),
+        ("galore", {}),
+        ("galore", {"accumulate_in": "coordinates"}),
+        ("lomo", {}),
+    ):
+        engine = engine_of(composed(name, "fo", **more), team, torch.float64)
+        for step in range(2):
+            engine.step(batches(step))
+        before, good = engine.digests(), engine._loss
+        engine._loss = _with_a_cusp
+        assert engine.step(batches(2)).skipped
+        engine._loss = good
+        after = engine.digests()
+        assert [key for key in before if not torch.equal(before[key], after[key])] == []
+        for step in range(2, 5):
+            assert not engine.step(batches(step)).skipped
+        for key, parameter in engine.detach().named_parameters():
+            found[f"{name} {more} {key}"] = parameter.detach().clone()
+    return found
+
+
+def _with_a_cusp(model: Any, batch: Batch) -> tuple[Tensor, int]:
+    """The loss; in batches of 5 rows the embedding, whose gradient comes last, has none that is finite."""
+    seen: list[Tensor] = []
+    hook = model.embedding.register_forward_hook(lambda *told: seen.append(told[2]))
+    total, count = loss(model, batch)
+    hook.remove()
+    return total + (seen[0] * 0).square().sum().sqrt() * (len(batch["labels"]) == 5), count
+
+
+@case
 def sharded(team: Team | None) -> dict[str, Tensor]:
     """Weights in pieces (several processes), or held (one): coordinates, and the weights as a plain file has them."""
     found = {}
     for paradigm in ("zo", "fo"):
-        model = Small(torch.float64)
-        if team is not None:
-            mesh = init_device_mesh("cpu", (team.size,))
-            for part in (model.embedding, model.inner, model):
-                fully_shard(part, mesh=mesh)
-        method = composed("stiefel", paradigm, optimizer="adamw")
-        engine = Engine(model, method, lr=1e-2, loss=loss, seed=3, hold=True, realization="side", team=team)
+        engine = _in_pieces(paradigm, team)
         for step in range(STEPS):
             assert not engine.step(batches(step)).skipped
         for variable in engine.variables:
@@ -246,6 +275,40 @@ def sharded(team: Team | None) -> dict[str, Tensor]:
                 found |= {f"{paradigm} {name}": tensor for name, tensor in load_file(plain).items()}
                 _check_damage(folder)
                 team.wait()
+    return found
+
+
+def _in_pieces(paradigm: str, team: Team | None) -> Engine:
+    """Of a sharded model, or of one that one process holds."""
+    model = Small(torch.float64)
+    if team is not None:
+        mesh = init_device_mesh("cpu", (team.size,))
+        for part in (model.embedding, model.inner, model):
+            fully_shard(part, mesh=mesh)
+    method = composed("stiefel", paradigm, optimizer="adamw")
+    return Engine(model, method, lr=1e-2, loss=loss, seed=3, hold=True, realization="side", team=team)
+
+
+@case
+def sharded_resumed(team: Team | None) -> dict[str, Tensor]:
+    """A sharded run with checkpoints, gone on with after step 3, inside a window, by the loop of all runs."""
+    found = {}
+    for paradigm in ("zo", "fo"):
+        with tempfile.TemporaryDirectory() as scratch:
+            root = Path(scratch if team is None else team.told(scratch))
+            ends = []
+            for name, stops in (("whole", (6,)), ("stopped", (3, 6))):
+                for stop in stops:
+                    engine = _in_pieces(paradigm, team)
+                    train(
+                        engine, batches, steps=stop, folder=root / name, save_every=3, resume=stop != stops[0]
+                    )
+                ends.append({v.name: v.value.detach().clone() for v in engine.variables} | engine.digests())
+            assert [key for key in ends[0] if not torch.equal(ends[0][key], ends[1][key])] == []
+            assert all(v.window >= 2 for v in engine.variables if not v.is_full)
+            if team is not None:
+                team.wait()
+        found |= {f"{paradigm} {v.name}": v.value.detach().clone() for v in engine.variables}
     return found
 
 
@@ -363,7 +426,7 @@ def _worked(rank: int, size: int, port: int, folder: Path) -> None:
         "largest": team.largest(rank),
         "uneven": _uneven(team),
     }
-    _trained(engine_of(composed("galore", "fo"), team), folder / "streamed", 3)
+    _trained(engine_of(composed("galore", "fo"), team, torch.float64), folder / "streamed", 3)
     team.wait()
     said["killed"] = _killed(team, folder / "killed")
     (folder / f"said-{rank}.json").write_text(json.dumps(said))
@@ -526,6 +589,56 @@ def test_a_run_resumed_on_another_number_of_ranks_is_the_run_that_never_stopped(
 def test_only_the_first_rank_writes(world: World) -> None:
     lines = (world.folder / "streamed" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if "eval" not in line] == [1, 2, 3]
+
+
+def test_a_streamed_run_goes_on_in_one_process(world: World, tmp_path: Path) -> None:
+    folder, method = tmp_path / "stopped", composed("galore", "fo")
+    shutil.copytree(world.folder / "streamed", folder)
+    resumed, whole = (engine_of(method, dtype=torch.float64) for _ in range(2))
+    _trained(resumed, folder, 6, resume=True)
+    _trained(whole, tmp_path / "whole", 6)
+    for v, w in zip(resumed.variables, whole.variables, strict=True):
+        torch.testing.assert_close(v.weight, w.weight, rtol=1e-9, atol=1e-12)
+
+
+KINDS = {"zo": ("stiefel", "zo"), "fo": ("stiefel", "fo"), "streamed": ("galore", "fo")}
+
+
+def _goes_on(rank: int, size: int, port: int, folder: Path, steps: int) -> None:
+    """What a process of a run on so many ranks does."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(port)
+    team = Processes(timeout=TIMEOUT)
+    for name, row in KINDS.items():
+        engine = engine_of(composed(*row), team, torch.float64)
+        _trained(engine, folder / name, steps, resume=True, keep_last=9)
+    team.close()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_more_and_on_fewer_ranks(tmp_path: Path) -> None:
+    """On 2, then 4, then 1, each from the checkpoint of the others, against one process that never stopped."""
+    context = multiprocessing.get_context("spawn")
+    for size, steps in ((2, 3), (4, 6)):
+        port = _free_port()
+        arguments = [(rank, size, port, tmp_path, steps) for rank in range(size)]
+        processes = [context.Process(target=_goes_on, args=each) for each in arguments]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(LIMIT)
+        assert [process.exitcode for process in processes] == [0] * size
+    for name, row in KINDS.items():
+        resumed, whole = (engine_of(composed(*row), dtype=torch.float64) for _ in range(2))
+        _trained(resumed, tmp_path / name, 9, resume=True)
+        _trained(whole, tmp_path / f"{name}-whole", 9)
+        if name == "zo":
+            state, other = resumed.digests(), whole.digests()
+            assert [key for key in state if not torch.equal(state[key], other[key])] == []
+        for v, w in zip(resumed.variables, whole.variables, strict=True):
+            torch.testing.assert_close(v.weight, w.weight, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(v.value, w.value, rtol=1e-9, atol=1e-12)
 
 
 # ---- one process ------------------------------------------------------------------------------------------------------

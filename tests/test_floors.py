@@ -13,7 +13,7 @@ FLOORS: dict[str, int] = {
     for floor, names in enumerate(
         (
             ("errors", "keys"),
-            ("subspaces", "probes", "spectra", "factored", "held", "merged", "distributed"),
+            ("subspaces", "probes", "spectra", "factored", "held", "merged", "distributed", "aside"),
             ("variables", "projectors", "estimators", "transports", "residuals", "layers", "optim"),
             ("methods", "tuning", "dense", "compiled", "engine"),
             (

@@ -86,14 +86,24 @@ class Core:
         return {
             "subspace": type(subspace).__name__,
             "tensors": {} if subspace is None else subspace.tensors(),
-            "window": self.window,
-            "due": self.due,
-            "whole": self.whole,
-            "age": self.age,
             "kept": {name: tensor.clone() for name, tensor in self.kept.items()},
-            "gap": self.gap,
-            "likeness": list(self.likeness),
+            **self.numbers(),
         }
+
+    def numbers(self) -> dict[str, Any]:
+        """Its state but for tensors."""
+        own = {"window": self.window, "due": self.due, "whole": self.whole, "age": self.age}
+        return {**own, "gap": self.gap, "likeness": list(self.likeness)}
+
+    def put_back(self, numbers: Mapping[str, Any]) -> None:
+        """Have these numbers again, of which `subspace` is already; the coordinates are zero, as between two steps."""
+        self.window, self.due, self.whole = numbers["window"], numbers["due"], numbers["whole"]
+        self.age, self.gap, self.likeness = numbers["age"], numbers["gap"], list(numbers["likeness"])
+        space = self.space
+        shape = (0, 0) if space is None else space.coords_shape
+        if self.value.shape != shape:
+            self.value = nn.Parameter(self.variable.value.new_zeros(shape), requires_grad=False)
+        self.value.data.zero_()
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from zolr.aside import Aside, fresh, kept, unseen
 from zolr.compiled import Compiled
 from zolr.dense import Core
 from zolr.distributed import Share, Team, digest
@@ -49,6 +50,9 @@ LARGEST_SLOPE = torch.finfo(torch.float32).max
 
 TABLES = ("embedding", "head")  # what has a row for each token
 
+_OF_A_WINDOW = ("value", "state", "space", "moments", "spectrum", "stack")  # what a new window changes
+_OF_A_CORE = ("state", "kept", "core", "moments", "spectrum")
+
 Loss = Callable[[nn.Module, Any], Any]
 Schedule = Callable[[Any], Any]
 # of a variable, and its subspace and optimizer state before and after a change
@@ -63,8 +67,7 @@ class Info:
         loss: mean loss before the update.
         slope: root mean square of the step's directional derivatives; None under backprop.
         lr: learning rate of the step.
-        skipped: the loss or a gradient was not finite. Nothing was changed, except by backprop that streams: what it
-            had applied before it met the bad gradient stays.
+        skipped: the loss or a gradient was not finite, and nothing was changed.
         forwards: forward passes spent so far in this step (a backward counts as two), tuning included.
         refreshed: a new window began.
     """
@@ -156,6 +159,45 @@ class _Seen:
     record: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Numbers:
+    """What of an engine is no tensor of a variable, as it was when a step began."""
+
+    counts: dict[str, Any]
+    choices: dict[str, Any]
+    groups: list[dict[str, Any]]
+    scheduler: dict[str, Any] | None
+
+    @staticmethod
+    def of(engine: "Engine") -> "_Numbers":
+        """Those of an engine."""
+        counts = ("step_count", "_refreshed_at", "_period", "active", "_resting", "_norm")
+        choices = ("method", "tuning", "_tune", "_untried", "base_lr", "_scheduler")
+        scheduler = engine._scheduler
+        return _Numbers(
+            {name: getattr(engine, name) for name in counts},
+            {name: getattr(engine, name) for name in choices} | {"_caution": copy.copy(engine._caution)},
+            [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups],
+            None if scheduler is None else copy.deepcopy(_plain(scheduler.state_dict())),
+        )
+
+    def put_back(self, engine: "Engine", choices: bool) -> None:
+        """Have the engine have them again.
+
+        Args:
+            choices: those too that were made for all steps.
+        """
+        vars(engine).update(self.counts)
+        if choices:
+            vars(engine).update(self.choices)
+            for group, old in zip(engine.optimizer.param_groups, self.groups, strict=True):
+                own = group["params"]
+                group.clear()
+                group.update(old, params=own)
+            if self.scheduler is not None:
+                engine._scheduler.load_state_dict(self.scheduler)
+
+
 class _NonFinite(Exception):
     """The loss of a streamed step is not finite."""
 
@@ -185,12 +227,13 @@ class Engine:
         hold_rank: rank at most of what is kept beside a held matrix; a refresh beyond it drops the smallest part.
         compile: compile the loss (see `zolr.compiled`); where that fails, a warning says why and it runs as it is.
         check: a batch; if given, the attached model is compared with dense weights on it before training.
-        undo: keep a copy of weights and state while a step lasts, and go back to it where the step raises, whatever the
-            method. Without it a step whose loss, backward pass or hooks raise leaves the weights bit for bit as they
-            were, but for three cases: a method that streams backprop gradients has applied some of them, a step that
-            begins a window has folded the one before it (the model computes the same, up to rounding), and realization
-            "inplace" stands off its weights by rounding. An engine that was cut short while it wrote (the first case,
-            or an optimizer that raises) refuses to go on until a state is loaded.
+        undo: what a step overwrites before it is sure is kept aside (see `zolr.aside`), so that one that raises, or meets a
+            gradient that is not finite, leaves weights and state bit for bit as they were. None does so but for two cases:
+            realization "inplace" stands off its weights by rounding, and matrices on a card that one call of an
+            optimizer updates as a whole (`adamw`), where an optimizer hardly fails and the copy would cost more than the
+            step. True covers these too. False keeps nothing: methods that stream gradients keep those that they have
+            applied, and a step that begins a window has folded the one before it. An engine that was cut short while it
+            wrote, with nothing kept, refuses to go on until a state is loaded.
         team: the processes of the run (see `zolr.distributed`); each has the whole model and is given all batches of a step.
 
     Attributes:
@@ -227,7 +270,7 @@ class Engine:
         hold_rank: int = RANK,
         compile: bool = False,
         check: Any = None,
-        undo: bool = False,
+        undo: bool | None = None,
         team: Team | None = None,
     ) -> None:
         if lr is not None and not 0 < lr < float("inf"):
@@ -254,6 +297,10 @@ class Engine:
         self.key = Key(seed)
         self.weight_decay, self.clip, self.guard = weight_decay, clip, guard
         self.undo = undo
+        self._aside = None if undo is False else Aside()
+        self._old: dict[str, dict[str, Any]] = {}  # by variable and part, of this step
+        self._numbers: _Numbers | None = None  # as they were when it began
+        self._told_aside = False  # that nothing can be kept
         self.tuning: Tuning | None = None
         self.step_count = 0
         self.ahead: Callable[[Made], None] | None = None
@@ -401,7 +448,9 @@ class Engine:
         self._period, self.active = period, self.active_in(period)
         working = {v.name for v in self.active}
         self._resting = [v for v in self.variables if v.name not in working]
-        for variable in [] if self.method.layers.keeps else self._resting:
+        dropped = [] if self.method.layers.keeps else self._resting
+        self._set_aside(dropped, "state", "kept")
+        for variable in dropped:
             self.optimizer.state.pop(self.trained(variable), None)
             if variable.name in self._cores:
                 self._cores[variable.name].due = True
@@ -460,11 +509,14 @@ class Engine:
     def refresh(self) -> None:
         """Fold every window and open the next one; optimizer state goes through the transport."""
         number = self.step_count // (self.method.refresh_every or 1)
+        self._set_aside([v for v in self.variables if v.name in self._cores])
         for core in self._cores.values():
             core.due = core.due or number % core.gap == 0
         for variable in self.variables:
             if variable.is_full:
                 continue
+            folded = variable.stack is None and (variable.moved or variable.decay != 1.0)
+            self._set_aside([variable], *_OF_A_WINDOW, *(["weight"] if folded else []))
             self._learn(variable, variable.subspace)
             variable.fold(exact=self.method.paradigm != "fo", key=self.key.fold_in("fold", variable.window))
             old, new = variable.subspace, self._drawn(variable)
@@ -483,6 +535,7 @@ class Engine:
 
     def _renew(self, variable: Variable, core: Core, gradient: Tensor) -> None:
         """Open the next window of a weight whose dense gradient is at hand."""
+        self._set_aside([variable], *_OF_A_CORE)
         if core.space is not None:
             self._learn(variable, core.space)
         key = self.key.fold_in("subspace", core.window + 1, variable.name)
@@ -570,6 +623,7 @@ class Engine:
         finally:
             for variable in self.variables:
                 variable.watch = None
+        self._set_aside([v for v in self.variables if v.name in sketches], "spectrum")
         for name, sketch in sketches.items():
             spectrum = sketch.spectrum(named)
             if spectrum is not None:
@@ -655,29 +709,160 @@ class Engine:
     def _whole_or_nothing(self) -> Iterator[None]:
         """A step that raises leaves things as they were, or is remembered to have torn them."""
         self._check_whole()
-        before = (
-            (self.state_dict(), self.method, self.tuning, self._tune, self._untried) if self.undo else None
-        )
         self._told_ahead, self._writing = {}, False
+        self._begin_aside()
         try:
             yield
         except BaseException as error:
-            if before is not None:
-                self._go_back(*before)
-            elif self._writing:
+            returns = self._returns
+            if self._writing or returns:  # the second: what follows may be cut short too
                 self._torn = f"a step was cut short by {type(error).__name__} while weights were written"
+            if returns:
+                self._put_back()
+                self._torn = ""
             raise
         finally:
-            self._writing = False
+            self._writing, self._old, self._numbers = False, {}, None
+            if self._aside is not None:
+                self._aside.end()
 
-    def _go_back(
-        self, state: dict[str, Any], method: Method, tuning: Tuning | None, tune: bool, untried: bool
-    ) -> None:
+    # ---- going back ----------------------------------------------------------------------------------------------
+
+    @property
+    def torn(self) -> bool:
+        """Whether the weights are between two steps (see `undo`)."""
+        return bool(self._torn)
+
+    @property
+    def _returns(self) -> bool:
+        """Whether what the step has overwritten is kept."""
+        return self._aside is not None and not self._aside.failed
+
+    def _begin_aside(self) -> None:
+        self._old = {}
+        if self._aside is not None:
+            self._aside.begin()
+            self._numbers = _Numbers.of(self)
+            self._set_aside([v for v in self.variables if self.undo and v.realization == "inplace"], "weight")
+
+    def _set_aside(self, variables: Sequence[Variable], *parts: str) -> None:
+        """Keep parts of variables that are about to be written, where this step has not written them before."""
+        if self._aside is None or not self._aside.open or self._aside.failed:
+            return
+        new: dict[str, dict[str, Any]] = {}
+        try:
+            with unseen():
+                for variable in variables:
+                    there = self._old.get(variable.name, {})
+                    missing = [part for part in ("numbers", *parts) if part not in there]
+                    if missing:
+                        new[variable.name] = {part: self._part(variable, part) for part in missing}
+                for name, found in kept(self._aside, new).items():
+                    self._old.setdefault(name, {}).update(found)
+        except (OSError, RuntimeError) as error:
+            self._aside.failed = str(error)
+            if self.undo:
+                raise StorageError(
+                    f"cannot keep the weights of a step aside: {error}; make room in the folder that TMPDIR names, or use "
+                    "undo=False"
+                ) from error
+            if not self._told_aside:
+                self._told_aside = True
+                warnings.warn(
+                    f"weights cannot be kept aside while a step lasts ({error}): one that raises may leave them between "
+                    "two steps; make room in the folder that TMPDIR names",
+                    stacklevel=4,
+                )
+
+    def _set_values_aside(self, variables: Sequence[Variable]) -> None:
+        """Keep what an update writes."""
+        if self._aside is None:
+            return
+        if self.undo is None and not self.streams:
+            if any(v.space.blocked and v.value.is_cuda for v in variables):
+                self._aside.failed = "matrices that one call updates"  # see `undo`
+                return
+        shared, own = [], []
+        for v in variables:
+            (shared if _shares(v) else own).append(v)
+        self._set_aside(shared, "weight", "state", "kept", "moments")
+        self._set_aside(own, "value", "state", "kept", "moments")
+
+    def _part(self, v: Variable, part: str) -> Any:
+        """A part of the state of a variable: tensors, numbers and strings."""
+        core = self._cores.get(v.name)
+        if part == "numbers":
+            own = {"window": v.window, "decay": v.decay, "moved": v.moved}
+            return own | ({} if core is None else {"core": core.numbers()})
+        if part == "weight":
+            return v.weight.data
+        if part == "value":
+            return v.value.data
+        if part == "state":
+            return dict(self.optimizer.state.get(self.trained(v), {}))
+        if part == "kept":
+            return {} if core is None else core.kept
+        if part == "moments":
+            m = self._moments.get(v.name)
+            return None if m is None else {"total": m.total, "squares": m.squares, "count": m.count}
+        if part == "spectrum":
+            s = self._spectra.get(v.name)
+            return None if s is None else {"vectors": s.vectors, "values": s.values, "rest": s.rest}
+        if part == "stack":
+            return None if v.stack is None else v.stack.tensors()
+        space = v.subspace if part == "space" else None if core is None else core.subspace
+        return None if space is None else {"kind": type(space).__name__, "tensors": space.tensors()}
+
+    @torch.no_grad()
+    def _put_back(self, choices: bool = True) -> None:
+        """Undo what this step has written.
+
+        Args:
+            choices: what it has chosen for all steps, and counted, too.
+        """
+        assert self._numbers is not None
         for variable in self.variables:
-            self.trained(variable).grad = None
-            variable.value.grad = None
-        self.load_state_dict(state)
-        self.method, self.tuning, self._tune, self._untried = method, tuning, tune, untried
+            variable.value.grad = self.trained(variable).grad = None
+            if variable.name in self._old:
+                self._put_one_back(variable, self._old[variable.name])
+        self._numbers.put_back(self, choices)
+
+    def _put_one_back(self, v: Variable, old: dict[str, Any]) -> None:
+        assert self._aside is not None
+        back = partial(fresh, self._aside)
+        before, core = self.trained(v), self._cores.get(v.name)
+        state = self.optimizer.state.pop(before, {})
+        if "space" in old:
+            v.open(rebuild(old["space"]["kind"], back(old["space"]["tensors"])))
+        if "weight" in old:
+            self._aside.into(old["weight"], v.weight.data)
+        if "value" in old:
+            self._aside.into(old["value"], v.value.data)
+            if "weight" not in old:
+                v.commit()
+        if old.get("stack") is not None:
+            assert v.stack is not None
+            v.stack.load(back(old["stack"]))
+        if core is not None:
+            if "core" in old:
+                space = old["core"]
+                core.subspace = None if space is None else rebuild(space["kind"], back(space["tensors"]))
+            core.put_back(old["numbers"]["core"])
+            v.steps_in = core.space
+            core.kept = back(old["kept"], core.kept) if "kept" in old else core.kept
+        self._replace(before, self.trained(v))
+        state = back(old["state"], state) if "state" in old else state
+        if state:
+            self.optimizer.state[self.trained(v)] = state
+        if "moments" in old:
+            self._moments.pop(v.name, None)
+            if old["moments"] is not None:
+                self._moments[v.name] = Moments(**back(old["moments"]))
+        if "spectrum" in old:
+            self._spectra.pop(v.name, None)
+            if old["spectrum"] is not None:
+                self._spectra[v.name] = Spectrum(**back(old["spectrum"]))
+        v.window, v.decay, v.moved = (old["numbers"][name] for name in ("window", "decay", "moved"))
 
     def _check_whole(self) -> None:
         if self._torn:
@@ -711,7 +896,7 @@ class Engine:
         if refreshed:
             self._writing = True
             self.refresh()
-            self._refreshed_at = self.step_count  # a skipped step comes again, its window does not
+            self._refreshed_at = self.step_count
             self._writing = False
         if self.ahead is not None or self._repeated is not None:
             self._name_bases(refreshed)
@@ -730,6 +915,9 @@ class Engine:
         if self._repeated is not None:
             lr, forwards = self._repeated.lr, self._repeated.forwards
         slope, finite = seen.slope, seen.finite
+        if not finite and self._returns:
+            self._put_back(choices=False)
+            refreshed = False
         if finite:
             self.step_count += 1
             if self._caution is not None and slope is not None:
@@ -818,7 +1006,7 @@ class Engine:
         return seen
 
     def _advance_streamed(self, batches: Share, key: Key, lr: float, squares: list[Tensor]) -> "_Seen":
-        """Apply dense gradients as backprop has them; one that is not finite ends the step, those before it stand."""
+        """Apply dense gradients as backprop has them; one that is not finite ends the step (see `undo`)."""
 
         def run(emit: Callable[[Variable, Tensor], None]) -> Estimate:
             with self._gathering(batches.total):
@@ -1026,6 +1214,7 @@ class Engine:
 
     @torch.no_grad()
     def _apply(self, received: Sequence[tuple[Variable, Tensor]], lr: float) -> None:
+        self._set_values_aside([variable for variable, _ in received])
         self._writing = True
         gradients = [variable.mask(gradient) for variable, gradient in received]
         for (variable, _), gradient in zip(received, gradients, strict=True):
@@ -1049,7 +1238,8 @@ class Engine:
     ) -> Callable[[Variable, Tensor], None]:
         """An `emit` that applies each gradient at once, while no other is alive.
 
-        A gradient that is not finite, and all that follow it, are dropped; backprop may have applied earlier ones.
+        A gradient that is not finite, and all that follow it, are dropped; what earlier ones have changed is put back at
+        the end of the step.
 
         Args:
             factor: on all gradients, from clipping.
@@ -1064,6 +1254,7 @@ class Engine:
                     self._dropped |= not bool(torch.isfinite(variable.gathered.total).all())
             if self._dropped:
                 return
+            self._set_values_aside([variable])
             self._writing = True
             gradient = variable.mask(gradient)
             gathered = None if variable.gathered is None else variable.gathered.total
@@ -1326,10 +1517,10 @@ class Engine:
             if v.stack is not None:
                 v.stack.load(saved.get("stack"))
             before = self.trained(v)
-            subspace = rebuild(
-                saved["subspace"], {k: t.to(v.weight.device) for k, t in saved["tensors"].items()}
-            )
-            v.open(subspace)
+            # the copy of a whole held weight is there; to make it anew would ask all ranks for a sharded one
+            if not (v.held and v.is_full and saved["subspace"] == "Full"):
+                tensors = {k: t.to(v.weight.device) for k, t in saved["tensors"].items()}
+                v.open(rebuild(saved["subspace"], tensors))
             if saved["value"] is not None:
                 v.value.data.copy_(saved["value"])
             v.window, v.decay, v.moved = saved["window"], saved["decay"], saved["moved"]
@@ -1404,6 +1595,11 @@ def _copied(value: Any) -> Any:
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """A scheduler's state without the callables in it."""
     return {k: v for k, v in state.items() if isinstance(v, int | float | str | bool | list | type(None))}
+
+
+def _shares(variable: Variable) -> bool:
+    """Whether the coordinates are the weight's own memory."""
+    return variable.is_full and not variable.held and variable.weight.dtype == variable.dtype
 
 
 def _takes_a_step(schedule: Schedule) -> bool:

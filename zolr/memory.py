@@ -489,6 +489,7 @@ def predict(
                 guard=False,
                 hold=hold,
                 hold_rank=hold_rank,
+                undo=False,  # what is kept aside is no tensor, and has no numbers here
             )
             for variable in engine.variables:
                 if variable.stack is not None:  # as after many windows

@@ -190,7 +190,8 @@ def train(
 
     Raises:
         NonFiniteError: the loss was not finite in 20 steps in a row, or weights to be saved are not.
-        PeerLostError: another rank is gone; where the step leaves weights whole until it is done, they are saved first.
+        PeerLostError: another rank is gone; the weights before the step are saved first, unless an engine with undo=False
+            was cut short while it wrote.
         PeersDifferError: a weight is not the same on all ranks.
         Interrupted: by a signal, after saving.
         StorageError: a checkpoint cannot be written, or none that is there can be read.
@@ -234,10 +235,8 @@ def train(
             if made is not None:
                 info = run.made_again(made, len(batches))
             else:
-                run.within = True
                 with meter.around(batches) if meter else nullcontext():
                     info = engine.step(batches)
-                run.within = False
             run.stepped(info, len(batches), tokens, time.perf_counter() - started)
             for line in observer(run.progress) if observer and run.writes else ():
                 run.write(**line)
@@ -300,7 +299,6 @@ class _Run:
         )
         self.folder, self.keep_last = folder, keep_last
         self.writes = engine.team.first
-        self.within = False  # a step
         self.progress = Progress()
         self.in_memory: Any = None  # best weights where there is no folder
         self.lines: IO[str] | None = None
@@ -404,12 +402,11 @@ class _Run:
 
     @contextmanager
     def survived(self) -> Iterator[None]:
-        """Save before the run ends because another rank is gone, unless a step may have been applied in part."""
+        """Save before the run ends because another rank is gone, unless a step was applied in part."""
         try:
             yield
         except PeerLostError as error:
-            streamed = self.engine.streams and self.engine.method.paradigm == "fo"
-            if self.folder is None or (self.within and streamed):
+            if self.folder is None or self.engine.torn:
                 raise
             self.save()
             raise PeerLostError(f"{error}; step {self.progress.step} is saved in {self.folder}") from error
