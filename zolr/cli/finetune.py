@@ -206,7 +206,10 @@ class Composition(TablePolicy):
         shown="the method's",
     )
     scale: Annotated[float, Gt(0)] | None = flag(
-        None, "Factor on the step that a dense method lifts (GaLore's alpha).", "Method", shown="the method's"
+        None,
+        "Factor on the steps of matrices that are projected (GaLore's alpha); all else moves at the rate itself.",
+        "Method",
+        shown="the method's",
     )
     set: tuple[str, ...] = flag(
         (),
