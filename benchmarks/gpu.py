@@ -5,9 +5,10 @@
 
 Memory cases (RoBERTa-large at 64 x 128 by every method in float32 and bfloat16, quantized ones, OPT-1.3B, LLaMA-1B) give
 allocated and reserved peaks beside the prediction; several run at once, since these counters belong to a process. Time
-cases then run alone: ratios in paired rounds as in `speed.py`, and the kernels that a step launches. Each case is a process
-of its own, so that a crash or a lack of memory is one row that says so, and cases come in the order of their importance, so
-that what does not fit into the time is what matters least. Weights and tokens are random.
+cases run alone: ratios in paired rounds as in `speed.py`, and the kernels that a step launches. Memory cases follow each other in
+a few processes, which give back all memory between two; time cases and compiled ones are processes of their own. A crash is one row
+that says so, a lack of memory is tried again alone, and cases come in the order of their importance, so that what does not fit
+into the time is what matters least. Weights and tokens are random.
 """
 
 import argparse
@@ -15,9 +16,11 @@ import inspect
 import json
 import os
 import platform
+import queue
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -368,7 +371,78 @@ def worker(case: Case, device: str, smoke: bool) -> None:
         print(json.dumps({"failed": reason(error)}), flush=True)
 
 
+def serve(device: str, smoke: bool) -> None:
+    """Run cases as they come, a line each, and say when one is over; nothing of it stays on the card."""
+    import gc
+
+    import torch
+
+    for line in sys.stdin:
+        worker(Case(**json.loads(line)), device, smoke)
+        gc.collect()
+        if device.startswith("cuda"):
+            # a workspace that a backward pass was given would count in the peak of a forward-only case
+            getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
+            torch.cuda.empty_cache()
+        print(OVER, flush=True)
+
+
 # --- in the process that starts them ------------------------------------------------------------------------------
+
+OVER = "over"
+
+
+class Lane:
+    """A process that runs one memory case after the other."""
+
+    def __init__(self, device: str, smoke: bool) -> None:
+        self.command = [sys.executable, __file__, "--serve", "--device", device]
+        self.command += ["--smoke"] if smoke else []
+        self.process: subprocess.Popen[str] | None = None
+
+    def ran(self, case: Case, seconds: float) -> dict[str, Any]:
+        """The row of a case, or why there is none; the process is begun where there is none, and ended with what goes wrong."""
+        start, row = time.monotonic(), dict[str, Any]()
+        if self.process is None:
+            self.errors = tempfile.TemporaryFile("w+")
+            pipe = subprocess.PIPE
+            self.process = subprocess.Popen(
+                self.command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True, bufsize=1
+            )
+            self.lines: queue.Queue[str | None] = queue.Queue()
+            threading.Thread(target=self._read, args=(self.process, self.lines), daemon=True).start()
+        try:
+            assert self.process.stdin is not None
+            self.process.stdin.write(json.dumps(asdict(case)) + "\n")
+            while (line := self.lines.get(timeout=max(0.1, start + seconds - time.monotonic()))) != OVER:
+                if line is None:
+                    raise BrokenPipeError
+                if line.startswith("{"):
+                    row = json.loads(line)
+        except queue.Empty:
+            row = {"failed": "out of time", "cut_after_s": round(seconds)}
+            self.end()
+        except BrokenPipeError:
+            code = self.process.wait()
+            self.errors.seek(0)
+            last = (self.errors.read().strip().splitlines() or ["it said nothing"])[-1]
+            row = {"failed": f"exit code {code}: {last[:300]}"}
+            self.end()
+        return {**asdict(case), **row, "seconds": round(time.monotonic() - start, 1)}
+
+    @staticmethod
+    def _read(process: "subprocess.Popen[str]", lines: "queue.Queue[str | None]") -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.put(line.rstrip("\n"))
+        lines.put(None)
+
+    def end(self) -> None:
+        """Stop the process, if there is one."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
 
 
 def ran(case: Case, device: str, smoke: bool, seconds: float) -> dict[str, Any]:
@@ -439,14 +513,18 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny models: whether everything runs")
     parser.add_argument("--seconds", type=float, default=460, help="for all cases together")
     parser.add_argument("--case-seconds", type=float, default=65, help="for one case at most")
-    parser.add_argument("--lanes", type=int, default=6, help="memory cases that run at once")
+    parser.add_argument("--lanes", type=int, default=8, help="memory cases that run at once")
     parser.add_argument("--only", default="", help="a part of the names of the cases to run")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument(
         "--output", type=Path, help="by default benchmarks/results/gpu.json, or gpu-smoke.json"
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.serve:
+        serve(options.device, options.smoke)
+        return
     if options.worker:
         worker(Case(**json.loads(options.worker)), options.device, options.smoke)
         return
@@ -461,26 +539,49 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     found: dict[str, Any] = {"conditions": machine(options.device), "smoke": options.smoke, "rows": {}}
 
+    lanes: queue.Queue[Lane] = queue.Queue()
+    for _ in range(max(1, options.lanes)):
+        lanes.put(Lane(options.device, options.smoke))
+
     def one(case: Case) -> None:
         left = end - time.monotonic()
         row = asdict(case) | {"failed": "left out: no time left"}
-        if left > 5:
+        if left > 5 and shares(case):
+            lane = lanes.get()
+            try:
+                row = lane.ran(case, min(left, options.case_seconds))
+            finally:
+                lanes.put(lane)
+        elif left > 5:
             row = ran(case, options.device, options.smoke, min(left, options.case_seconds))
         found["rows"][case.name] = row
         print(shown(case.name, row), flush=True)
         output.parent.mkdir(exist_ok=True)
         output.write_text(json.dumps(found, indent=1) + "\n")  # what is known so far survives everything
 
+    def all_of(block: list[Case]) -> None:
+        with ThreadPoolExecutor(max(1, options.lanes)) as pool:
+            list(pool.map(one, block))
+        for case in block:  # the memory of one card was that of several cases
+            if "OutOfMemoryError" in found["rows"][case.name].get("failed", ""):
+                one(case)
+
     block: list[Case] = []
     for case in [*chosen, None]:
         if case is not None and case.kind == "memory":
             block.append(case)
             continue
-        with ThreadPoolExecutor(max(1, options.lanes)) as lanes:
-            list(lanes.map(one, block))
+        all_of(block)
         block = []
         if case is not None:
             one(case)  # alone: what else runs would be in its times
+    while not lanes.empty():
+        lanes.get().end()
+
+
+def shares(case: Case) -> bool:
+    """Whether a case runs in a process with others: graphs and what was compiled would stay on the card."""
+    return case.kind == "memory" and not case.compile
 
 
 if __name__ == "__main__":
