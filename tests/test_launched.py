@@ -187,3 +187,77 @@ def test_the_script_of_the_docs_runs_on_two_ranks_as_on_one(tmp_path: Path) -> N
         done("torch.distributed.run", "--standalone", f"--nproc-per-node={size}", script) for size in (1, 2)
     )
     assert one.split(",")[0] == two.split(",")[0] != ""
+
+
+SHARDED = """
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import zolr
+from zolr import sharded
+from zolr.distributed import Processes
+
+config = AutoConfig.for_model(
+    "llama", vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=2, tie_word_embeddings=False,
+)
+
+
+def begin(team=None):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    if team is not None:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    method = zolr.compose("stiefel", sys.argv[2], rank=4, refresh_every=2, **({"eps": 1e-3} if sys.argv[2] == "zo" else {}))
+    return zolr.Engine(model, method, lr=1e-2, loss=loss, hold=True, realization="side", team=team)
+
+
+def loss(model, ids):
+    return model(input_ids=ids, labels=ids).loss
+
+
+ids = torch.randint(61, (4, 2, 9), generator=torch.Generator().manual_seed(1))
+folder = Path(sys.argv[1])
+if __name__ == "__main__":
+    team = Processes()
+    engine = begin(team)
+    for step in range(5):
+        engine.step(list(ids))
+    sharded.save(folder / "shards", engine)
+    if team.first:
+        (folder / "plain").mkdir()
+        sharded.consolidate(folder / "shards", folder / "plain" / "model.safetensors")
+        config.save_pretrained(folder / "plain")
+    team.close()
+"""
+
+
+@pytest.mark.parametrize("paradigm", ["zo", "fo"])
+def test_a_sharded_model_is_a_plain_one_that_transformers_load(tmp_path: Path, paradigm: str) -> None:
+    """Against one process that holds the whole model."""
+    import runpy
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    done("torch.distributed.run", "--standalone", "--nproc-per-node=2", script, tmp_path, paradigm)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(script), str(tmp_path), paradigm])
+        own = runpy.run_path(str(script), run_name="own")
+        engine, untrained = own["begin"](), own["begin"]().model.eval()
+    for _ in range(5):
+        engine.step(list(own["ids"]))
+    assert load_file(tmp_path / "plain" / "model.safetensors").keys() == untrained.state_dict().keys()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    with torch.no_grad():
+        found, expected = (m.eval()(input_ids=own["ids"][0]).logits for m in (model, engine.model))
+        first = untrained(input_ids=own["ids"][0]).logits
+    assert (found - expected).abs().max() < 1e-5 < 1e-3 < (found - first).abs().max()

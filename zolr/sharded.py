@@ -55,7 +55,9 @@ def save(folder: str | Path, engine: Engine) -> Path:
     trained = {site.name: variable for variable in engine.variables for site in variable.sites}
     tensors: dict[str, Tensor] = {}
     layout: dict[str, dict[str, Any]] = {}
-    for name, parameter in (*engine.model.named_parameters(), *engine.model.named_buffers()):
+    persistent = engine.model.state_dict().keys()  # other buffers are made anew by the model itself
+    buffers = [(name, buffer) for name, buffer in engine.model.named_buffers() if name in persistent]
+    for name, parameter in (*engine.model.named_parameters(), *buffers):
         first, local = _rows(name, parameter, team)
         if not is_sharded(parameter) and not team.first:
             local = local[:0] if local.dim() else local.new_zeros(0)

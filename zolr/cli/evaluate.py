@@ -12,7 +12,7 @@ from annotated_types import Ge
 from zolr.cli import runs
 from zolr.cli.config import add, flag, resolve
 from zolr.cli.workload import DataChoice, Machine, Trust, Workload
-from zolr.errors import UsageError
+from zolr.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from zolr.tasks import Example, Task
@@ -105,7 +105,10 @@ def _of_run(settings: Evaluate, folder: Path) -> tuple[Task, str, list[Example]]
     task = task_from(saved["task"], folder / runs.TASK)
     words = words_of(settings.label_words, task.classes) if settings.label_words else None
     task = task.changed(template=settings.template, words=words)
-    trained = resolve(Finetune, {}, folder / runs.CONFIG)
+    config = folder / runs.CONFIG  # a model made from a journal alone has none
+    if settings.data is None and settings.task is None and not config.is_file():
+        raise DataError(f"{folder} does not say what the run was tested on; give --task or --data")
+    trained = resolve(Finetune, {}, config) if config.is_file() else Finetune()
     if settings.data is not None:  # every row of it, with the run's classes
         columns = settings.text_column or trained.text_column or task.columns
         if len(columns) != len(task.columns):

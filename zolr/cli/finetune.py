@@ -25,7 +25,7 @@ from zolr.cli.budget import (
     verdict,
 )
 from zolr.cli.config import Settings, add, as_dict, flag, resolve, toml
-from zolr.cli.workload import DataChoice, Machine, ModelChoice, Ranks, Workload, teamed
+from zolr.cli.workload import DataChoice, Machine, ModelChoice, Ranks, Workload, described, teamed
 from zolr.errors import BudgetError, NonFiniteError, UsageError
 
 if TYPE_CHECKING:
@@ -797,7 +797,15 @@ class Job:
                 f"{settings.steps} steps, for one example replaced by another of its label, while --seed is secret"
             )
 
-        self.about = about("finetune", settings, self.work.model, self.engine.base_lr, self.own_classes)
+        self.about = about(
+            "finetune", settings, self.work.model, self.engine.base_lr, self.own_classes, task=self.told_task
+        )
+
+    @property
+    def told_task(self) -> dict[str, Any]:
+        """What `zolr predict` and `zolr evaluate` have to know of the run."""
+        told = {"task": described(self.work.task), "head": self.settings.head, "metric": self.metric}
+        return told | ({"quantize": self.settings.quantize} if self.settings.quantize else {})
 
     @property
     def own_classes(self) -> tuple[str, ...] | None:

@@ -52,7 +52,8 @@ def run(settings: Predict) -> None:
     folder = Path(settings.run)
     if not (folder / runs.TASK).is_file():
         raise DataError(
-            f"{folder} is no finished run (it has no {runs.TASK}); give the folder that zolr finetune has written"
+            f"{folder} is no finished run (it has no {runs.TASK}); give the folder that zolr finetune or zolr replay has "
+            f"written, or copy {runs.TASK} of the run into it"
         )
     saved = runs.read_json(folder / runs.TASK)
     task = task_from(saved["task"], folder / runs.TASK)

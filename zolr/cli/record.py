@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from zolr.cli import runs
 from zolr.cli.config import as_dict, toml
 from zolr.cli.screen import number, size
-from zolr.cli.workload import described
 
 if TYPE_CHECKING:
     import torch
@@ -204,9 +203,7 @@ def complete(job: Job, place: runs.RunFolder, result: dict[str, Any], meter: Met
         "batch": list(meter.shape),
         "attention": getattr(work.model.config, "_attn_implementation", None),
     }
-    task = {"task": described(work.task), "head": settings.head, "metric": job.metric}
-    if settings.quantize:
-        task["quantize"] = settings.quantize
+    task = job.told_task
 
     def fill(folder: Path) -> None:
         if settings.holds:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def run(settings: Replay) -> None:
     promise = PROMISES[made.engine.portable]
     result = {"steps": to, "of": found.steps, "hashes_compared": compared, "promise": promise, **first}
     if settings.output is not None:
-        made.write(Path(settings.output))
+        made.write(Path(settings.output), source if source.is_dir() else None)
         result["folder"] = settings.output
     if settings.json:
         print(runs.as_json(result))
@@ -111,6 +112,7 @@ def about(
     lr: float | None,
     classes: tuple[str, ...] | None = None,
     built: bool = False,
+    task: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What the journal of a run says of it, enough to build its engine again.
 
@@ -119,6 +121,7 @@ def about(
         lr: what the engine was given.
         classes: of a model with a classification head.
         built: the model has random weights, drawn from the seed; its numbers are kept.
+        task: as `task.json` has it, where the run has one.
     """
     import torch
 
@@ -132,6 +135,7 @@ def about(
         "model": None if built else settings.model,
         "config": json.loads(config.to_json_string()) if built else None,
         "classes": classes,
+        "task": task,
         "rate": lr,
         "settings": {name: value for name, value in kept.items() if value is not None},
         # a resumed run that differs in these goes another way from there on
@@ -226,11 +230,24 @@ class Rebuilt:
             hold_rank=settings.held_rank,
         )
 
-    def write(self, folder: Path) -> None:
-        """Write the model as it is now; the engine has ended then."""
+    def write(self, folder: Path, run: Path | None = None) -> None:
+        """Write the model as it is now, and what it was trained for; the engine has ended then.
+
+        Args:
+            run: folder of the run, which knows more than its journal.
+        """
         from zolr import adapters, lora
 
         def fill(aside: Path) -> None:
+            told = self._header.get("task")  # journals of earlier versions do not say
+            if run is not None and (run / runs.TASK).is_file():
+                told = runs.read_json(run / runs.TASK)
+            if told is not None:
+                runs.write_json(aside / runs.TASK, told)
+            if told is not None and run is not None and (run / runs.CONFIG).is_file():
+                shutil.copyfile(run / runs.CONFIG, aside / runs.CONFIG)
+            if self.tokenizer is None and run is not None:
+                self.tokenizer = _tokenizer_of(run)
             if self.settings.holds:
                 adapters.write(aside, self.model, self.engine.variables, str(self.base), keep=self.own)
                 runs.write_tokenizer(aside, self.tokenizer)
@@ -242,6 +259,13 @@ class Rebuilt:
 
         with runs.claimed(folder, overwrite=False, resume=False) as place:
             place.complete(fill)
+
+
+def _tokenizer_of(run: Path) -> Any:
+    """The tokenizer that a run has made, if it is done."""
+    from zolr.models import load_tokenizer
+
+    return load_tokenizer(str(run)) if (run / "tokenizer_config.json").is_file() else None
 
 
 def own_modules(model: nn.Module) -> list[str]:

@@ -25,14 +25,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write a model and its tokenizer as plain transformers load them, without its progress bar."""
+    """Write a model, and its tokenizer if there is one, as plain transformers load them, without its progress bar."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         model.to("cpu").eval().save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
     finally:
         if shown:
             logging.enable_progress_bar()
