@@ -20,8 +20,10 @@ from zolr.optim import OptimizerRule
 from zolr.optim.averaged import Averaged
 from zolr.optim.factored import Factored
 from zolr.optim.mofasgd import MomentumFactorizedSgd, advanced
+from zolr.projectors import PROJECTORS
 from zolr.projectors.dependent import Dependent
 from zolr.projectors.gaussian import Gaussian
+from zolr.projectors.identity import Identity
 from zolr.projectors.plumage import Plumage
 from zolr.projectors.stiefel import Stiefel
 from zolr.projectors.svd import LazySvd, Svd
@@ -297,17 +299,11 @@ def test_half_of_the_weight_gives_rules_without_a_scale_the_mean_square_of_the_w
 # ---- gum: closed forms -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "projector",
-    [
-        Svd(rank=3),
-        Stiefel(rank=3),
-        Gaussian(rank=3, side="left"),
-        TwoSidedHaar(rank=3),
-        View(3, 2),
-        Plumage(3),
-    ],
-)
+SIDED = [Gaussian(rank=3, side="left"), View(3, 2)]
+LAWS = [*(cls() if name == "identity" else cls(rank=3) for name, cls in PROJECTORS.items()), *SIDED]
+
+
+@pytest.mark.parametrize("projector", [law for law in LAWS if not isinstance(law, Identity)], ids=repr)
 def test_what_momentum_is_fed_has_the_mean_of_the_gradient_over_the_coin(projector):
     grad, q, residual = random(6, 10), 0.3, Compensate(q=0.3)
     space = projector.draw((6, 10), KEY, like=grad, gradient=grad)
