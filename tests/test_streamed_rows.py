@@ -663,3 +663,23 @@ def test_ten_steps_of_galore_are_those_of_galore_torch(optimizer):
         for (n, b), a in zip(theirs.named_parameters(), weights(engine).values(), strict=True)
     }
     assert max(worst.values()) < 1e-4, worst
+
+
+def test_ten_steps_of_muon_are_those_of_torch():
+    ours, theirs = little(), little()
+    engine = Engine(ours, compose("muon"), lr=1e-2, loss=loss, weight_decay=0.1)
+    matrices = [p for n, p in theirs.named_parameters() if n in MATRICES]
+    vectors = [p for p in theirs.parameters() if p.dim() == 1]
+    peers = [
+        torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(theirs.embed.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1),
+        torch.optim.AdamW(vectors, lr=1e-2, weight_decay=0.0),
+    ]
+    for batch in FEW:
+        engine.step([batch])
+        loss(theirs, batch).backward()
+        for peer in peers:
+            peer.step()
+            peer.zero_grad()
+    got = weights(engine)
+    assert max(float((got[n] - p.detach()).abs().max()) for n, p in theirs.named_parameters()) < 1e-10
