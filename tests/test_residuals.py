@@ -28,6 +28,7 @@ from zolr.residuals.error_feedback import ErrorFeedback
 from zolr.residuals.recover import Recover
 from zolr.residuals.replace import Replace
 from zolr.subspaces import Left, Right, Subspace, TwoSided
+from zolr.transports import TRANSPORTS
 from zolr.transports.align import Align
 from zolr.transports.aware import Aware
 from zolr.transports.keep import Keep
@@ -528,18 +529,46 @@ def test_bias_corrections_are_taken_off_and_put_back():
     assert float(got["step"]) == 4
 
 
-def test_a_jump_keeps_the_r_nth_part_of_the_energy():
-    n, r, count = 32, 4, 400
-    first, variance = [], []
+# what is kept of a first moment's energy and of a second moment's mass where two subspaces of n have nothing to do with each other
+LEFT_OF: dict[str, tuple[Callable[[int, int], float], Callable[[int, int], float]]] = {
+    "keep": (lambda r, n: 1.0, lambda r, n: 1.0),
+    "reset": (lambda r, n: 0.0, lambda r, n: 0.0),
+    "align": (lambda r, n: r / n, lambda r, n: 1.0),
+    "reproject": (lambda r, n: r / n, lambda r, n: 1.0),
+    "aware": (lambda r, n: r / n, lambda r, n: r / n),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPORTS)
+def test_what_a_jump_leaves_of_the_moments(name):
+    n, r, count = 32, 4, 200
+    kept = torch.zeros(count, 2, dtype=F64)
     for i in range(count):
-        old, new = Right(basis(n, r, seed=2 * i), 5), Right(basis(n, r, seed=2 * i + 1), 5)
-        change = new.change_from(old)
-        assert change is not None
-        moment, ones = random(5, r, seed=i), torch.ones(5, r, dtype=F64)
-        first.append(float(change.gradients(moment).square().sum() / moment.square().sum()))
-        variance.append(float(change.variances(ones).sum() / ones.sum()))
-    for kept in (torch.tensor(first), torch.tensor(variance)):
-        assert abs(float(kept.mean()) - r / n) < 5 * float(kept.std()) / sqrt(count)
+        old, new = (Right(basis(n, r, seed=2 * i + j), 5) for j in (0, 1))
+        moment = 1e-6 * random(5, r, seed=i)  # so that a second moment of one is all variance
+        state = {"step": torch.tensor(1e6), "exp_avg": moment, "exp_avg_sq": torch.ones(5, r, dtype=F64)}
+        given = {key: value.clone() for key, value in state.items()}
+        got = TRANSPORTS[name]()(given, ADAM_DEGREES, new.change_from(old), SETTINGS)
+        if got:
+            kept[i, 0] = got["exp_avg"].square().sum() / moment.square().sum()
+            kept[i, 1] = got["exp_avg_sq"].mean()
+    for part, expected in zip(kept.T, LEFT_OF[name], strict=True):
+        assert abs(float(part.mean()) - expected(r, n)) <= 5 * float(part.std()) / sqrt(count) + 1e-9
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_aligned_second_moments_are_those_of_the_samples(side):
+    """For uncorrelated coordinates of mean zero, within 1 %."""
+    shape = (1, 8) if side == "right" else (8, 1)
+    samples = (random(*shape, seed=2).abs() + 0.2) * random(200_000, *shape, seed=3)
+    turn, kind = basis(8, 8, seed=4), Right if side == "right" else Left
+    change = kind(turn, 1).change_from(kind(torch.eye(8, dtype=F64), 1))
+    state = {"step": torch.tensor(1e6), "exp_avg": samples.mean(0), "exp_avg_sq": samples.square().mean(0)}
+    seen = samples @ turn if side == "right" else turn.T @ samples
+    got = Align()(state, ADAM_DEGREES, change, SETTINGS)
+    exact = seen.square().mean(0)
+    assert float((got["exp_avg_sq"] - exact).norm() / exact.norm()) < 0.01
+    assert float((state["exp_avg_sq"] - exact).norm() / exact.norm()) > 0.1
 
 
 def test_aware_refuses_moments_that_it_does_not_know():

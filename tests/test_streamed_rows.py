@@ -20,8 +20,10 @@ from zolr.optim import OptimizerRule
 from zolr.optim.averaged import Averaged
 from zolr.optim.factored import Factored
 from zolr.optim.mofasgd import MomentumFactorizedSgd, advanced
+from zolr.projectors import PROJECTORS
 from zolr.projectors.dependent import Dependent
 from zolr.projectors.gaussian import Gaussian
+from zolr.projectors.identity import Identity
 from zolr.projectors.plumage import Plumage
 from zolr.projectors.stiefel import Stiefel
 from zolr.projectors.svd import LazySvd, Svd
@@ -297,17 +299,11 @@ def test_half_of_the_weight_gives_rules_without_a_scale_the_mean_square_of_the_w
 # ---- gum: closed forms -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "projector",
-    [
-        Svd(rank=3),
-        Stiefel(rank=3),
-        Gaussian(rank=3, side="left"),
-        TwoSidedHaar(rank=3),
-        View(3, 2),
-        Plumage(3),
-    ],
-)
+SIDED = [Gaussian(rank=3, side="left"), View(3, 2)]
+LAWS = [*(cls() if name == "identity" else cls(rank=3) for name, cls in PROJECTORS.items()), *SIDED]
+
+
+@pytest.mark.parametrize("projector", [law for law in LAWS if not isinstance(law, Identity)], ids=repr)
 def test_what_momentum_is_fed_has_the_mean_of_the_gradient_over_the_coin(projector):
     grad, q, residual = random(6, 10), 0.3, Compensate(q=0.3)
     space = projector.draw((6, 10), KEY, like=grad, gradient=grad)
@@ -667,3 +663,23 @@ def test_ten_steps_of_galore_are_those_of_galore_torch(optimizer):
         for (n, b), a in zip(theirs.named_parameters(), weights(engine).values(), strict=True)
     }
     assert max(worst.values()) < 1e-4, worst
+
+
+def test_ten_steps_of_muon_are_those_of_torch():
+    ours, theirs = little(), little()
+    engine = Engine(ours, compose("muon"), lr=1e-2, loss=loss, weight_decay=0.1)
+    matrices = [p for n, p in theirs.named_parameters() if n in MATRICES]
+    vectors = [p for p in theirs.parameters() if p.dim() == 1]
+    peers = [
+        torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(theirs.embed.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1),
+        torch.optim.AdamW(vectors, lr=1e-2, weight_decay=0.0),
+    ]
+    for batch in FEW:
+        engine.step([batch])
+        loss(theirs, batch).backward()
+        for peer in peers:
+            peer.step()
+            peer.zero_grad()
+    got = weights(engine)
+    assert max(float((got[n] - p.detach()).abs().max()) for n, p in theirs.named_parameters()) < 1e-10
