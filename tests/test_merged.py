@@ -8,7 +8,7 @@ import torch
 import zolr
 from zolr import merged
 from zolr.keys import Key
-from zolr.memory import LiveBytes
+from zolr.memory import LiveBytes, kept
 from zolr.subspaces import Left, Right
 
 
@@ -43,8 +43,10 @@ def test_it_is_taken_exactly_where_it_saves_multiplications() -> None:
         # beside: each product in forward, and twice in backward but for the basis, which is not trained
         inside, outside = (n, m) if right else (m, n)
         beside = tokens * r * (2 * inside + 3 * outside)
-        together = tokens * r * (n + m) + 2 * m * n * r
-        assert merged.pays(subspace, tokens) == (together < beside and tokens >= n)
+        copied = tokens * r * (n + m) + 2 * m * n * r
+        folded = tokens * r * (n + m) + m * n * r
+        assert merged.pays(subspace, tokens) == (copied < beside and tokens >= n)
+        assert merged.pays(subspace, tokens, folded=True) == (folded < beside)
 
 
 class Net(torch.nn.Module):
@@ -78,11 +80,63 @@ def test_a_run_is_the_same_either_way(side: str) -> None:
             patch.setattr(merged, "linear", lambda *a, r=realization: called.append(r) or real(*a))
             for _ in range(8):
                 engine.step([(x, y)])
-            with LiveBytes() as live:
+            live = LiveBytes()
+            live.track(x, y, *net.parameters(), *(t for part in kept(engine).values() for t in part))
+            with live:
                 engine.step([(x, y)])
         nets.append(engine.detach())
         peaks.append(live.peak)
     assert set(called) == {"auto"} and len(called) == 2 * 9
     for one, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
-    assert peaks[0] <= peaks[1] + 4 * 48 * 32 * 8  # copies of one weight at a time, but none that stays
+    assert peaks[0] <= peaks[1]
+
+
+def test_steps_are_folded_where_batches_are_long_and_rules_do_not_read_values() -> None:
+    torch.manual_seed(0)
+    long, short = torch.randn(256, 32), torch.randn(2, 32)
+    for name, batch, still in (
+        ("adamw", long, True),
+        ("muon", long, True),
+        ("adamw", short, False),
+        ("adalomo", long, False),
+        ("Adafactor", long, False),
+    ):
+        net = Net()
+        before = net.first.weight.detach().clone()
+        method = zolr.compose("stiefel", "fo", rank=4, optimizer=name)
+        loss = lambda model, batch: (model(batch) - batch).square().mean()  # noqa: E731
+        engine = zolr.Engine(net, method, lr=1e-2, loss=loss)
+        engine.step([batch])
+        variable = next(v for v in engine.variables if v.name == "first.weight")
+        assert (not bool(variable.value.any())) is still and variable.moved is not still
+        assert torch.equal(net.first.weight, before) is not still
+        # a batch of the other kind goes on from there, whatever the coordinates hold
+        with torch.no_grad():
+            seen = loss(net, short)
+        assert engine.step([short]).loss == pytest.approx(float(seen), rel=1e-5)
+        assert engine.step([long]).loss > 0
+
+
+def test_a_run_whose_steps_are_folded_resumes_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(rows, 32) for rows in (256, 256, 3, 256, 256, 256)]
+
+    def engine() -> zolr.Engine:
+        torch.manual_seed(1)
+        method = zolr.compose("stiefel", "fo", rank=4, refresh_every=4)
+        loss = lambda model, batch: (model(batch) - batch).square().mean()  # noqa: E731
+        return zolr.Engine(Net(), method, lr=1e-2, loss=loss, weight_decay=0.1)
+
+    whole = engine()
+    for batch in batches:
+        whole.step([batch])
+    for stop in range(1, 6):
+        begun, resumed = engine(), engine()
+        for batch in batches[:stop]:
+            begun.step([batch])
+        resumed.load_state_dict(begun.state_dict())
+        for batch in batches[stop:]:
+            resumed.step([batch])
+        for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+            assert torch.equal(one, other)

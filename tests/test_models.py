@@ -83,6 +83,38 @@ def batch_of(vocab: int, rows: int = 3, tokens: int = 9) -> dict[str, torch.Tens
     return dict(input_ids=ids * mask + 1 - mask, attention_mask=mask, positions=lengths - 1, labels=labels)
 
 
+def test_gradients_of_a_plain_head_are_made_by_hand_and_of_no_other():
+    import zolr
+
+    model, batch = tiny("llama", dtype=torch.float64), batch_of(VOCAB)
+    hidden = models.encode(model, batch).flatten(0, 1)
+    assert models._plain_head(model, hidden) is model.lm_head.weight
+    for tables, plain in (("full", True), ("subspace", False), ("frozen", True)):
+        found = []
+        for by_hand in (True, False):
+            own = tiny("llama", dtype=torch.float64)
+            method = zolr.compose("stiefel", "fo", rank=4, tables=tables)
+            engine = zolr.Engine(own, method, lr=1e-2, loss=lm_loss, seed=3, weight_decay=0.1)
+            with pytest.MonkeyPatch.context() as patch:
+                if by_hand:
+                    assert (models._plain_head(own, hidden) is not None) is plain
+                else:
+                    patch.setattr(models, "_plain_head", lambda *_: None)
+                for _ in range(3):
+                    engine.step([batch])
+            found.append([p.detach() for p in engine.detach().parameters()])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert models._plain_head(model, hidden) is None
+    assert models._plain_head(tiny("roberta"), hidden) is None  # more than a product
+    handle = model.lm_head.register_forward_hook(lambda *_: None)
+    assert models._plain_head(model, hidden) is None
+    handle.remove()
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCAB, dtype=torch.float64))
+    assert models._plain_head(model, hidden) is None
+
+
 @pytest.mark.parametrize("family", sorted(models.HEADS))
 def test_split_model_equals_the_stock_one(family):
     model, batch = tiny(family), batch_of(VOCAB)

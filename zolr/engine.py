@@ -325,6 +325,8 @@ class Engine:
         )
         self._set_schedule()
         self._activate(0)
+        for variable in self.variables:
+            variable.folds = not method.optimizer.reads_values
         # a direction as large as a weight is applied one weight at a time, so that one of them is alive
         self.streams = method.dense or (
             method.paradigm == "zo" and clip is None and any(v.space.blocked for v in self.variables)
@@ -781,6 +783,8 @@ class Engine:
     def _advance(self, batches: Share, key: Key, lr: float, forwards: int) -> "_Seen":
         """Estimate and apply; what was seen, and whether it was applied."""
         self._dropped, self._measured = False, 0
+        for variable in self.active:
+            variable.folding = False
         squares: list[Tensor] = []
         if not self.method.estimator.exact:
             seen = self._advance_by_slopes(batches, key, lr, forwards, squares)
@@ -865,7 +869,7 @@ class Engine:
 
             @torch.no_grad()
             def measure(variable: Variable, gradient: Tensor) -> None:
-                squares.append(self._square(variable, variable.mask(gradient)))
+                squares.append(self._square(variable, variable.mask(gradient, own=True)))
 
             self._measured = 1
             run(measure)
@@ -902,9 +906,9 @@ class Engine:
         self, variable: Variable, core: Core, gradient: Tensor, count: Tensor | float
     ) -> Tensor:
         """The gradient of a micro-batch in the coordinates; the first one of a window gives the subspace."""
-        gradient = variable.mask(gradient)
+        gradient = variable.mask(gradient, own=True)
         if core.due and self.guard:
-            self._dropped = self._dropped or not bool(torch.isfinite(gradient).all())
+            self._dropped = self._dropped or not _is_finite(gradient)
         if self._dropped:
             return gradient.new_zeros(())
         if core.due:
@@ -1007,7 +1011,7 @@ class Engine:
     @torch.no_grad()
     def _apply(self, received: Sequence[tuple[Variable, Tensor]], lr: float) -> None:
         self._writing = True
-        gradients = [variable.mask(gradient) for variable, gradient in received]
+        gradients = [variable.mask(gradient, own=True) for variable, gradient in received]
         for (variable, _), gradient in zip(received, gradients, strict=True):
             self._observe(variable, gradient)
         if self.clip is not None:
@@ -1023,6 +1027,9 @@ class Engine:
             variable.value.grad = None
             variable.moved = True
             variable.commit()
+            if variable.folding:  # the next step would put the weight together twice
+                variable.folding = False
+                variable.fold()
 
     def _stream(
         self, lr: float, factor: Tensor | None, squares: list[Tensor]
@@ -1039,13 +1046,13 @@ class Engine:
         @torch.no_grad()
         def emit(variable: Variable, gradient: Tensor) -> None:
             if self.guard and self.method.estimator.exact and not self._dropped:
-                self._dropped = not bool(torch.isfinite(gradient).all())
+                self._dropped = not _is_finite(gradient)
                 if variable.gathered is not None and variable.gathered.total is not None:
-                    self._dropped |= not bool(torch.isfinite(variable.gathered.total).all())
+                    self._dropped |= not _is_finite(variable.gathered.total)
             if self._dropped:
                 return
             self._writing = True
-            gradient = variable.mask(gradient)
+            gradient = variable.mask(gradient, own=True)
             gathered = None if variable.gathered is None else variable.gathered.total
             if factor is not None:
                 squares.append(self._square(variable, gradient))
@@ -1363,6 +1370,11 @@ class Engine:
         finally:
             self.ahead = ahead
         return twin.detach().eval()
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite, by one pass that makes no second tensor of that size."""
+    return not tensor.numel() or bool(torch.isfinite(torch.linalg.vector_norm(tensor, float("inf"))))
 
 
 def _root_mean_square(numbers: Sequence[float]) -> float:

@@ -44,6 +44,7 @@ from transformers.utils import logging as transformers_logging
 from zolr import adapters
 from zolr.errors import DataError, UsageError
 from zolr.held import keep_codes
+from zolr.variables import multiplied_with
 
 Batch = Mapping[str, Tensor]
 Kind = Literal["lm", "classes"]
@@ -990,6 +991,61 @@ class _Summed(torch.autograd.Function):
         return None, None, scaled[0], None, *scaled[1:]
 
 
+def _plain_head(model: nn.Module, hidden: Tensor) -> Tensor | None:
+    """The matrix `(vocab, h)` by which a head multiplies and does nothing else; None for any other head.
+
+    Under autocast a head multiplies by a rounded copy, which the general way makes.
+    """
+    if HEADS.get(_config(model).model_type) is not _lm_head or torch.is_autocast_enabled(hidden.device.type):
+        return None
+    loose: Any = model
+    weight = multiplied_with(loose.lm_head)
+    return (
+        weight if weight is not None and weight.dtype == hidden.dtype and hidden.dtype.itemsize >= 4 else None
+    )
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Sum of `_Summed` where logits are `rows @ weight.T`: without autograd in between one buffer of logits becomes their
+    gradient, and that of the weight is added up by the products themselves.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, chunk: int, hidden: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[1] else None
+        of_weight = None
+        start = 0
+        for rows, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+            shares = F.log_softmax(rows @ weight.mT, dim=-1)  # (k, vocab)
+            total += F.nll_loss(shares, targets, ignore_index=IGNORED, reduction="none").sum(
+                dtype=torch.float64
+            )
+            shares.exp_()
+            counts = (targets != IGNORED).to(rows)[:, None]  # (k, 1)
+            where = targets.clamp_min(0)[:, None]
+            shares.scatter_add_(
+                1, where, -counts
+            )  # the gradient of the logits, but for rows that do not count
+            if of_hidden is not None:
+                torch.mm(shares, weight, out=of_hidden[start : start + len(rows)]).mul_(counts)
+            if ctx.needs_input_grad[3]:
+                seen = rows * counts
+                of_weight = shares.mT @ seen if of_weight is None else of_weight.addmm_(shares.mT, seen)
+            start += len(rows)
+            del shares  # before the next logits
+        ctx.found = of_hidden, of_weight
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        found = ctx.found
+        del ctx.found  # it may be large, and comes once
+        of_hidden, of_weight = (None if g is None else g.mul_(grads[0].to(g.dtype)) for g in found)
+        return None, of_hidden, None, of_weight
+
+
 def lm_loss(model: nn.Module, batch: Batch, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """Sum of token cross-entropies and the number of tokens, with only a chunk of logits alive at a time.
 
@@ -1023,6 +1079,9 @@ def lm_loss(model: nn.Module, batch: Batch, chunk: int | None = None) -> tuple[T
         return losses.sum(dtype=torch.float64)
 
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        weight = _plain_head(model, hidden)
+        if weight is not None and (weight.requires_grad or hidden.requires_grad):
+            return _CrossEntropy.apply(chunk, hidden, labels, weight), (labels != IGNORED).sum()
         return _summed(chunk_loss, hidden, labels, chunk), (labels != IGNORED).sum()
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     # split, not slices: the gradient of each slice would be a zero-padded copy of all hidden states

@@ -109,6 +109,8 @@ class Variable:
         held: the weight is never written (see `zolr.held`): a fold goes to `stack`, and a Full value is a copy.
         stack: what a held matrix has been moved by in closed windows.
         steady: subspaces of one kind and size follow each other in the same memory.
+        folds: a step may be folded into the weight at once, where that makes backprop cheaper (see `zolr.merged`).
+        folding: the step at hand is to be.
 
     Args:
         sites: where the weight is used.
@@ -158,6 +160,7 @@ class Variable:
         self._value: nn.Parameter | None = None
         self._space: tuple[Subspace, Space] | None = None
         self.steady = False
+        self.folds = self.folding = False
         self._offset: Callable[[], Tensor] | None = None
         self.steps_in: Subspace | None = (
             None  # where a dense method steps, which has no coordinates of its own here
@@ -295,11 +298,15 @@ class Variable:
         assert isinstance(subspace, TwoSided)
         return TwoSided(basis, subspace.right)
 
-    def mask(self, coords: Tensor) -> Tensor:
-        """Coordinates (a gradient or a shift) that leave the padding row of an embedding alone."""
+    def mask(self, coords: Tensor, own: bool = False) -> Tensor:
+        """Coordinates (a gradient or a shift) that leave the padding row of an embedding alone.
+
+        Args:
+            own: they may be overwritten.
+        """
         if self.frozen_row is None or not isinstance(self.subspace, Full | Right | Viewed):
             return coords
-        coords = coords.clone()
+        coords = coords if own else coords.clone()
         parts = self.subspace.parts if isinstance(self.subspace, Viewed) else 1
         coords[..., self.frozen_row * parts : (self.frozen_row + 1) * parts, :] = 0
         return coords
@@ -330,6 +337,11 @@ class Variable:
         weight = self.weight.data.t() if self.transposed else self.weight.data
         wide = torch.float64 if exact else self.dtype
         coords = self.value.data.to(wide)
+        if not exact and weight.dtype == wide and isinstance(self.subspace, Right | Left):
+            weight.addmm_(*_widened(self.subspace, wide).outer(coords), beta=self.decay)
+            self.value.data.zero_()
+            self.moved, self.decay = False, 1.0
+            return
         for rows in row_blocks(self.shape):
             block = (weight[rows].to(wide) * self.decay).contiguous()  # Conv1D's are not
             if exact:
@@ -553,7 +565,7 @@ class Variable:
         whole = kinds <= {torch.float32} or kinds <= {torch.float64}
         if not whole or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
             return False
-        return module.__dict__.get("weight") is None and merged.pays(self.subspace, _tokens(x))
+        return module.__dict__.get("weight") is None and merged.pays(self.subspace, _tokens(x), self.folds)
 
 
 def _widened(subspace: Subspace, dtype: torch.dtype) -> Subspace:
@@ -732,7 +744,9 @@ def _with_side(
         return out.add_(rows) if in_place else out + rows
     if point is not None and not args and not kwargs and variable.merges(module, kind, x, point):
         subspace: Any = variable.subspace
-        out = merged.linear(x, variable.weight, decay, subspace, point)
+        still = point is variable.value and not variable.moved
+        out = merged.linear(x, variable.weight, decay, subspace, point, still)
+        variable.folding = variable.folds
         loose: Any = module
         return out if loose.bias is None else out + loose.bias
     # W (decay x) + bias: the decay multiplies the weight and not the bias
@@ -757,6 +771,27 @@ def _with_side(
     # apart from the window's product: autograd saves the inputs of that one alone
     out = out + _widened(variable.subspace, x.dtype).apply(x, point.to(x.dtype))
     return out + (x @ stack.right.to(x.dtype)) @ stack.left.mT.to(x.dtype)
+
+
+def multiplied_with(module: nn.Module) -> Tensor | None:
+    """The matrix `W` for which a module gives `x Wᵀ` now and does nothing else, for who takes gradients of it by hand.
+
+    None where it adds a bias or a path beside, is of another type, or is watched by hooks.
+    """
+    cls = getattr(type(module), "_zolr_original", type(module))
+    loose: Any = module
+    hooks = (loose._forward_hooks, loose._forward_pre_hooks, loose._backward_hooks, loose._backward_pre_hooks)
+    if cls is not nn.Linear or module.bias is not None or "forward" in module.__dict__ or any(hooks):
+        return None
+    bindings: dict[str, tuple[Variable, Kind]] = module.__dict__.get(_BINDINGS, {})
+    if "weight" not in bindings:
+        return None if is_packed(module, "weight") or is_sharded(module.weight) else module.weight
+    variable, _ = bindings["weight"]
+    if not variable.is_full or variable.held or not variable.plain or variable.watch is not None:
+        return None
+    variable.touched = True
+    dense = variable.dense(variable.point())
+    return module.weight if dense is None else dense
 
 
 def _readable(module: nn.Module, parameter: str) -> bool:

@@ -52,6 +52,12 @@ class OptimizerRule:
         return OPTIMIZERS[self.name].normalizes if self.name in OPTIMIZERS else self.name != "SGD"
 
     @property
+    def reads_values(self) -> bool:
+        """Whether a step depends on where the values are, or may: the rates of some rules grow with their size."""
+        known = OPTIMIZERS.get(self.name)
+        return known is None or bool({**known.settings, **self.settings}.get("scaled"))
+
+    @property
     def has_momentum(self) -> bool:
         """Whether plain steps go on in the direction of earlier ones."""
         known = OPTIMIZERS[self.name].settings if self.name in OPTIMIZERS else {}
