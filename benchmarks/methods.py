@@ -10,8 +10,8 @@ it. `pretrain` is a llama of width 96 from random weights on a children's-storie
 `zolr finetune` has it (rank, selection, probes), but for windows and turns of blocks, which are a fifth of a run where they are
 longer, so that every row refreshes at least four times.
 
-The rate of a row is the best of a grid of factors, the same for all: 0.1, 0.3, 1, 3, 10, walked from 1 and 3 on in the direction
-in which the loss falls for as long as it does. The factor multiplies the row's own rate (for pretraining four times that), and for
+The rate of a row is the best of a grid of factors, the same for all: 0.01, 0.03, 0.1 and so on to 100, walked from 1 and 3 on in
+the direction in which the loss falls for as long as it does. The factor multiplies the row's own rate (for pretraining four times that), and for
 forward-only rows, whatever rate they were published with, the one that the engine measures; those with a published rate are run
 at it too. What chooses is the loss on held-out rows; in `finetune` the table has that of other rows. All runs are made by one
 process on one thread, with one seed. Losses, metrics and state bytes are of the end of a run; the peak is that of live tensors
@@ -33,7 +33,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 DATA = Path(os.environ.get("ZOLR_DATA", Path(__file__).parents[2] / "shared" / "data"))
-FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
+FACTORS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 START = (1.0, 3.0)
 PRETRAINING = 4.0  # random weights stand more than trained ones: 1e-3 against 2.5e-4 for the default method
 UNMEASURED = {

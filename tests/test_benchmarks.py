@@ -137,9 +137,9 @@ def test_the_rate_of_a_row_is_searched_by_descent_on_one_grid(monkeypatch: pytes
         return [float(f) for f in rates], methods.best_of(rates)
 
     grid = methods.FACTORS
-    falling, rising = (dict(zip(grid, losses, strict=True)) for losses in ((5, 4, 3, 2, 1), (1, 2, 3, 4, 5)))
-    assert walked(falling) == ([1, 3, 10], ("10", True))
-    assert walked(rising) == ([1, 3, 0.3, 0.1], ("0.1", True))
+    falling, rising = (dict(zip(grid, losses, strict=True)) for losses in (range(9, 0, -1), range(9)))
+    assert walked(falling) == ([1, 3, 10, 30, 100], ("100", True))
+    assert walked(rising) == ([1, 3, 0.3, 0.1, 0.03, 0.01], ("0.01", True))
     assert walked({**falling, 10: 9.0}) == ([1, 3, 10], ("3", False))
     assert walked({**rising, 0.3: 9.0}) == ([1, 3, 0.3], ("1", False))
     assert walked({**falling, 10: float("nan")}) == ([1, 3, 10], ("3", False))  # diverged
@@ -158,7 +158,7 @@ def test_the_pretraining_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
     first = json.loads(output.read_text())["groups"]
     ((group, found),) = first.items()
     assert "rank 8, 4 steps" in group and len(found["runs"]) == 3
-    assert {"adamw/0.003/0", "stiefel/0.003/0"} < set(found["runs"])  # every row before any other rate
+    assert {"adamw/0.001/0", "stiefel/0.001/0"} < set(found["runs"])  # every row before any other rate
     told = ran("pretraining.py", *arguments, "--most", 1, "--markdown", page, "--plot", picture)
     again = json.loads(output.read_text())["groups"][group]["runs"]
     assert len(again) == 4 and all(again[key] == run for key, run in found["runs"].items())
@@ -166,7 +166,7 @@ def test_the_pretraining_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
         assert (
             run["tokens"] == 4 * 4 * 32 and run["state_bytes"] > 0 and run["peak_bytes"] > run["weight_bytes"]
         )
-    full, drawn = again["adamw/0.003/0"], again["stiefel/0.003/0"]
+    full, drawn = again["adamw/0.001/0"], again["stiefel/0.001/0"]
     assert (
         full["state_bytes"] > 2 * full["weight_bytes"] > 2 * drawn["state_bytes"] * 0.5
     )  # two moments a weight
