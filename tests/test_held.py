@@ -325,6 +325,12 @@ def test_what_held_weights_do_not_allow_is_refused(case: str) -> None:
     assert type(model.up) is nn.Linear
 
 
+@pytest.mark.parametrize("name", ["galore", "q-galore", "grasswalk"])
+def test_dense_methods_are_refused_on_held_weights(name: str) -> None:
+    with pytest.raises(UsageError, match="is never written .* dense gradients at every step cannot train it"):
+        Engine(net(), compose(name, rank=2), lr=1e-2, loss=loss, hold=True)
+
+
 @pytest.mark.parametrize("name", ["mezo", "adamw"])
 def test_whole_spaces_are_refused_on_held_weights(name: str) -> None:
     model = net()

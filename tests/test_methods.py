@@ -527,7 +527,7 @@ def test_every_row_trains_every_weight_and_lowers_the_loss(name, paradigm):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_row_states_what_it_is(name):
     row = METHODS[name]
-    assert row.name == name and row.summary and row.equation and row.reference and row.follows
+    assert row.name == name and row.summary and row.equation and row.reference and row.follows and row.limits
     assert set(row.lr) == set(row.paradigms) <= set(PARADIGMS)
     for paradigm in row.paradigms:
         method = row.build(paradigm)

@@ -864,6 +864,23 @@ def test_cutting_the_estimate_keeps_its_trace() -> None:
         torch.testing.assert_close(after.values, before.values[:named], rtol=1e-9, atol=1e-9)
 
 
+def test_names_of_directions_that_are_as_the_rest_is_mean_nothing() -> None:
+    """Whichever vectors rounding gave them, with either sign of all others, the same subspaces are drawn."""
+    n, values = 9, torch.tensor([5.0, 3.0], dtype=F64)
+    q = rotation(n, seed=1)
+    other = torch.cat((q[:, :2], q[:, 2:] @ rotation(n - 2, seed=2)[:, :3]), dim=1)
+    few = Spectrum(q[:, :2], values, 0.5)
+    many = Spectrum(-other, torch.cat((values, torch.full((3,), 0.5, dtype=F64))), 0.5)
+    for i in range(20):
+        a, b = (
+            Dependent(rank=3).draw((4, n), KEY.fold_in(i), like=LIKE, spectrum=held) for held in (few, many)
+        )
+        torch.testing.assert_close(a.basis, b.basis, rtol=0, atol=1e-12)  # type: ignore[attr-defined]
+    u = torch.linalg.qr(random(n, 3, seed=2))[0]
+    learned = [held.updated(u, torch.diag(torch.arange(1.0, 4).double()), 4) for held in (few, many)]
+    torch.testing.assert_close(*map(dense, learned), rtol=1e-9, atol=1e-9)
+
+
 def test_an_estimate_stays_positive() -> None:
     before = isotropic(6, 1.0, LIKE)
     u = torch.linalg.qr(random(6, 3, seed=2))[0]

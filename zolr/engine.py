@@ -405,8 +405,13 @@ class Engine:
             raise UsageError(
                 f"{first}, so it cannot decay; leave out weight_decay = {self.weight_decay}, or train plain weights"
             )
-        whole = self.method.dense or isinstance(self.method.projector, Identity)
-        if whole and any(v.stack is not None for v in held):
+        coded = any(v.stack is not None for v in held)
+        if coded and self.method.dense and not isinstance(self.method.projector, Identity):
+            raise UsageError(
+                f"{first}, so a method that moves weights by their dense gradients at every step cannot train it; use one that "
+                "moves coordinates, such as 'stiefel'"
+            )
+        if coded and isinstance(self.method.projector, Identity):
             raise UsageError(
                 f"{first}, so it cannot be trained as a whole; use a method with subspaces, such as 'stiefel'"
             )

@@ -313,6 +313,8 @@ _ROWS = (
         "W + B Pᵀ, P = sqrt(n/r) Q, Q Haar on the Stiefel manifold; train B, fold every refresh_every steps",
         "arXiv 2603.20632",
         "paper (law and scale); rank, window and optimizer are our defaults",
+        "a left basis (--side left) saves all inputs of a layer for backward; dense gradients are never formed: a residual other than "
+        "'drop' streams them, under fo alone",
         train={"zo": "attention", "fwd": "attention"},
         lr={"zo": None, "fo": 2.5e-4, "fwd": 1e-3},
     ),
@@ -337,6 +339,7 @@ _ROWS = (
         "W <- W - lr c Z, c = (L(W + eps Z) - L(W - eps Z)) / (2 eps), Z Gaussian",
         "arXiv 2305.17333",
         "paper; weights are not walked in place unless asked (realization 'inplace')",
+        "no subspace: no rank, window, transport or residual; its variance grows with the number of trained weights, so its rate is small",
         lr={"zo": 1e-6},
     ),
     Row(
@@ -361,6 +364,7 @@ _ROWS = (
         "arXiv 2410.07698",
         "paper; its factor 1/n at a refresh is replaced by the exact inverse Gram matrix; the buffer starts at the "
         "first gradient, as torch's SGD does",
+        "eps as in lozo; what a new V does not share with the old one is forgotten at a refresh, all but about r/n of the momentum",
         lr={"zo": 1e-6},
     ),
     Row(
@@ -384,6 +388,7 @@ _ROWS = (
         "arXiv 2305.17333 (MeZO-momentum)",
         "paper, in a subspace; projector 'identity' is MeZO-momentum; the buffer starts at the first gradient, as torch's "
         "SGD does, and again with every subspace (lozo-m carries it over)",
+        "a window of few steps is mostly the first gradient of each; transport 'align' carries the buffer over",
         train={"zo": "attention"},
         lr={"zo": None},
     ),
@@ -468,6 +473,7 @@ _ROWS = (
         "W <- W - lr c s U Z Vᵀ, s = sqrt(m n) / r, U and V orthonormal, kept for refresh_every steps",
         "arXiv 2410.08989",
         "released code (norm alignment s)",
+        "two bases a weight: no side to choose, and r² coordinates where one side has r m; what lies outside of either is not met in a window",
         lr={"zo": 1e-6},
     ),
     Row(
@@ -477,6 +483,7 @@ _ROWS = (
         "W + B Pᵀ, P entries N(0, 1/r); a few Adam steps on B, then fold and draw again",
         "arXiv 2502.07222",
         "paper's practice (Gaussian); its proximal term is the restart of B at zero",
+        "columns of P are not orthogonal: its second moment is (n + r + 1)/r that of the gradient, stiefel's n/r; moments begin afresh in every window",
         lr={"fo": 2.5e-4},
     ),
     Row(
@@ -683,8 +690,9 @@ _ROWS = (
         "released code (threshold, queue of 5, doubling, leading direction, groups of 256), but the cosine's absolute value, "
         "since the sign of a singular vector means nothing, between the bases as kept; two codes a byte (there one)",
         "such bases are no projection any more: --set projector.bits=8, or null. States are float32 unless --optimizer "
-        "adamw8bit; weights of 8 bits with stochastic rounding are left out, trained ones have the dtype of the model; dense "
-        "gradients as in galore",
+        "adamw8bit. Its weights of 8 bits are left out: a coded weight is never written here (what moves it lies beside it), "
+        "while this rule writes every weight at every step, and would have to code whole rows anew with random rounding; "
+        "weights have the dtype of the model. Dense gradients as in galore",
         lr={"fo": 5e-4},
     ),
     Row(
@@ -881,6 +889,7 @@ _ROWS = (
         "W <- W - lr G",
         "torch.optim.SGD",
         "torch",
+        "the rate goes with the size of gradients, which is another one for every model",
         lr={"fo": 1e-2},
     ),
     Row(
@@ -890,6 +899,7 @@ _ROWS = (
         "torch.optim.AdamW on the weights",
         "arXiv 1711.05101",
         "torch",
+        "two float32 moments as large as the weights; no subspace, so no rank, window, transport or residual",
         lr={"fo": 5e-5},
     ),
     Row(
@@ -899,6 +909,7 @@ _ROWS = (
         "W <- W - lr s NewtonSchulz(momentum of G)",
         "Jordan et al. 2024",
         "torch.optim.Muon, learning rate scaled to match AdamW's step size",
+        "embeddings, head and vectors by AdamW; rounded to bfloat16 where it is orthogonalized; momentum as large as the matrices",
         lr={"fo": 2.5e-4},
     ),
     Row(
