@@ -1504,3 +1504,20 @@ def test_settings_of_parts_inside_parts_are_read_and_changed() -> None:
     assert other == Mixture(Spsa(eps=1e-2, probes=5), Coordinates(eps=1e-2, blocks=3), share=0.4)
     with pytest.raises(UsageError, match="no setting 'radius' in Mixture"):
         changed(mixture, radius=1.0)
+
+
+def test_slopes_of_forward_mode_do_not_depend_on_who_counts_memory():
+    import zolr
+    from zolr.memory import LiveBytes
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 1))
+    batches = [torch.randn(8, 16) for _ in range(20)]
+    loss = lambda model, batch: (model(batch) * batch.sum(1, keepdim=True)).mean()  # noqa: E731
+    engine = zolr.Engine(model, zolr.compose("stiefel", "fwd", rank=2), lr=1e-3, loss=loss)
+    for i, batch in enumerate(batches):
+        key = Key(i)
+        seen = engine.method.estimator.measure(engine._loss_of, [batch], engine.variables, key).slopes
+        with LiveBytes():
+            counted = engine.method.estimator.measure(engine._loss_of, [batch], engine.variables, key).slopes
+        assert torch.equal(seen, counted)

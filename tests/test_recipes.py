@@ -56,6 +56,19 @@ def test_every_size_has_every_row_of_the_results_table(size: str) -> None:
         assert lines["rank"] == {"60m": 128, "130m": 256, "350m": 256}[size]
 
 
+def test_rates_of_pretraining_are_of_rows_that_have_backprop() -> None:
+    from zolr.methods import METHODS
+
+    for name, (rate, why) in pretrain.RATES.items():
+        assert "fo" in METHODS[name].paradigms and METHODS[name].adapter is None and rate > 0 and why
+        assert pretrain.Pretrain(data=("x",), method=name).filled().lr == rate
+    assert pretrain.Pretrain(data=("x",), method="adamw").filled().lr == pretrain.LEARNING_RATE
+    assert pretrain.Pretrain(data=("x",), method="galore", lr=2e-3).filled().lr == 2e-3
+    # where the protocol of a recipe publishes a rate, that is the default too
+    for name in ("galore", "fira", "apollo", "q-galore"):
+        assert recipe_of(ROOT / "llama-60m" / f"{name}.toml").settings().lr == pretrain.rate_of(name)
+
+
 @pytest.mark.parametrize("row", ["stiefel", "galore"])
 def test_a_recipe_is_predicted_without_weights(row: str) -> None:
     import torch

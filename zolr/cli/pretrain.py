@@ -48,6 +48,29 @@ BATCH_SIZE = 32
 LEARNING_RATE = (
     1e-3  # by backprop; the rates of the methods are for fine-tuning, and random weights stand more
 )
+_GALORE = "the published rate of its C4 runs"
+_GRID = (
+    "ours: among the best of a grid in 60 steps of a small llama (benchmarks/methods.py), no more is known"
+)
+# rates of pretraining by backprop where there is something to go by, and what that is
+RATES: dict[str, tuple[float, str]] = {
+    "galore": (1e-2, _GALORE),
+    "fira": (1e-2, _GALORE),
+    "apollo": (1e-2, _GALORE),
+    "apollo-mini": (1e-2, _GALORE),
+    "q-galore": (1.5e-2, _GALORE),
+    "grasswalk": (1e-2, "ours: that of galore, none is known"),
+    "grassjump": (1e-2, "ours: that of galore, none is known"),
+    **dict.fromkeys(("stiefel", "dependent", "rso", "vlorp", "plumage", "muon"), (3e-3, _GRID)),
+    **dict.fromkeys(("gum", "mofasgd", "flora", "lorenza"), (1e-2, _GRID)),
+    "adalomo": (3e-2, _GRID),
+    **dict.fromkeys(("sgd", "lomo", "extrapolation"), (1e-1, f"{_GRID}; goes with the size of gradients")),
+}
+
+
+def rate_of(method: str) -> float:
+    """Learning rate of a method by backprop where the user gives none."""
+    return RATES.get(method, (LEARNING_RATE, ""))[0]
 
 
 @dataclass(frozen=True)
@@ -142,7 +165,7 @@ class Course(Settings):
         None,
         "Highest learning rate.",
         "Training",
-        shown=f"{LEARNING_RATE:g}; without backprop the method's",
+        shown=f"{LEARNING_RATE:g}, or what `zolr methods NAME` says; without backprop the method's",
         aliases=("learning_rate",),
     )
     schedule: Literal["constant", "linear", "cosine", "wsd"] = flag(
@@ -241,7 +264,7 @@ class Pretrain(Writing, Inspection, Ranks, Machine, Course, Composition, Text, A
             )
         if self.memory_budget is not None:
             bytes_of(self.memory_budget, "--memory-budget")
-        lr = self.lr if self.lr is not None or method.paradigm != "fo" else LEARNING_RATE
+        lr = self.lr if self.lr is not None or method.paradigm != "fo" else rate_of(self.method or "adamw")
         whole = self.tables is None and method.paradigm == "fo"
         return replace(
             self,
@@ -338,7 +361,7 @@ def _present(result: dict[str, Any], settings: Pretrain, folder: Path) -> None:
 
     from zolr.cli.screen import size, table
 
-    columns = ["held-out loss", "after", "steps", "tokens", "tokens/s", "worst step", "peak", "predicted"]
+    columns = ["loss before", "after", "steps", "tokens", "tokens/s", "worst step", "peak", "predicted"]
     row = [result[key] for key in ("before", "after", "steps", "tokens_seen")]
     row += [
         round(result["speed"]["tokens_per_second"]),
@@ -354,7 +377,7 @@ def _present(result: dict[str, Any], settings: Pretrain, folder: Path) -> None:
 
 def _worst(seconds: Mapping[str, Any]) -> str:
     """The slowest step for a person."""
-    return f"{seconds['worst_over_median']:.2f} of median" if seconds["timed"] else "-"
+    return f"{seconds['worst_over_median']:.2f} x" if seconds["timed"] else "-"
 
 
 def pretrain(
