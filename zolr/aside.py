@@ -5,6 +5,7 @@ whose pages the system writes out where memory is short; those of tensors on a c
 again by every step, by copies in the order of the card's own work, which the host does not wait for.
 """
 
+import ctypes
 import os
 import tempfile
 import weakref
@@ -83,7 +84,12 @@ class Aside:
                 elif tensor.is_cuda:
                     places[i] = self._place(tensor, *self._pinned(flat), flat.numel())
                 else:
-                    places[i] = self._place(tensor, self._written(flat.cpu()), -1, flat.numel())
+                    places[i] = self._place(
+                        tensor,
+                        self._written(flat if flat.device.type == "cpu" else flat.cpu()),
+                        -1,
+                        flat.numel(),
+                    )
             for numbers in small.values():  # one launch and one copy for all
                 flats = [_padded(_bytes(tensors[i])) for i in numbers]
                 start, chunk = self._pinned(torch.cat(flats))
@@ -119,7 +125,7 @@ class Aside:
         """Write host bytes into the file; where they begin."""
         if self._owner != os.getpid():  # a forked process must not write into its parent's
             self._file, self._owner = _nameless(self), os.getpid()
-        start, view = self._end, flat.numpy().data
+        start, view = self._end, _memory(flat)
         self._end += -(-len(view) // ALIGNED) * ALIGNED
         done = 0
         while done < len(view):
@@ -149,7 +155,7 @@ class Aside:
             flat.copy_(self._chunks[place.chunk][place.start : place.start + place.size])
             return
         host = flat if flat.device.type == "cpu" else torch.empty(place.size, dtype=torch.uint8)
-        view, done = host.numpy().data, 0
+        view, done = _memory(host), 0
         while done < len(view):
             got = os.preadv(self._file, [view[done : done + AT_ONCE]], place.start + done)
             if not got:
@@ -234,6 +240,13 @@ def _bytes(tensor: Tensor, own: bool = False) -> Tensor:
         assert not own
         data = tensor.detach().contiguous()
     return data.reshape(-1).view(torch.uint8)
+
+
+def _memory(flat: Tensor) -> memoryview:
+    """The bytes of a host tensor, which has to outlive this."""
+    if not flat.numel():
+        return memoryview(b"")
+    return memoryview((ctypes.c_ubyte * flat.numel()).from_address(flat.data_ptr())).cast("B")
 
 
 def _padded(flat: Tensor) -> Tensor:
