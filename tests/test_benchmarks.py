@@ -178,3 +178,13 @@ def test_the_page_on_scaling_shows_what_its_script_prints() -> None:
     assert ran("scaling.py").strip() in page
     more = json.loads(ran("scaling.py", "--json", "--inside", 900.0))
     assert len(more) == page.count("| yes |") + page.count("| no |")
+
+
+@pytest.mark.slow
+def test_the_row_and_the_package_of_apollo_mini_take_the_same_steps(tmp_path: Path) -> None:
+    pytest.importorskip("apollo_torch")
+    output = tmp_path / "results.json"
+    ran("apollo_mini.py", "--smoke", "--output", output)
+    found = json.loads(output.read_text())
+    assert found["identical"]["apart after 3"] < 1e-4
+    assert found["package|1"][0]["loss"] > 0
