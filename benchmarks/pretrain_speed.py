@@ -229,8 +229,8 @@ def even(contest: Contest, steps: int, gap: int, wanted: list[str]) -> dict[str,
     return result
 
 
-def peaks(contest: Contest, wanted: list[str]) -> dict[str, dict[str, Any]]:
-    """Live bytes at most in three steps, all that a step needs included."""
+def peaks(contest: Contest, wanted: list[str], keep: Callable[[dict[str, Any]], None]) -> None:
+    """Live bytes at most in three steps, all that a step needs included; each row is kept as it comes."""
     result: dict[str, dict[str, Any]] = {}
     makers: dict[str, Callable[[], Made]] = {
         f"zolr {name}": lambda name=name: contest.ours(GAP, method=name, paradigm="fo")
@@ -255,10 +255,11 @@ def peaks(contest: Contest, wanted: list[str]) -> dict[str, dict[str, Any]]:
         except Exception as error:  # a package's own fault or a row's: the line says which
             result[name] = {"failed": reason(error)}
             print(f"{name:34} {result[name]['failed']}", flush=True)
+            keep(result)
             continue
         result[name] = {"peak_bytes": live.peak}
         print(f"{name:34} {live.peak / 1e6:8.1f} MB", flush=True)
-    return result
+        keep(result)
 
 
 def main() -> None:
@@ -313,7 +314,8 @@ def main() -> None:
         keep(f"evenness, {batch}", even(contest, options.steps, options.gap, rows or list(TIMED)))
     if options.only in ("", "peak"):
         contest = Contest(options, options.peak_batch)
-        keep(f"peak, {options.peak_batch} x {options.length}", peaks(contest, rows))
+        part = f"peak, {options.peak_batch} x {options.length}"
+        peaks(contest, rows, lambda found: keep(part, found))
 
 
 if __name__ == "__main__":
