@@ -173,17 +173,18 @@ def unseen() -> AbstractContextManager[Any]:
 def kept(aside: Aside, state: Any) -> Any:
     """A state of mappings, lists, tensors and plain values with a `Place` for every tensor."""
     tensors: list[Tensor] = []
-
-    def gather(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            tensors.append(part)
-            return _Number(len(tensors) - 1)
-        if isinstance(part, Mapping):
-            return {name: gather(value) for name, value in part.items()}
-        return list(part) if isinstance(part, list) else part
-
-    shape = gather(state)
+    shape = _gathered(state, tensors)
     return _filled(shape, aside.put(tensors))
+
+
+def _gathered(state: Any, tensors: list[Tensor]) -> Any:
+    """The state with a number for every tensor; a closure that calls itself would keep them until garbage is collected."""
+    if isinstance(state, Tensor):
+        tensors.append(state)
+        return _Number(len(tensors) - 1)
+    if isinstance(state, Mapping):
+        return {name: _gathered(value, tensors) for name, value in state.items()}
+    return list(state) if isinstance(state, list) else state
 
 
 def fresh(aside: Aside, state: Any, alive: Any = None) -> Any:

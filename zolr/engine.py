@@ -786,7 +786,7 @@ class Engine:
         if self._aside is None:
             return
         if self.undo is None and not self.streams:
-            if any(v.space.blocked and v.value.is_cuda for v in variables):
+            if any(v.value.is_cuda and v.is_full and len(v.shape) > 1 for v in variables):
                 self._aside.failed = "matrices that one call updates"  # see `undo`
                 return
         shared, own = [], []
