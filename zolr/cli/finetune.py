@@ -984,7 +984,7 @@ class Job:
             quantize=settings.quantize,
             hold=settings.holds,
             hold_rank=settings.held_rank,
-            device=self.device,
+            device=self.work.device,
         ).peak_bytes
 
     def train(
