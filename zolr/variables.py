@@ -785,13 +785,13 @@ def multiplied_with(module: nn.Module) -> Tensor | None:
         return None
     bindings: dict[str, tuple[Variable, Kind]] = module.__dict__.get(_BINDINGS, {})
     if "weight" not in bindings:
-        return None if is_packed(module, "weight") or is_sharded(module.weight) else module.weight
+        return None if is_packed(module, "weight") or is_sharded(loose.weight) else loose.weight
     variable, _ = bindings["weight"]
     if not variable.is_full or variable.held or not variable.plain or variable.watch is not None:
         return None
     variable.touched = True
     dense = variable.dense(variable.point())
-    return module.weight if dense is None else dense
+    return loose.weight if dense is None else dense
 
 
 def _readable(module: nn.Module, parameter: str) -> bool:
