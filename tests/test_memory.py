@@ -215,7 +215,13 @@ PREDICTED = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(PREDICTED))
+# what tests/test_prediction.py does not have among its rows
+BESIDES = sorted(
+    set(PREDICTED) - {"zo", "zo, language model", "mezo", "fo", "adamw", "adamw, language model", "muon"}
+)
+
+
+@pytest.mark.parametrize("name", BESIDES)
 def test_predicted_peak_is_that_of_the_real_step(name):
     row, paradigm, settings = PREDICTED[name]
     settings = dict(settings)
@@ -309,7 +315,9 @@ def test_predicted_parts_are_those_of_the_rows():
     assert 0 < zo.optimizer_bytes < values / 4 and 0 < zo.coords_bytes < values / 4
 
 
-@pytest.mark.parametrize("name", sorted(PREDICTED))
+@pytest.mark.parametrize(
+    "name", ["zo", "mezo", "fo, classes", "fo, checkpointing", "adamw, language model", "fwd"]
+)
 def test_parts_of_a_peak_add_up_to_it(name):
     row, paradigm, settings = PREDICTED[name]
     settings = dict(settings)
@@ -501,8 +509,8 @@ def test_autograd_keeps_no_input_of_a_trained_linear_map_that_nothing_else_needs
     assert kept(dense) > needed + room + whole
 
 
-@pytest.mark.parametrize("projector", sorted(PROJECTORS))
-def test_every_projector_can_be_predicted(projector):
+@pytest.mark.parametrize("projector", ["coordinate", "srht", "range_finder"])
+def test_a_projector_of_no_row_can_be_predicted(projector):
     needs_gradient = PROJECTORS[projector].needs == "gradient"
     row, paradigm = ("galore", "fo") if needs_gradient else ("stiefel", "zo")
     method = compose(row, paradigm, projector=projector)
@@ -548,7 +556,6 @@ def test_large_models_are_predicted_without_their_weights(monkeypatch):
         zo = predict(
             "roberta-large", compose("stiefel", "zo"), select="attention", **size
         )  # as it trains by default
-        every = predict("roberta-large", compose("stiefel", "zo", rank=4), **size)  # all weights
         fo = predict("roberta-large", compose("stiefel", "fo"), checkpointing=True, **size)
     with (
         monkeypatch.context() as patch
@@ -557,7 +564,7 @@ def test_large_models_are_predicted_without_their_weights(monkeypatch):
         stock = predict("roberta-large", **size)
     assert stock.forward_peak_bytes == pytest.approx(1.79e9, rel=0.005)
     assert zo.forward_peak_bytes < stock.forward_peak_bytes - 0.1e9
-    assert zo.ratio <= 1.03 and every.ratio <= 1.03
+    assert zo.ratio <= 1.03
     assert fo.peak_bytes <= 3.4e9
     if not measured.process_from_start:
         assert measured.process_bytes - before < 0.5 * zo.weights_bytes
@@ -666,33 +673,26 @@ def test_cuda_counter_agrees_with_live_bytes():
     assert measured.reserved_bytes is not None and measured.reserved_bytes >= measured.peak_bytes
 
 
-@pytest.mark.parametrize(
-    ("capability", "asked", "bytes"),
-    [
-        ((9, 0), None, 32 << 20),
-        ((10, 0), None, 32 << 20),
-        ((8, 6), None, 8_519_680),
-        ((9, 0), ":16:8", 16 << 13),
-    ],
-)
-def test_a_card_adds_a_workspace_for_each_thread_that_multiplies(monkeypatch, capability, asked, bytes):
+def test_a_card_adds_a_workspace_for_each_thread_that_multiplies(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    if asked:
-        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", asked)
+    assert memory.workspace("cpu") == 0
+    for capability, size in (((8, 6), 8_519_680), ((10, 0), 32 << 20), ((9, 0), 32 << 20)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, c=capability: c)
+        assert memory.workspace("cuda") == memory.workspace(torch.device("cuda", 0)) == size
     for paradigm, threads in (("zo", 1), ("fo", 2)):
         method = compose("stiefel", paradigm, rank=4)
         plain, card = (
             predict(small(), method, batch_size=2, max_length=8, profile=True, device=device)
             for device in ("cpu", "cuda")
         )
-        assert card.peak_bytes - plain.peak_bytes == card.parts["workspaces"] == threads * bytes
-        assert card.forward_peak_bytes - plain.forward_peak_bytes == bytes
+        assert card.peak_bytes - plain.peak_bytes == card.parts["workspaces"] == threads * size
+        assert card.forward_peak_bytes - plain.forward_peak_bytes == size
         assert sum(card.parts.values()) == card.peak_bytes and plain.parts["workspaces"] == 0
-        assert (
-            card.weights_bytes == plain.weights_bytes and len(card.assumptions) == len(plain.assumptions) + 1
-        )
+        assert card.weights_bytes == plain.weights_bytes
+        assert len(card.assumptions) == len(plain.assumptions) + 1
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8:4096:2")
+    assert memory.workspace("cuda") == (16 * 8 + 4096 * 2) << 10
 
 
 def test_what_a_step_replaces_is_not_kept_alive_by_its_measurement():
