@@ -37,7 +37,7 @@ class _TangentsLikeValues(TorchFunctionMode):
     """Has every result's tangent in the dtype of the result.
 
     Normalization keeps its statistics in float32, on a GPU and where its own weights are so, and hands on a tangent in
-    float32 below a value in bfloat16; the next product then refuses the two.
+    float32 below a value in bfloat16; the next product then refuses the two. So do products under autocast.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -105,8 +105,7 @@ class Forward(BySlopes):
                 with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
                     if variables[0].value.device.type == "cpu":  # where memory is counted by such a mode
                         stack.enter_context(_Seen())
-                    if any(v.weight.dtype.itemsize < 4 for v in variables):
-                        stack.enter_context(_TangentsLikeValues())
+                    stack.enter_context(_TangentsLikeValues())
                     for variable in variables:
                         tangent = variable.mask(direction(variable.name).to(variable.value.dtype)) * _SCALE
                         dual = forward_ad.make_dual(variable.value.detach(), tangent)
