@@ -62,6 +62,10 @@ def test_rates_of_pretraining_are_of_rows_that_have_backprop() -> None:
     for name, (rate, why) in pretrain.RATES.items():
         assert "fo" in METHODS[name].paradigms and METHODS[name].adapter is None and rate > 0 and why
         assert pretrain.Pretrain(data=("x",), method=name).filled().lr == rate
+        apart = pretrain.Pretrain(data=("x",), method=name).filled().composed().scale
+        assert apart == pretrain.SCALES.get(name, METHODS[name].build("fo").scale)
+    for given in ({"lr": 3e-3}, {"scale": 1.0}, {"tables": "subspace"}):
+        assert pretrain.Pretrain(data=("x",), method="stiefel", **given).filled().composed().scale == 1.0
     assert pretrain.Pretrain(data=("x",), method="adamw").filled().lr == pretrain.LEARNING_RATE
     assert pretrain.Pretrain(data=("x",), method="galore", lr=2e-3).filled().lr == 2e-3
     # where the protocol of a recipe publishes a rate, that is the default too

@@ -52,6 +52,10 @@ _GALORE = "the published rate of its C4 runs"
 _GRID = (
     "ours: among the best of a grid in 60 steps of a small llama (benchmarks/methods.py), no more is known"
 )
+_APART = (
+    "ours: of embeddings, head and vectors, and a tenth of it for matrices, which drawn subspaces want apart "
+    "(benchmarks/pretraining.py)"
+)
 # rates of pretraining by backprop where there is something to go by, and what that is
 RATES: dict[str, tuple[float, str]] = {
     "galore": (1e-2, _GALORE),
@@ -61,11 +65,16 @@ RATES: dict[str, tuple[float, str]] = {
     "q-galore": (1.5e-2, _GALORE),
     "grasswalk": (1e-2, "ours: that of galore, none is known"),
     "grassjump": (1e-2, "ours: that of galore, none is known"),
-    **dict.fromkeys(("stiefel", "dependent", "rso", "vlorp", "plumage", "muon"), (3e-3, _GRID)),
+    **dict.fromkeys(("stiefel", "dependent", "rso"), (1e-2, _APART)),
+    **dict.fromkeys(("vlorp", "plumage", "muon"), (3e-3, _GRID)),
     **dict.fromkeys(("gum", "mofasgd", "flora", "lorenza"), (1e-2, _GRID)),
     "adalomo": (3e-2, _GRID),
     **dict.fromkeys(("sgd", "lomo", "extrapolation"), (1e-1, f"{_GRID}; goes with the size of gradients")),
 }
+
+
+# factors on the steps of projected matrices at these rates
+SCALES = dict.fromkeys(("stiefel", "dependent", "rso"), 0.1)
 
 
 def rate_of(method: str) -> float:
@@ -264,12 +273,17 @@ class Pretrain(Writing, Inspection, Ranks, Machine, Course, Composition, Text, A
             )
         if self.memory_budget is not None:
             bytes_of(self.memory_budget, "--memory-budget")
-        lr = self.lr if self.lr is not None or method.paradigm != "fo" else rate_of(self.method or "adamw")
+        name, lr, scale = self.method or "adamw", self.lr, self.scale
         whole = self.tables is None and method.paradigm == "fo"
+        tables = "full" if whole else self.tables
+        if lr is None and method.paradigm == "fo":
+            lr = rate_of(name)
+            scale = SCALES.get(name) if scale is None and tables == "full" else scale
         return replace(
             self,
-            tables="full" if whole else self.tables,
-            method=self.method or "adamw",
+            tables=tables,
+            scale=scale,
+            method=name,
             paradigm=method.paradigm,
             probes=self.probes or self.all_probes,
             lr=lr,
