@@ -485,8 +485,8 @@ def table(runs: dict[str, Any], rows: Sequence[str]) -> list[tuple[str, ...]]:
                 f"{min(values):.1f} to {max(values):.1f}" if len(values) > 1 else "-",
                 str(len(values)),
                 gap,
-                f"{seeds[0]['state_bytes'] / 2**20:.2f}",
-                f"{seeds[0]['peak_bytes'] / 2**20:.1f}",
+                f"{seeds[-1]['state_bytes'] / 2**20:.2f}",
+                f"{seeds[-1]['peak_bytes'] / 2**20:.1f}",
                 f"{statistics.median(run['tokens_per_s'] for run in seeds):,.0f}",
             )
         )
@@ -537,7 +537,7 @@ def draw(runs: dict[str, Any], rows: Sequence[str], path: Path, title: str) -> N
         curves.plot(
             *zip(*points, strict=True), linestyle=line, markersize=4, linewidth=1.3, label=row, **style
         )
-        size = seeds[0]["state_bytes"] / 2**20
+        size = seeds[-1]["state_bytes"] / 2**20
         states.plot([size], [points[-1][1]], linestyle="", markersize=7, **style)
         states.annotate(row, (size, points[-1][1]), (6, 3), textcoords="offset points", fontsize=8)
     for axes, x in ((curves, "tokens"), (states, "state beside the weights, with embedding and head (MiB)")):

@@ -5,7 +5,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import isfinite, prod, sqrt
@@ -662,7 +662,20 @@ class Engine:
         wanted = self.method.paradigm == "fo"
         before = self.model.training
         with self._mode(wanted, before), self._whole_or_nothing():
-            return self._step(batches)
+            info = self._step(batches)
+        self._fold_at_once()
+        return info
+
+    def _fold_at_once(self) -> None:
+        """Fold the step where the next one would put the weight together twice (see `zolr.merged`).
+
+        The step is sure by now. Coordinates that could not be folded stay, and say the same.
+        """
+        for variable in self.active:
+            if variable.folding:
+                variable.folding = False
+                with suppress(Exception):
+                    variable.fold()
 
     @property
     def repeatable(self) -> str | None:
@@ -1242,9 +1255,6 @@ class Engine:
             variable.value.grad = None
             variable.moved = True
             variable.commit()
-            if variable.folding:  # the next step would put the weight together twice
-                variable.folding = False
-                variable.fold()
 
     def _stream(
         self, lr: float, factor: Tensor | None, squares: list[Tensor]
