@@ -74,7 +74,7 @@ RATES: dict[str, tuple[float, str]] = {
 
 
 # factors on the steps of projected matrices at these rates
-SCALES = dict.fromkeys(("stiefel", "dependent", "rso"), 0.1)
+SCALES: dict[str, float] = {"stiefel": 0.1, "dependent": 0.1, "rso": 0.1}
 
 
 def rate_of(method: str) -> float:
