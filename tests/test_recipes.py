@@ -59,18 +59,18 @@ def test_every_size_has_every_row_of_the_results_table(size: str) -> None:
 def test_rates_of_pretraining_are_of_rows_that_have_backprop() -> None:
     from zolr.methods import METHODS
 
-    for name, (rate, why) in pretrain.RATES.items():
+    for name, (rate, why, scale) in pretrain.RATES.items():
         assert "fo" in METHODS[name].paradigms and METHODS[name].adapter is None and rate > 0 and why
         assert pretrain.Pretrain(data=("x",), method=name).filled().lr == rate
         apart = pretrain.Pretrain(data=("x",), method=name).filled().composed().scale
-        assert apart == pretrain.SCALES.get(name, METHODS[name].build("fo").scale)
+        assert apart == (scale or METHODS[name].build("fo").scale)
     for given in ({"lr": 3e-3}, {"scale": 1.0}, {"tables": "subspace"}):
         assert pretrain.Pretrain(data=("x",), method="stiefel", **given).filled().composed().scale == 1.0
-    assert pretrain.Pretrain(data=("x",), method="adamw").filled().lr == pretrain.LEARNING_RATE
+    assert pretrain.Pretrain(data=("x",), method="adamw").filled().lr == pretrain.USUAL.lr
     assert pretrain.Pretrain(data=("x",), method="galore", lr=2e-3).filled().lr == 2e-3
     # where the protocol of a recipe publishes a rate, that is the default too
     for name in ("galore", "fira", "apollo", "q-galore"):
-        assert recipe_of(ROOT / "llama-60m" / f"{name}.toml").settings().lr == pretrain.rate_of(name)
+        assert recipe_of(ROOT / "llama-60m" / f"{name}.toml").settings().lr == pretrain.rate_of(name).lr
 
 
 @pytest.mark.parametrize("row", ["stiefel", "galore"])

@@ -53,7 +53,7 @@ from zolr.models import (
 
 ROUNDING = 512  # bytes; the CUDA caching allocator hands out multiples of this
 
-# What comes on top of every figure here; how much depends on device, driver and libraries, so no number is given
+# What comes on top of every figure here; most of it depends on device, driver and libraries, and has no number
 OVERHEAD = (
     "CUDA context and loaded kernels, cache and fragmentation of the allocator, workspaces of cuSOLVER and attention "
     "kernels; unless a card is named, cuBLAS's: 34 MB from Hopper on, 9 MB before, twice with backprop"

@@ -64,13 +64,13 @@ def _described(row: Any) -> dict[str, Any]:
     texts = {
         key: getattr(row, key) for key in ("name", "summary", "equation", "follows", "reference", "limits")
     }
-    from zolr.cli.pretrain import LEARNING_RATE, RATES
+    from zolr.cli.pretrain import rate_of
 
-    rate, why = RATES.get(row.name, (LEARNING_RATE, "that of all rows of which no more is known"))
+    rate = rate_of(row.name)
     return {
         **texts,
         "paradigms": list(row.paradigms),
-        "pretraining": f"learning rate {rate:g} by backprop ({why})" if "fo" in row.paradigms else "",
+        "pretraining": f"learning rate {rate.lr:g} by backprop ({rate.why})" if "fo" in row.paradigms else "",
         **({"adapter": _parts(row.adapter)} if row.adapter else {}),
         "composition": {p: _parts(row.build(p)) for p in row.paradigms},
     }

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import cos, exp, pi
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 import typer
 from annotated_types import Ge, Gt, Lt
@@ -45,41 +45,52 @@ DATA = "data.json"  # what a run was trained and evaluated on: sources, tokenize
 MAY_CHANGE = ("eval_every", "save_every", "eval_rows", "memory_budget", "data", "held_out", "workers")
 CHUNK_ENTRIES = 1 << 21  # logits alive at once on a CPU: 8 MiB stay in its cache, and more is slower
 BATCH_SIZE = 32
-LEARNING_RATE = (
-    1e-3  # by backprop; the rates of the methods are for fine-tuning, and random weights stand more
+
+
+class Rate(NamedTuple):
+    """A learning rate of pretraining by backprop, and where it is from.
+
+    Args:
+        lr: of embeddings, head and vectors; of matrices too, times `scale`.
+        scale: factor on the steps of projected matrices; None for the method's own.
+    """
+
+    lr: float
+    why: str
+    scale: float | None = None
+
+
+# the rates of the methods are for fine-tuning, and random weights stand more
+USUAL = Rate(1e-3, "that of all rows of which no more is known")
+_GALORE = Rate(1e-2, "the published rate of its C4 runs")
+_LIKE_GALORE = Rate(1e-2, "ours: that of galore, none is known")
+_APART = Rate(
+    1e-2,
+    "ours: of embeddings, head and vectors, and a tenth of it for matrices, which drawn subspaces want apart "
+    "(benchmarks/pretraining.py)",
+    scale=0.1,
 )
-_GALORE = "the published rate of its C4 runs"
 _GRID = (
     "ours: among the best of a grid in 60 steps of a small llama (benchmarks/methods.py), no more is known"
 )
-_APART = (
-    "ours: of embeddings, head and vectors, and a tenth of it for matrices, which drawn subspaces want apart "
-    "(benchmarks/pretraining.py)"
-)
-# rates of pretraining by backprop where there is something to go by, and what that is
-RATES: dict[str, tuple[float, str]] = {
-    "galore": (1e-2, _GALORE),
-    "fira": (1e-2, _GALORE),
-    "apollo": (1e-2, _GALORE),
-    "apollo-mini": (1e-2, _GALORE),
-    "q-galore": (1.5e-2, _GALORE),
-    "grasswalk": (1e-2, "ours: that of galore, none is known"),
-    "grassjump": (1e-2, "ours: that of galore, none is known"),
-    **dict.fromkeys(("stiefel", "dependent", "rso"), (1e-2, _APART)),
-    **dict.fromkeys(("vlorp", "plumage", "muon"), (3e-3, _GRID)),
-    **dict.fromkeys(("gum", "mofasgd", "flora", "lorenza"), (1e-2, _GRID)),
-    "adalomo": (3e-2, _GRID),
-    **dict.fromkeys(("sgd", "lomo", "extrapolation"), (1e-1, f"{_GRID}; goes with the size of gradients")),
+# where there is something to go by
+RATES: dict[str, Rate] = {
+    **dict.fromkeys(("galore", "fira", "apollo", "apollo-mini"), _GALORE),
+    "q-galore": _GALORE._replace(lr=1.5e-2),
+    **dict.fromkeys(("grasswalk", "grassjump"), _LIKE_GALORE),
+    **dict.fromkeys(("stiefel", "dependent", "rso"), _APART),
+    **dict.fromkeys(("vlorp", "plumage", "muon"), Rate(3e-3, _GRID)),
+    **dict.fromkeys(("gum", "mofasgd", "flora", "lorenza"), Rate(1e-2, _GRID)),
+    "adalomo": Rate(3e-2, _GRID),
+    **dict.fromkeys(
+        ("sgd", "lomo", "extrapolation"), Rate(1e-1, f"{_GRID}; goes with the size of gradients")
+    ),
 }
 
 
-# factors on the steps of projected matrices at these rates
-SCALES: dict[str, float] = {"stiefel": 0.1, "dependent": 0.1, "rso": 0.1}
-
-
-def rate_of(method: str) -> float:
-    """Learning rate of a method by backprop where the user gives none."""
-    return RATES.get(method, (LEARNING_RATE, ""))[0]
+def rate_of(method: str) -> Rate:
+    """What a method is pretrained at by backprop where the user gives no rate."""
+    return RATES.get(method, USUAL)
 
 
 @dataclass(frozen=True)
@@ -174,7 +185,7 @@ class Course(Settings):
         None,
         "Highest learning rate.",
         "Training",
-        shown=f"{LEARNING_RATE:g}, or what `zolr methods NAME` says; without backprop the method's",
+        shown=f"{USUAL.lr:g}, or what `zolr methods NAME` says; without backprop the method's",
         aliases=("learning_rate",),
     )
     schedule: Literal["constant", "linear", "cosine", "wsd"] = flag(
@@ -277,8 +288,9 @@ class Pretrain(Writing, Inspection, Ranks, Machine, Course, Composition, Text, A
         whole = self.tables is None and method.paradigm == "fo"
         tables = "full" if whole else self.tables
         if lr is None and method.paradigm == "fo":
-            lr = rate_of(name)
-            scale = SCALES.get(name) if scale is None and tables == "full" else scale
+            rate = rate_of(name)
+            lr = rate.lr
+            scale = rate.scale if scale is None and tables == "full" else scale
         return replace(
             self,
             tables=tables,
