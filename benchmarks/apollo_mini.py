@@ -135,7 +135,7 @@ def package(
 def projected_names(job: Job) -> list[str]:
     """Weights with a subspace, in the model's order."""
     row = job_of(compose("apollo-mini"), 1.0, 1, 0)
-    names = set(row.engine._cores)
+    names = set(row.engine.windows.cores)
     return [name for name, _ in job.work.model.named_parameters() if name in names]
 
 

@@ -256,7 +256,7 @@ def profile(options: argparse.Namespace, plain: torch.nn.Module) -> dict[str, fl
             data["input_ids"]
         ),
         "one wait for the device": lambda: bool(torch.isfinite(learned).all()),
-        "drawing all bases (once in a window)": lambda: [own._drawn(v) for v in variables],
+        "drawing all bases (once in a window)": lambda: [own.windows.drawn(v) for v in variables],
     }
     times: dict[str, list[float]] = {name: [] for name in parts}
     for run in parts.values():

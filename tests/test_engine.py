@@ -17,12 +17,13 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, O
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zolr import checkpoints
-from zolr.engine import Engine, categories
+from zolr.engine import Engine
 from zolr.errors import UsageError
 from zolr.estimators import changed, setting
 from zolr.estimators.backprop import Backprop
 from zolr.estimators.spsa import Spsa
 from zolr.keys import Key
+from zolr.kinds import categories
 from zolr.methods import METHODS, SGD, Method, compose
 from zolr.optim import OPTIMIZERS, OptimizerRule
 from zolr.optim.averaged import Averaged

@@ -13,9 +13,9 @@ FLOORS: dict[str, int] = {
     for floor, names in enumerate(
         (
             ("errors", "keys"),
-            ("subspaces", "probes", "spectra", "factored", "held", "merged", "distributed", "aside"),
+            ("subspaces", "probes", "spectra", "factored", "held", "merged", "distributed", "aside", "undo"),
             ("variables", "projectors", "estimators", "transports", "residuals", "layers", "optim"),
-            ("methods", "tuning", "dense", "compiled", "engine"),
+            ("methods", "kinds", "tuning", "dense", "windows", "verify", "compiled", "engine"),
             (
                 "tasks",
                 "models",

@@ -236,17 +236,17 @@ def test_error_feedback_loses_nothing(optimizer, transport, projector):
         # torch's momentum starts at the first gradient itself: 1 / (1 - b) times its usual share
         fresh = [v.name for v in engine.variables if not engine.optimizer.state.get(engine.trained(v))]
         if isinstance(transport, Reset):
-            fresh += [n for n, c in engine._cores.items() if engine.step_count % 2 == 0]
+            fresh += [n for n, c in engine.windows.cores.items() if engine.step_count % 2 == 0]
         engine.step([batch])
         after = weights(engine)
-        for name in engine._cores:
+        for name in engine.windows.cores:
             if name in fresh and optimizer == "momentum":
                 begun[name] = begun.get(name, 0) + 9 * (before[name] - after[name]) / 0.05
     for variable in engine.variables:
         name = variable.name
-        if name not in engine._cores:
+        if name not in engine.windows.cores:
             continue
-        core = engine._cores[name]
+        core = engine.windows.cores[name]
         waiting = core.kept["error"].clone()
         if optimizer == "momentum":
             mean = engine.optimizer.state[core.value]["momentum_buffer"]
@@ -262,9 +262,9 @@ def test_a_step_of_rate_zero_leaves_the_error_as_it_is():
     errors = []
     for batch in batches(4):
         engine.step([batch])
-        errors.append(engine._cores["wide.weight"].kept["error"].clone())
+        errors.append(engine.windows.cores["wide.weight"].kept["error"].clone())
     assert torch.equal(errors[1], errors[2]) and not torch.equal(errors[2], errors[3])
-    assert set(engine._cores["wide.weight"].kept) == {"error"}
+    assert set(engine.windows.cores["wide.weight"].kept) == {"error"}
 
 
 # ---- subspaces that go on from the one before ---------------------------------------------------------------------------
@@ -462,7 +462,7 @@ def test_an_embedding_of_a_frozen_row_walks_on():
     engine = Engine(model, method, lr=1e-2, loss=lambda m, b: m(b).square().mean())
     for _ in range(6):
         engine.step([torch.arange(7)])
-    core = next(c for n, c in engine._cores.items() if n == "0.weight")
+    core = next(c for n, c in engine.windows.cores.items() if n == "0.weight")
     assert isinstance(core.subspace, Left) and bool((core.subspace.basis[2] == 0).all())
     assert float(engine.detach()[0].weight[2].detach().abs().max()) == 0.0  # type: ignore[index]
 
@@ -614,7 +614,7 @@ def test_parts_that_nobody_put_together_work_together(name):
     (batch,) = batches(1)
     losses = [engine.step([batch]).loss for _ in range(25)]
     assert min(losses[-5:]) < 0.97 * losses[0]
-    assert engine._cores
+    assert engine.windows.cores
 
 
 def test_a_walk_works_without_gradients():
@@ -721,7 +721,7 @@ def test_the_limiter_starts_again_where_the_optimizer_does(transport):
     engine = Engine(Maps(), method, lr=1e-2, loss=loss)
     for batch in batches(4):
         engine.step([batch])
-    core = engine._cores["wide.weight"]
+    core = engine.windows.cores["wide.weight"]
     core.kept["norm"].mul_(1e-6)  # as after a gradient that was nearly nothing
     engine.step(batches(5)[4:])
     assert (float(core.kept["norm"]) > 1e-3) == isinstance(transport, Reset)
@@ -732,7 +732,7 @@ def test_the_limiter_goes_on_where_the_optimizer_keeps_nothing():
     data = batches(3)
     for batch in data[:2]:
         engine.step([batch])
-    core = engine._cores["wide.weight"]
+    core = engine.windows.cores["wide.weight"]
     core.kept["norm"].mul_(1e-6)
     engine.step(data[2:])
     assert float(core.kept["norm"]) < 1e-3

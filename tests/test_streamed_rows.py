@@ -327,7 +327,7 @@ def test_coins_are_fair_and_each_weight_and_window_has_its_own():
     for batch in BATCHES:
         engine.step([batch])
         for variable in engine.variables:
-            core = engine._cores.get(variable.name)
+            core = engine.windows.cores.get(variable.name)
             if core is not None:
                 assert core.whole == Compensate(0.5).whole(coin(variable.name, core.window))
                 buffer = engine.optimizer.state[core.value]["momentum_buffer"]
@@ -393,7 +393,7 @@ def test_a_view_holds_its_budget_of_coordinates_and_a_row_and_a_column():
     for variable in engine.variables:
         if variable.name in MATRICES:
             m, n = variable.shape
-            core = engine._cores[variable.name]
+            core = engine.windows.cores[variable.name]
             assert isinstance(core.subspace, Viewed) and core.value.shape == (4 * m, 2)
             assert {k: v.numel() for k, v in core.kept.items()} == {"steps": 1, "rows": m, "columns": n}
 
@@ -464,7 +464,7 @@ def test_q_galore_waits_for_each_weight_by_itself_and_resumes_where_it_waited():
     counts = []
     for _ in range(12):
         engine.step([batch])
-        counts.append({core.variable.name: core.window + 1 for core in engine._cores.values()})
+        counts.append({core.variable.name: core.window + 1 for core in engine.windows.cores.values()})
     # drawn at 0, 1, 2, then (two alike) every second step, then every fourth, ...
     assert all(count == 3 for count in counts[2].values())
     assert all(3 < count < 8 for count in counts[-1].values())
@@ -476,8 +476,8 @@ def test_q_galore_waits_for_each_weight_by_itself_and_resumes_where_it_waited():
     again.load_state_dict(state)
     for _ in range(7):
         again.step([batch])
-    assert {c.variable.name: (c.window, c.gap, c.likeness) for c in again._cores.values()} == {
-        c.variable.name: (c.window, c.gap, c.likeness) for c in engine._cores.values()
+    assert {c.variable.name: (c.window, c.gap, c.likeness) for c in again.windows.cores.values()} == {
+        c.variable.name: (c.window, c.gap, c.likeness) for c in engine.windows.cores.values()
     }
     assert all(
         torch.equal(a, b) for a, b in zip(weights(again).values(), weights(engine).values(), strict=True)
@@ -494,22 +494,22 @@ def test_m1_q_galore_draws_at_the_steps_of_the_loop_written_from_its_paper():
     method = replace(method, projector=LazySvd(rank=3, **settings))  # type: ignore[arg-type]
     engine, found = Engine(little(), method, lr=1e-2, loss=loss), {name: [] for name in MATRICES}
     for step, batch in enumerate(BATCHES):
-        before = {name: engine._cores[name].window for name in MATRICES}
+        before = {name: engine.windows.cores[name].window for name in MATRICES}
         engine.step([batch])
         for name in MATRICES:
-            found[name] += [step] if engine._cores[name].window > before[name] else []
+            found[name] += [step] if engine.windows.cores[name].window > before[name] else []
     assert found == drawn and len({len(steps) for steps in drawn.values()}) > 1  # some wait, some do not
 
 
 def test_bases_of_few_bits_are_kept_as_such_and_refused_where_they_cannot_be():
     engine = Engine(little(), with_rank("q-galore"), lr=1e-2, loss=loss)
     engine.step(BATCHES[:1])
-    (core, *_) = engine._cores.values()
+    (core, *_) = engine.windows.cores.values()
     assert isinstance(core.subspace, Coded) and core.subspace.codes.dtype == torch.uint8
     assert core.subspace.bits == 4
     plain = Engine(little(), with_rank("q-galore", set=["projector.bits=null"]), lr=1e-2, loss=loss)
     plain.step(BATCHES[:1])
-    basis = next(iter(plain._cores.values())).subspace
+    basis = next(iter(plain.windows.cores.values())).subspace
     assert not isinstance(basis, Coded)
     with pytest.raises(UsageError, match="kept in 5 bits; use 4, 8"):
         LazySvd(bits=5)
@@ -558,7 +558,7 @@ def test_states_are_float32_whatever_the_weights_are(name):
     for batch in BATCHES[:4]:
         assert not engine.step([batch]).skipped
     tensors = [t for state in engine.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
-    tensors += [t for core in engine._cores.values() for t in (core.value.data, *core.kept.values())]
+    tensors += [t for core in engine.windows.cores.values() for t in (core.value.data, *core.kept.values())]
     assert all(t.dtype == torch.float32 for t in tensors)
 
 
@@ -616,7 +616,7 @@ def test_states_of_eight_bits_are_small_and_resume_bit_for_bit():
     again = eight_bits()
     again.load_state_dict(state)
     assert [again.step([x]).loss for _ in range(5)] == losses[5:]
-    for core in engine._cores.values():
+    for core in engine.windows.cores.values():
         held = engine.optimizer.state[core.value]
         assert held["state1"].dtype == held["state2"].dtype == torch.uint8
         assert held["state1"].shape == core.value.shape

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from zolr.engine import CATEGORIES, Engine, categories
+from zolr.engine import Engine
 from zolr.errors import UsageError
 from zolr.estimators.backprop import Backprop
 from zolr.estimators.forward import Forward
 from zolr.estimators.spsa import Spsa
 from zolr.keys import Key
+from zolr.kinds import CATEGORIES, categories
 from zolr.methods import compose
 from zolr.variables import REALIZATIONS, attach, detach, shifted
 

@@ -225,13 +225,13 @@ def drawn(
     engine: Engine, variable: Variable, before: Subspace, key: Key, gradient: Tensor | None = None
 ) -> Subspace:
     """A subspace as the method would draw the next one after `before`, for this gradient."""
-    subspace = engine._projector(variable).draw(
+    subspace = engine.windows.projector(variable).draw(
         variable.shape,
         key,
         like=variable.weight.data,
         gradient=gradient,
         previous=None if isinstance(before, Full) else before,
-        spectrum=engine._spectra.get(variable.name),
+        spectrum=engine.windows.spectra.get(variable.name),
     )
     return variable.without_frozen_row(subspace)
 
@@ -309,9 +309,13 @@ def _look(engine: Engine, variable: Variable, space: Subspace, gradient: Tensor)
     found = {"norm": square**0.5, "energy": energy(space, gradient)}
     if len(variable.shape) == 2:
         found["rank_effective"], found["rank_stable"] = ranks(gradient)
-    whole = isinstance(engine._projector(variable), Identity) or len(variable.shape) != 2
-    spectrum = engine._spectra.get(variable.name)
-    kappa = 1.0 if whole else second_moment(engine._projector(variable), variable.shape, gradient, spectrum)
+    whole = isinstance(engine.windows.projector(variable), Identity) or len(variable.shape) != 2
+    spectrum = engine.windows.spectra.get(variable.name)
+    kappa = (
+        1.0
+        if whole
+        else second_moment(engine.windows.projector(variable), variable.shape, gradient, spectrum)
+    )
     return _Layer(variable.shape, found, square, kappa)
 
 
@@ -407,7 +411,7 @@ def _expect(engine: Engine, layers: Mapping[str, _Layer], backprop: bool) -> Non
         layer.found |= layer.sums.figures()
         if layer.kappa is None or (not backprop and probing is None) or not layer.square:
             continue
-        expected, projector = layer.kappa - 1, engine._projector(spaces[name])
+        expected, projector = layer.kappa - 1, engine.windows.projector(spaces[name])
         if probing is not None:
             # lengths are multiplied by kappa where the columns of a basis are orthonormal up to one factor
             if layer.kappa != 1.0 and not isinstance(projector, Stiefel | Coordinate | Srht):
@@ -452,7 +456,7 @@ class Diagnostics:
             )
         self.engine, self.batch, self.every, self.draws = engine, batch, every, draws
         self.moments: dict[str, dict[str, float]] = {}
-        engine.watchers.append(self.changed)
+        engine.windows.watchers.append(self.changed)
 
     def __call__(self, progress: Clock) -> Iterator[dict[str, Any]]:
         """The line of `metrics.jsonl` that is due after this step, if one is."""

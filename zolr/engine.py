@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -14,7 +13,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from zolr.aside import Aside, fresh, kept, unseen
 from zolr.compiled import Compiled
 from zolr.dense import Core
 from zolr.distributed import Share, Team, digest
@@ -33,30 +31,23 @@ from zolr.estimators.forward import Forward
 from zolr.estimators.spsa import Spsa
 from zolr.held import RANK, is_sharded, shapes
 from zolr.keys import Key
+from zolr.kinds import TABLES, categories, selection
 from zolr.layers import blocks_of
 from zolr.methods import Method
-from zolr.projectors import Learner, Patient
 from zolr.projectors.identity import Identity
-from zolr.spectra import Moments, Sketch, Spectrum
-from zolr.subspaces import Full, Subspace, rebuild
+from zolr.subspaces import Subspace
 from zolr.tuning import Caution, Tuning, tune
+from zolr.undo import Undo
 from zolr.variables import Gathered, Realization, Variable, Variables, attach, detach
+from zolr.verify import verify
+from zolr.windows import Windows
 
 NOTED_LOSS = 0.01  # share of what held weights were moved by; a user hears of more
 
-CATEGORIES = ("attention", "linear", "head", "embedding", "bias", "norm")
-
 LARGEST_SLOPE = torch.finfo(torch.float32).max
-
-TABLES = ("embedding", "head")  # what has a row for each token
-
-_OF_A_WINDOW = ("value", "state", "space", "moments", "spectrum", "stack")  # what a new window changes
-_OF_A_CORE = ("state", "kept", "core", "moments", "spectrum")
 
 Loss = Callable[[nn.Module, Any], Any]
 Schedule = Callable[[Any], Any]
-# of a variable, and its subspace and optimizer state before and after a change
-Watcher = Callable[[Variable, tuple[Subspace | None, dict[str, Any]], tuple[Subspace, dict[str, Any]]], None]
 
 
 @dataclass(frozen=True)
@@ -102,51 +93,6 @@ class Made:
     signs: str | None = None
     bases: str | None = None
     skipped: bool = False
-
-
-def categories(model: nn.Module) -> dict[str, str]:
-    """What each parameter of a model is, by its first name: attention (a matrix of a module whose name says so), linear
-    (any other), head, embedding, bias or norm.
-
-    A head is a linear map to as many outputs as an embedding of the model has rows; a weight that is both (tied) counts
-    as an embedding.
-    """
-    vocabulary = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    result, sizes = {}, shapes(model)
-    for name, parameter in model.named_parameters():
-        shape = sizes[name]
-        if id(parameter) in embeddings:
-            result[name] = "embedding"
-        elif len(shape) >= 2:
-            big = shape[0] in vocabulary and shape[0] > 2 * shape[1]
-            inner = "attention" if re.search(r"attn|attention", name) else "linear"
-            result[name] = "head" if big else inner
-        else:
-            result[name] = "bias" if name.endswith("bias") else "norm"
-    return result
-
-
-def selection(model: nn.Module, select: str | Callable[[str, nn.Parameter], bool]) -> Callable[..., bool]:
-    """A predicate on parameters from a word: "all", or categories joined by "+", such as "linear+norm".
-
-    "linear" includes the matrices of attention; "attention" is these alone.
-
-    Raises:
-        UsageError: an unknown category.
-    """
-    if callable(select):
-        return select
-    wanted = set(CATEGORIES) if select == "all" else set(select.split("+"))
-    unknown = sorted(wanted - set(CATEGORIES))
-    if unknown:
-        raise UsageError(
-            f"'{unknown[0]}' is no kind of weight; train 'all', or some of {', '.join(CATEGORIES)} joined by '+'"
-        )
-    if "linear" in wanted:
-        wanted.add("attention")
-    kinds = categories(model)
-    return lambda name, _: kinds.get(name) in wanted
 
 
 @dataclass(frozen=True)
@@ -297,10 +243,7 @@ class Engine:
         self.key = Key(seed)
         self.weight_decay, self.clip, self.guard = weight_decay, clip, guard
         self.undo = undo
-        self._aside = None if undo is False else Aside()
-        self._old: dict[str, dict[str, Any]] = {}  # by variable and part, of this step
-        self._numbers: _Numbers | None = None  # as they were when it began
-        self._told_aside = False  # that nothing can be kept
+        self._numbers: _Numbers | None = None  # as they were when this step began
         self.tuning: Tuning | None = None
         self.step_count = 0
         self.ahead: Callable[[Made], None] | None = None
@@ -311,10 +254,6 @@ class Engine:
         self._loss = loss
         self._tune = _eps(method) is not _NO_EPS and (lr is None or _eps(method) is None)
         self._trainable = [n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
-        self._cores: dict[str, Core] = {}  # of the weights that a dense method projects
-        self.watchers: list[Watcher] = []  # told of every subspace that follows another one
-        self._moments: dict[str, Moments] = {}
-        self._spectra: dict[str, Spectrum] = {}
         self._blocks = blocks_of(shapes(model), method.layers.outside)
         chosen, kinds = selection(model, select), categories(model)
         tables = {name for name, kind in kinds.items() if kind in TABLES}
@@ -323,12 +262,13 @@ class Engine:
         total = sum(map(prod, shapes(model).values()))
         projected = selection(model, method.projects)
         own = tables if method.tables is not None else set()
-        self._projected = lambda n, p: method.tables == "subspace" if n in own else projected(n, p)
-        self._check_rank(model, lambda name, p: predicate(name, p) and self._projected(name, p))
+        project = lambda n, p: method.tables == "subspace" if n in own else projected(n, p)  # noqa: E731
+        self._check_rank(model, lambda name, p: predicate(name, p) and project(name, p))
         self.variables = attach(model, predicate, realization, hold=hold, cap=hold_rank)
+        self.windows = Windows(method, self.variables, project, self.key, Undo(undo))
         for part, _ in method.ranks:
             if not any(
-                part in v.name and not isinstance(self._projector(v), Identity) for v in self.variables
+                part in v.name and not isinstance(self.windows.projector(v), Identity) for v in self.variables
             ):
                 detach(model, self._trainable)
                 raise UsageError(
@@ -364,12 +304,9 @@ class Engine:
     def _begin(self, check: Any) -> None:
         method, clip = self.method, self.clip
         self._check_held()
-        self._open_windows()
-        kinds = categories(self.model)
-        tables = [self.trained(v) for v in self.variables if kinds.get(v.name) in TABLES]
-        self.optimizer = method.optimizer.build(
-            [self.trained(v) for v in self.variables], self.base_lr or 1.0, tables
-        )
+        self.windows.open()
+        tables = {name for name, kind in categories(self.model).items() if kind in TABLES}
+        self.windows.build(self.base_lr or 1.0, tables)
         self._divide_groups()
         self._set_schedule()
         self._activate(0)
@@ -457,18 +394,18 @@ class Engine:
         working = {v.name for v in self.active}
         self._resting = [v for v in self.variables if v.name not in working]
         dropped = [] if self.method.layers.keeps else self._resting
-        self._set_aside(dropped, "state", "kept")
+        self.windows.keep(dropped, "state", "kept")
         for variable in dropped:
             self.optimizer.state.pop(self.trained(variable), None)
-            if variable.name in self._cores:
-                self._cores[variable.name].due = True
-                self._cores[variable.name].kept.clear()
+            if variable.name in self.windows.cores:
+                self.windows.cores[variable.name].due = True
+                self.windows.cores[variable.name].kept.clear()
 
     def _divide_groups(self) -> None:
         """Give what `Method.scale` acts on, where nothing is lifted, groups of its own; their "lr" is that of all others."""
         if self.method.scale == 1.0 or self.method.dense:
             return
-        scaled = {id(self.trained(v)) for v in self.variables if self._is_projected(v)}
+        scaled = {id(self.trained(v)) for v in self.variables if self.windows.is_projected(v)}
         divided = []
         for group in self.optimizer.param_groups:
             for factor in (1.0, self.method.scale):
@@ -478,165 +415,32 @@ class Engine:
 
     # ---- windows -------------------------------------------------------------------------------------------------
 
-    def _is_projected(self, variable: Variable) -> bool:
-        return len(variable.shape) == 2 and self._projected(variable.name, variable.weight)
-
-    def _projector(self, variable: Variable) -> Any:
-        return self.method.projector_of(variable.name) if self._is_projected(variable) else Identity()
-
-    def _open_windows(self) -> None:
-        """Draw the first subspace of every variable; those of a dense method wait for the first gradient."""
-        for variable in self.variables:
-            projected = not isinstance(self._projector(variable), Identity)
-            if self.method.dense and projected:
-                variable.open(Full(variable.shape))
-                self._cores[variable.name] = Core(variable)
-            else:
-                variable.open(self._drawn(variable))
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of all coordinates."""
+        return self.windows.optimizer
 
     def trained(self, variable: Variable) -> nn.Parameter:
         """What the optimizer knows of a variable: its coordinates."""
-        core = self._cores.get(variable.name)
-        return variable.value if core is None else core.value
+        return self.windows.trained(variable)
 
     def subspace(self, variable: Variable) -> Subspace:
         """The space that these coordinates are in; all of it where a dense method has not met a gradient yet."""
-        core = self._cores.get(variable.name)
-        return variable.subspace if core is None or core.space is None else core.space
-
-    def _drawn(self, variable: Variable, key: Key | None = None) -> Any:
-        """The subspace of the next window, or the one that another key names."""
-        return self._projector(variable).draw(
-            variable.shape,
-            key or self.key.fold_in("subspace", variable.window + 1, variable.name),
-            like=variable.weight.data,
-            previous=None if variable.window < 0 else variable.subspace,
-            spectrum=self._spectra.get(variable.name),
-        )
+        return self.windows.subspace(variable)
 
     def refresh(self) -> None:
         """Fold every window and open the next one; optimizer state goes through the transport."""
-        number = self.step_count // (self.method.refresh_every or 1)
-        self._set_aside([v for v in self.variables if v.name in self._cores])
-        for core in self._cores.values():
-            core.due = core.due or number % core.gap == 0
-        for variable in self.variables:
-            if variable.is_full:
-                continue
-            folded = variable.stack is None and (variable.moved or variable.decay != 1.0)
-            self._set_aside([variable], *_OF_A_WINDOW, *(["weight"] if folded else []))
-            self._learn(variable, variable.subspace)
-            variable.fold(exact=self.method.paradigm != "fo", key=self.key.fold_in("fold", variable.window))
-            old, new = variable.subspace, self._drawn(variable)
-            with self._transported(variable, old, new):
-                variable.open(new)
+        self.windows.refresh(self.step_count)
         self._tell_loss()
-
-    def _learn(self, variable: Variable, subspace: Subspace) -> None:
-        """Put what a window has shown into the spectrum of the next one."""
-        moments = self._moments.pop(variable.name, None)
-        if moments is not None:
-            seen, exact = self._spectra.get(variable.name), self.method.estimator.exact
-            learned = self._projector(variable).learn(seen, subspace, moments, exact=exact)
-            if learned is not None:
-                self._spectra[variable.name] = learned
-
-    def _renew(self, variable: Variable, core: Core, gradient: Tensor) -> None:
-        """Open the next window of a weight whose dense gradient is at hand."""
-        self._set_aside([variable], *_OF_A_CORE)
-        if core.space is not None:
-            self._learn(variable, core.space)
-        key = self.key.fold_in("subspace", core.window + 1, variable.name)
-        new = self._projector(variable).draw(
-            variable.shape,
-            key,
-            like=variable.value.data,
-            gradient=gradient,
-            previous=core.subspace,
-            spectrum=self._spectra.get(variable.name),
-            momentum=None if core.whole else self._first_moment(core.value),
-        )
-        projector = self._projector(variable)
-        if isinstance(projector, Patient) and core.subspace is not None:
-            core.likeness.append(float(projector.likeness(core.subspace, new)))
-            core.gap = projector.gap(core.gap, core.likeness)
-        whole = self.method.residual.whole(key.fold_in("whole"))
-        old, before = core.space, dict(self.optimizer.state.get(core.value, {}))
-        with self._transported(variable, old, Full(variable.shape) if whole else new):
-            core.open(new, whole)
-        variable.steps_in = core.space
-        if old is not None and core.space is not None:
-            after = self.optimizer.state.get(core.value, {})
-            settings = self._group_of(core.value)
-            self.method.residual.carried(core.kept, (old, before), (core.space, after), settings)
-
-    def _first_moment(self, value: nn.Parameter) -> Tensor | None:
-        """Mean gradient in the coordinates, as the optimizer keeps it; None where it keeps none."""
-        state, degrees = self.optimizer.state.get(value, {}), self.method.optimizer.degrees or {}
-        name = next((n for n in state if degrees.get(n) == 1), None)
-        if name is None or state[name] is None:
-            return None
-        betas = self._group_of(value).get("betas")
-        if betas is None or "step" not in state:
-            return state[name]
-        return state[name] / (1 - betas[0] ** float(state["step"]))
-
-    def _group_of(self, value: nn.Parameter) -> dict[str, Any]:
-        """The optimizer's settings for a value."""
-        return next(g for g in self.optimizer.param_groups if any(p is value for p in g["params"]))
-
-    @contextmanager
-    def _transported(self, variable: Variable, old: Subspace | None, new: Subspace) -> Iterator[None]:
-        """Carry the optimizer state of a variable over to the window that is opened inside the context."""
-        needed = self.method.transport.needs_change and old is not None
-        change = new.change_from(cast(Subspace, old)) if needed else None
-        before = self.trained(variable)
-        state = given = self.optimizer.state.pop(before, {})
-        if state:
-            settings = self._group_of(before)
-            state = self.method.transport(state, self.method.optimizer.degrees, change, settings)
-        yield
-        after = self.trained(variable)
-        self._replace(before, after)
-        if before.shape != after.shape and change is None:
-            state = {}  # nothing says how it reads in a space of another shape
-        if state:
-            self.optimizer.state[after] = state
-        for told in self.watchers:
-            told(variable, (old, given), (self.subspace(variable), state))
-
-    def _replace(self, before: nn.Parameter, after: nn.Parameter) -> None:
-        if before is after:
-            return
-        for group in self.optimizer.param_groups:
-            group["params"] = [after if p is before else p for p in group["params"]]
 
     @property
     def _watches(self) -> bool:
         return self.method.projector.learns_from == "inputs"
 
-    @torch.no_grad()
-    def _watch(self, batches: Sequence[Any]) -> int:
-        """Estimate spectra from the inputs of every linear site on these batches."""
-        named = self.method.projector.eigenpairs
-        sketches = {}
-        for variable in self.variables:
-            if not variable.is_full:
-                key = self.key.fold_in("sketch", variable.name)
-                sketches[variable.name] = Sketch(variable.shape[1], named + 8, key, variable.value)
-                variable.watch = sketches[variable.name].add
-        try:
-            with same_noise(self.variables[0].value.device):
-                mean_loss(self._loss_of, batches)
-        finally:
-            for variable in self.variables:
-                variable.watch = None
-        self._set_aside([v for v in self.variables if v.name in sketches], "spectrum")
-        for name, sketch in sketches.items():
-            spectrum = sketch.spectrum(named)
-            if spectrum is not None:
-                self._spectra[name] = spectrum
-        return len(batches)
+    def _run_unseen(self, batches: Sequence[Any]) -> None:
+        """Forward passes that leave the generators as they were."""
+        with same_noise(self.variables[0].value.device):
+            mean_loss(self._loss_of, batches)
 
     def fold(self) -> None:
         """`W <- decay * W + lift(value)` and `value <- 0` everywhere; the model's output does not change."""
@@ -731,11 +535,11 @@ class Engine:
         """A step that raises leaves things as they were, or is remembered to have torn them."""
         self._check_whole()
         self._told_ahead, self._writing = {}, False
-        self._begin_aside()
+        self._begin_undo()
         try:
             yield
         except BaseException as error:
-            returns = self._returns
+            returns = self.windows.undo.returns
             if self._writing or returns:  # the second: what follows may be cut short too
                 self._torn = f"a step was cut short by {type(error).__name__} while weights were written"
             if returns:
@@ -743,9 +547,8 @@ class Engine:
                 self._torn = ""
             raise
         finally:
-            self._writing, self._old, self._numbers = False, {}, None
-            if self._aside is not None:
-                self._aside.end()
+            self._writing, self._numbers = False, None
+            self.windows.undo.end()
 
     # ---- going back ----------------------------------------------------------------------------------------------
 
@@ -754,87 +557,21 @@ class Engine:
         """Whether the weights are between two steps (see `undo`)."""
         return bool(self._torn)
 
-    @property
-    def _returns(self) -> bool:
-        """Whether what the step has overwritten is kept."""
-        return self._aside is not None and not self._aside.failed
-
-    def _begin_aside(self) -> None:
-        self._old = {}
-        if self._aside is not None:
-            self._aside.begin()
+    def _begin_undo(self) -> None:
+        self.windows.undo.begin()
+        if self.windows.undo.keeps:
             self._numbers = _Numbers.of(self)
-            self._set_aside([v for v in self.variables if self.undo and v.realization == "inplace"], "weight")
+        if self.undo:
+            self.windows.keep([v for v in self.variables if v.realization == "inplace"], "weight")
 
-    def _set_aside(self, variables: Sequence[Variable], *parts: str) -> None:
-        """Keep parts of variables that are about to be written, where this step has not written them before."""
-        if self._aside is None or not self._aside.open or self._aside.failed:
-            return
-        new: dict[str, dict[str, Any]] = {}
-        try:
-            with unseen():
-                for variable in variables:
-                    there = self._old.get(variable.name, {})
-                    missing = [part for part in ("numbers", *parts) if part not in there]
-                    if missing:
-                        new[variable.name] = {part: self._part(variable, part) for part in missing}
-                for name, found in kept(self._aside, new).items():
-                    self._old.setdefault(name, {}).update(found)
-        except (OSError, RuntimeError) as error:
-            self._aside.failed = str(error)
-            if self.undo:
-                raise StorageError(
-                    f"cannot keep the weights of a step aside: {error}; make room in the folder that TMPDIR names, or use "
-                    "undo=False"
-                ) from error
-            if not self._told_aside:
-                self._told_aside = True
-                warnings.warn(
-                    f"weights cannot be kept aside while a step lasts ({error}): one that raises may leave them between "
-                    "two steps; make room in the folder that TMPDIR names",
-                    stacklevel=4,
-                )
-
-    def _set_values_aside(self, variables: Sequence[Variable]) -> None:
+    def _keep_values(self, variables: Sequence[Variable]) -> None:
         """Keep what an update writes."""
-        if self._aside is None:
-            return
         if self.undo is None and not self.streams:
             if any(v.value.is_cuda and v.is_full and len(v.shape) > 1 for v in variables):
-                self._aside.failed = "matrices that one call updates"  # see `undo`
+                self.windows.undo.give_up("matrices that one call updates")  # see `undo`
                 return
-        shared, own = [], []
-        for v in variables:
-            (shared if _shares(v) else own).append(v)
-        self._set_aside(shared, "weight", "state", "kept", "moments")
-        self._set_aside(own, "value", "state", "kept", "moments")
+        self.windows.keep_values(variables)
 
-    def _part(self, v: Variable, part: str) -> Any:
-        """A part of the state of a variable: tensors, numbers and strings."""
-        core = self._cores.get(v.name)
-        if part == "numbers":
-            own = {"window": v.window, "decay": v.decay, "moved": v.moved}
-            return own | ({} if core is None else {"core": core.numbers()})
-        if part == "weight":
-            return v.weight.data
-        if part == "value":
-            return v.value.data
-        if part == "state":
-            return dict(self.optimizer.state.get(self.trained(v), {}))
-        if part == "kept":
-            return {} if core is None else core.kept
-        if part == "moments":
-            m = self._moments.get(v.name)
-            return None if m is None else {"total": m.total, "squares": m.squares, "count": m.count}
-        if part == "spectrum":
-            s = self._spectra.get(v.name)
-            return None if s is None else {"vectors": s.vectors, "values": s.values, "rest": s.rest}
-        if part == "stack":
-            return None if v.stack is None else v.stack.tensors()
-        space = v.subspace if part == "space" else None if core is None else core.subspace
-        return None if space is None else {"kind": type(space).__name__, "tensors": space.tensors()}
-
-    @torch.no_grad()
     def _put_back(self, choices: bool = True) -> None:
         """Undo what this step has written.
 
@@ -842,48 +579,8 @@ class Engine:
             choices: what it has chosen for all steps, and counted, too.
         """
         assert self._numbers is not None
-        for variable in self.variables:
-            variable.value.grad = self.trained(variable).grad = None
-            if variable.name in self._old:
-                self._put_one_back(variable, self._old[variable.name])
+        self.windows.put_back()
         self._numbers.put_back(self, choices)
-
-    def _put_one_back(self, v: Variable, old: dict[str, Any]) -> None:
-        assert self._aside is not None
-        back = partial(fresh, self._aside)
-        before, core = self.trained(v), self._cores.get(v.name)
-        state = self.optimizer.state.pop(before, {})
-        if "space" in old:
-            v.open(rebuild(old["space"]["kind"], back(old["space"]["tensors"])))
-        if "weight" in old:
-            self._aside.into(old["weight"], v.weight.data)
-        if "value" in old:
-            self._aside.into(old["value"], v.value.data)
-            if "weight" not in old:
-                v.commit()
-        if old.get("stack") is not None:
-            assert v.stack is not None
-            v.stack.load(back(old["stack"]))
-        if core is not None:
-            if "core" in old:
-                space = old["core"]
-                core.subspace = None if space is None else rebuild(space["kind"], back(space["tensors"]))
-            core.put_back(old["numbers"]["core"])
-            v.steps_in = core.space
-            core.kept = back(old["kept"], core.kept) if "kept" in old else core.kept
-        self._replace(before, self.trained(v))
-        state = back(old["state"], state) if "state" in old else state
-        if state:
-            self.optimizer.state[self.trained(v)] = state
-        if "moments" in old:
-            self._moments.pop(v.name, None)
-            if old["moments"] is not None:
-                self._moments[v.name] = Moments(**back(old["moments"]))
-        if "spectrum" in old:
-            self._spectra.pop(v.name, None)
-            if old["spectrum"] is not None:
-                self._spectra[v.name] = Spectrum(**back(old["spectrum"]))
-        v.window, v.decay, v.moved = (old["numbers"][name] for name in ("window", "decay", "moved"))
 
     def _check_whole(self) -> None:
         if self._torn:
@@ -911,8 +608,9 @@ class Engine:
             self._activate(self.step_count // self.method.layers.every)
         every = self.method.refresh_every
         refreshed = bool(every and self.step_count % every == 0 and self.step_count != self._refreshed_at)
-        if self._watches and (refreshed or not self._spectra):
-            forwards += self._watch(batches)
+        if self._watches and (refreshed or not self.windows.spectra):
+            self.windows.watch(lambda: self._run_unseen(batches))
+            forwards += len(batches)
             refreshed = True
         if refreshed:
             self._writing = True
@@ -936,7 +634,7 @@ class Engine:
         if self._repeated is not None:
             lr, forwards = self._repeated.lr, self._repeated.forwards
         slope, finite = seen.slope, seen.finite
-        if not finite and self._returns:
+        if not finite and self.windows.undo.returns:
             self._put_back(choices=False)
             refreshed = False
         if finite:
@@ -1105,7 +803,7 @@ class Engine:
 
     def _square(self, variable: Variable, gradient: Tensor) -> Tensor:
         """Squared norm of a streamed gradient: dense, or in the coordinates where other micro-batches left no more."""
-        core, gathered = self._cores.get(variable.name), variable.gathered
+        core, gathered = self.windows.cores.get(variable.name), variable.gathered
         if (
             core is not None
             and core.space is not None
@@ -1118,11 +816,13 @@ class Engine:
     @contextmanager
     def _gathering(self, batches: int) -> Iterator[None]:
         """Accumulate the gradients of micro-batches in the coordinates, if the method wants that."""
-        chosen = [v for v in self.active if v.name in self._cores]
+        chosen = [v for v in self.active if v.name in self.windows.cores]
         if self.method.accumulate == "dense" or batches == 1:
             chosen = []
         for variable in chosen:
-            variable.gathered = Gathered(partial(self._projected_part, variable, self._cores[variable.name]))
+            variable.gathered = Gathered(
+                partial(self._projected_part, variable, self.windows.cores[variable.name])
+            )
         try:
             yield
         finally:
@@ -1140,7 +840,7 @@ class Engine:
             return gradient.new_zeros(())
         if core.due:
             self._writing = True
-            self._renew(variable, core, gradient / count)
+            self.windows.renew(variable, core, gradient / count)
         assert core.space is not None
         return core.space.project(gradient)
 
@@ -1164,7 +864,7 @@ class Engine:
 
     def _open_windows_due(self, loss: Any, batches: Share, key: Key) -> None:
         """Open the windows that the first micro-batch of a step would open, on every rank from that very micro-batch."""
-        due = [v for v in self.active if v.name in self._cores and self._cores[v.name].due]
+        due = [v for v in self.active if v.name in self.windows.cores and self.windows.cores[v.name].due]
         if not self.team.largest(bool(due)):
             return
         alone = Share(batches.all[:1], seen=self._judge_loss)
@@ -1172,7 +872,7 @@ class Engine:
         @torch.no_grad()
         def emit(variable: Variable, gradient: Tensor) -> None:
             if variable in due:
-                self._projected_part(variable, self._cores[variable.name], gradient, 1.0)
+                self._projected_part(variable, self.windows.cores[variable.name], gradient, 1.0)
 
         self._estimate(loss, alone, emit, key)
 
@@ -1227,21 +927,13 @@ class Engine:
             if not variable.is_full:
                 variable.decay *= factor
 
-    def _observe(self, variable: Variable, gradient: Tensor) -> None:
-        """Let the projector see a gradient in the coordinates."""
-        subspace = self.subspace(variable)
-        if self.method.projector.learns_from == "gradients" and not isinstance(subspace, Full):
-            learner = cast(Learner, self.method.projector)
-            seen = self._moments.get(variable.name)
-            self._moments[variable.name] = learner.observe(subspace, seen, gradient)
-
     @torch.no_grad()
     def _apply(self, received: Sequence[tuple[Variable, Tensor]], lr: float) -> None:
-        self._set_values_aside([variable for variable, _ in received])
+        self._keep_values([variable for variable, _ in received])
         self._writing = True
         gradients = [variable.mask(gradient, own=True) for variable, gradient in received]
         for (variable, _), gradient in zip(received, gradients, strict=True):
-            self._observe(variable, gradient)
+            self.windows.observe(variable, gradient)
         if self.clip is not None:
             norm = nn.utils.get_total_norm(gradients)
             factor = (self.clip / (norm + 1e-6)).clamp(max=1.0)
@@ -1277,7 +969,7 @@ class Engine:
                     self._dropped |= not _is_finite(variable.gathered.total)
             if self._dropped:
                 return
-            self._set_values_aside([variable])
+            self._keep_values([variable])
             self._writing = True
             gradient = variable.mask(gradient, own=True)
             gathered = None if variable.gathered is None else variable.gathered.total
@@ -1285,24 +977,24 @@ class Engine:
                 squares.append(self._square(variable, gradient))
                 gradient = gradient.mul_(factor)
                 gathered = None if gathered is None else gathered * factor
-            core, residual = self._cores.get(variable.name), self.method.residual
+            core, residual = self.windows.cores.get(variable.name), self.method.residual
             if core is None:
-                self._observe(variable, gradient)
+                self.windows.observe(variable, gradient)
                 self._decay(variable, lr)
                 self._step_alone(variable.value, gradient)
             else:
                 gradient = residual.receive(gradient, core.kept)
                 if core.due:
-                    self._renew(variable, core, gradient)
+                    self.windows.renew(variable, core, gradient)
 
                 def step(coords: Tensor) -> Tensor:
                     coords = coords if gathered is None else coords + gathered
-                    self._observe(variable, coords)
+                    self.windows.observe(variable, coords)
                     self._step_alone(core.value, coords.clone())  # optimizers may use gradients up
                     return core.value.data
 
                 self._decay(variable, lr)
-                settings = self._group_of(core.value)
+                settings = self.windows.group_of(core.value)
                 core.move(gradient, residual, step, lr, self.method.scale, settings)
             variable.moved = True
             variable.commit()
@@ -1312,7 +1004,7 @@ class Engine:
     def _step_alone(self, value: nn.Parameter, gradient: Tensor) -> None:
         """One step of the optimizer on one value; visiting all others for each one would be quadratic."""
         groups = self.optimizer.param_groups
-        own = self._group_of(value)
+        own = self.windows.group_of(value)
         value.grad = gradient
         self.optimizer.param_groups = [{**own, "params": [value]}]
         try:
@@ -1357,7 +1049,7 @@ class Engine:
             for variable in self.variables:
                 if not variable.is_full:
                     key = self.key.fold_in("elsewhere", number, variable.name)
-                    stack.enter_context(variable.within(self._drawn(variable, key)))
+                    stack.enter_context(variable.within(self.windows.drawn(variable, key)))
             yield
 
     def _adopt(self, tuning: Tuning) -> None:
@@ -1397,47 +1089,14 @@ class Engine:
         training = self.model.training
         self.model.eval()
         try:
-            self._verify(batch, tolerance)
+            verify(
+                self.variables,
+                lambda: float(mean_loss(self._loss_of, [batch])),
+                self.key.fold_in("verify"),
+                tolerance,
+            )
         finally:
             self.model.train(training)
-
-    def _verify(self, batch: Any, tolerance: float | None) -> None:
-        def evaluate() -> float:
-            return float(mean_loss(self._loss_of, [batch]))
-
-        for variable in self.variables:
-            variable.touched = False
-        base = evaluate()
-        unused = [v.name for v in self.variables if not v.touched]
-        if unused:
-            raise UsageError(
-                f"weight '{unused[0]}' is not used through its module's forward (and {len(unused) - 1} others); "
-                "exclude it from training with a narrower selection"
-            )
-        for variable in self.variables:
-            if variable.held:  # there is no dense weight to compare with
-                continue
-            shift = self.key.fold_in("verify", variable.name).normal(variable.subspace.coords_shape)
-            shift = variable.mask(shift.to(variable.value))
-            dense = variable.subspace.lift(shift.to(variable.weight.dtype))
-            size = 0.05 * float(variable.weight.float().square().mean().sqrt() + 1e-3)
-            shift, dense = shift * size, dense * size
-            with variable.shifted(shift):
-                side = evaluate()
-            kept = variable.weight.data.clone()
-            try:
-                oriented = variable.weight.data.t() if variable.transposed else variable.weight.data
-                oriented += dense / variable.decay
-                direct = evaluate()
-            finally:
-                variable.weight.data.copy_(kept)
-            precision = torch.finfo(variable.weight.dtype).eps
-            allowed = tolerance or 1e3 * precision * max(1.0, abs(base)) + 1e-2 * abs(direct - base)
-            if not abs(side - direct) <= allowed:
-                raise UsageError(
-                    f"weight '{variable.name}' acts differently through its coordinates (loss {side:.6g}) than as a "
-                    f"dense weight (loss {direct:.6g}); exclude it from training, or use realization 'rebuild'"
-                )
 
     def digests(self, *, all_weights: bool = False) -> dict[str, Tensor]:
         """A number for each trained weight, of its bits, its coordinates and their subspace, and of its optimizer state.
@@ -1445,18 +1104,7 @@ class Engine:
         Args:
             all_weights: those that are not trained too.
         """
-        result = {}
-        for v in self.variables:
-            parts = [] if v.held else [v.weight.data]
-            parts += [v.value.data, *v.subspace.tensors().values()]
-            parts += [
-                t for t in self.optimizer.state.get(self.trained(v), {}).values() if isinstance(t, Tensor)
-            ]
-            if v.name in self._cores and self._cores[v.name].subspace is not None:
-                parts += cast(Subspace, self._cores[v.name].subspace).tensors().values()
-            if v.stack is not None:
-                parts += [v.stack.left, v.stack.right]
-            result[v.name] = torch.stack([digest(p).cpu() * (2 * i + 1) for i, p in enumerate(parts)]).sum()
+        result = {v.name: self.windows.digest(v) for v in self.variables}
         if all_weights:
             for name, parameter in self.model.named_parameters():
                 if name not in result and parameter.device.type != "meta" and not is_sharded(parameter):
@@ -1466,32 +1114,6 @@ class Engine:
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and strings from which `load_state_dict` continues bit for bit."""
         self._check_whole()
-        variables = {}
-        for v in self.variables:
-            variables[v.name] = {
-                "weight": None if v.held else v.weight.data.clone(),
-                # a full value is the weight itself, unless it is the float32 master of a smaller one, or a copy
-                "value": None
-                if v.is_full and v.weight.dtype == v.dtype and not v.held
-                else v.value.data.clone(),
-                "subspace": type(v.subspace).__name__,
-                "tensors": {name: tensor.clone() for name, tensor in v.subspace.tensors().items()},
-                "window": v.window,
-                "decay": v.decay,
-                "moved": v.moved,
-                "optimizer": {
-                    k: _copied(s) for k, s in self.optimizer.state.get(self.trained(v), {}).items()
-                },
-            }
-            if v.name in self._cores:
-                variables[v.name]["core"] = self._cores[v.name].state()
-            if v.stack is not None and v.stack.rank:
-                variables[v.name]["stack"] = v.stack.tensors()
-            if v.name in self._moments:
-                m = self._moments[v.name]
-                variables[v.name]["moments"] = {"total": m.total, "squares": m.squares, "count": m.count}
-            if v.name in self._spectra:
-                variables[v.name]["spectrum"] = self._spectra[v.name].tensors()
         return {
             "version": 1,
             "step": self.step_count,
@@ -1504,7 +1126,7 @@ class Engine:
             "tuning": None if self.tuning is None else self.tuning.as_dict(),
             "scheduler": None if self._scheduler is None else _plain(self._scheduler.state_dict()),
             "caution": None if self._caution is None else asdict(self._caution),
-            "variables": variables,
+            "variables": {v.name: self.windows.state(v) for v in self.variables},
         }
 
     @torch.no_grad()
@@ -1534,33 +1156,7 @@ class Engine:
             self._adopt(Tuning(**state["tuning"]))
         self.base_lr = state["base_lr"]
         for v in self.variables:
-            saved = state["variables"][v.name]
-            if not v.held:
-                v.weight.data.copy_(saved["weight"])
-            if v.stack is not None:
-                v.stack.load(saved.get("stack"))
-            before = self.trained(v)
-            # the copy of a whole held weight is there; to make it anew would ask all ranks for a sharded one
-            if not (v.held and v.is_full and saved["subspace"] == "Full"):
-                tensors = {k: t.to(v.weight.device) for k, t in saved["tensors"].items()}
-                v.open(rebuild(saved["subspace"], tensors))
-            if saved["value"] is not None:
-                v.value.data.copy_(saved["value"])
-            v.window, v.decay, v.moved = saved["window"], saved["decay"], saved["moved"]
-            if v.name in self._cores:
-                self._cores[v.name].load(saved["core"])
-                v.steps_in = self._cores[v.name].space
-            self.optimizer.state.pop(before, None)
-            self._replace(before, self.trained(v))
-            if saved["optimizer"]:
-                self.optimizer.state[self.trained(v)] = {k: _copied(s) for k, s in saved["optimizer"].items()}
-            self._moments.pop(v.name, None)
-            self._spectra.pop(v.name, None)
-            if "moments" in saved:
-                self._moments[v.name] = Moments(**{k: _copied(s) for k, s in saved["moments"].items()})
-            if "spectrum" in saved:
-                s = saved["spectrum"]
-                self._spectra[v.name] = Spectrum(s["vectors"], s["values"], float(s["rest"]))
+            self.windows.load(v, state["variables"][v.name])
         self.step_count, self._refreshed_at, self._torn = state["step"], state["refreshed_at"], ""
         self._activate(state.get("period", 0))
         norm = state.get("norm")
@@ -1616,18 +1212,9 @@ def _eps(method: Method) -> Any:
     return setting(method.estimator, "eps", _NO_EPS)
 
 
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-
-
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """A scheduler's state without the callables in it."""
     return {k: v for k, v in state.items() if isinstance(v, int | float | str | bool | list | type(None))}
-
-
-def _shares(variable: Variable) -> bool:
-    """Whether the coordinates are the weight's own memory."""
-    return variable.is_full and not variable.held and variable.weight.dtype == variable.dtype
 
 
 def _takes_a_step(schedule: Schedule) -> bool:

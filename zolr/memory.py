@@ -880,10 +880,14 @@ def kept(engine: Engine) -> dict[str, list[Tensor]]:
         coords += [variable.value, engine.trained(variable)]
         if variable.stack is not None:
             coords += variable.stack.tensors().values()
-        if name in engine._cores:
-            coords += engine._cores[name].kept.values()
+        if name in engine.windows.cores:
+            coords += engine.windows.cores[name].kept.values()
         # the state of an engine that belongs to no variable is its own business, and memory is ours
-        for owner in (engine.subspace(variable), engine._spectra.get(name), engine._moments.get(name)):
+        for owner in (
+            engine.subspace(variable),
+            engine.windows.spectra.get(name),
+            engine.windows.moments.get(name),
+        ):
             coords += [t for t in getattr(owner, "__dict__", {}).values() if isinstance(t, Tensor)]
     states = engine.optimizer.state.values()
     return {"coords": coords, "optimizer": [t for s in states for t in s.values() if isinstance(t, Tensor)]}

@@ -212,6 +212,11 @@ class Variable:
         return type(self.subspace) is Full
 
     @property
+    def shares(self) -> bool:
+        """Whether the coordinates are the weight's own memory."""
+        return self.is_full and not self.held and self.weight.dtype == self.dtype
+
+    @property
     def offloaded(self) -> bool:
         """Whether the weight is away between two uses."""
         return any(site.weight.device.type == "meta" for site in self.sites)

@@ -77,7 +77,7 @@ FAULTS = {
     "loss": lambda run, at: setattr(run, "_loss", after(run._loss, at)),
     "optimizer": lambda run, at: setattr(run.optimizer, "step", half(run.optimizer.step, at)),
     "fold": lambda run, at: setattr(run.variables[1], "fold", raising),
-    "window": lambda run, at: setattr(run, "_renew", half(run._renew, at)),
+    "window": lambda run, at: setattr(run.windows, "renew", half(run.windows.renew, at)),
     "hook": lambda run, at: run.model.out.register_forward_hook(after(lambda *_: None, at)),
     "backward": lambda run, at: run.model.inner.register_full_backward_hook(after(lambda *_: None, at)),
     "schedule": lambda run, at: setattr(run, "_follow_schedule", half(run._follow_schedule, at)),
@@ -120,8 +120,8 @@ def mended(run: Engine, fault: str, real: Any, hook: Any) -> None:
     run._loss = real
     run.optimizer.__dict__.pop("step", None)
     run.variables[1].__dict__.pop("fold", None)
-    for name in ("_renew", "_follow_schedule"):
-        run.__dict__.pop(name, None)
+    run.windows.__dict__.pop("renew", None)
+    run.__dict__.pop("_follow_schedule", None)
     if hook is not None:
         hook.remove()
 

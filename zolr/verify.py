@@ -1,0 +1,59 @@
+"""Verify: an attached model computes what its dense weights would."""
+
+from collections.abc import Callable
+
+import torch
+
+from zolr.errors import UsageError
+from zolr.keys import Key
+from zolr.variables import Variables
+
+
+@torch.no_grad()
+def verify(
+    variables: Variables, evaluate: Callable[[], float], key: Key, tolerance: float | None = None
+) -> None:
+    """Compare the effect of random coordinates of every weight, one at a time, with that of the dense weight they stand for.
+
+    Args:
+        variables: of the attached model.
+        evaluate: its loss on one batch.
+        key: of the coordinates.
+        tolerance: on the loss; by default from the precision of the weight and the size of the effect.
+
+    Raises:
+        UsageError: a weight whose effect is not the same, by name (read past its module's forward, usually).
+    """
+    for variable in variables:
+        variable.touched = False
+    base = evaluate()
+    unused = [v.name for v in variables if not v.touched]
+    if unused:
+        raise UsageError(
+            f"weight '{unused[0]}' is not used through its module's forward (and {len(unused) - 1} others); "
+            "exclude it from training with a narrower selection"
+        )
+    for variable in variables:
+        if variable.held:  # there is no dense weight to compare with
+            continue
+        shift = key.fold_in(variable.name).normal(variable.subspace.coords_shape)
+        shift = variable.mask(shift.to(variable.value))
+        dense = variable.subspace.lift(shift.to(variable.weight.dtype))
+        size = 0.05 * float(variable.weight.float().square().mean().sqrt() + 1e-3)
+        shift, dense = shift * size, dense * size
+        with variable.shifted(shift):
+            side = evaluate()
+        kept = variable.weight.data.clone()
+        try:
+            oriented = variable.weight.data.t() if variable.transposed else variable.weight.data
+            oriented += dense / variable.decay
+            direct = evaluate()
+        finally:
+            variable.weight.data.copy_(kept)
+        precision = torch.finfo(variable.weight.dtype).eps
+        allowed = tolerance or 1e3 * precision * max(1.0, abs(base)) + 1e-2 * abs(direct - base)
+        if not abs(side - direct) <= allowed:
+            raise UsageError(
+                f"weight '{variable.name}' acts differently through its coordinates (loss {side:.6g}) than as a "
+                f"dense weight (loss {direct:.6g}); exclude it from training, or use realization 'rebuild'"
+            )
