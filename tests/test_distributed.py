@@ -434,6 +434,13 @@ def _worked(rank: int, size: int, port: int, folder: Path) -> None:
     sys.exit(PeerLostError.exit_code)
 
 
+def _processes() -> Any:
+    """Processes that begin with what takes longest to import, and know nothing of this one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "zolr.engine", __name__])
+    return context
+
+
 def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -445,7 +452,7 @@ class World:
 
     def __init__(self, size: int, folder: Path) -> None:
         self.size, self.folder = size, folder
-        context, port = multiprocessing.get_context("spawn"), _free_port()
+        context, port = _processes(), _free_port()
         processes = [context.Process(target=_work, args=(r, size, port, folder)) for r in range(size)]
         for process in processes:
             process.start()
@@ -619,7 +626,7 @@ def _goes_on(rank: int, size: int, port: int, folder: Path, steps: int) -> None:
 @pytest.mark.slow
 def test_a_run_goes_on_on_more_and_on_fewer_ranks(tmp_path: Path) -> None:
     """On 2, then 4, then 1, each from the checkpoint of the others, against one process that never stopped."""
-    context = multiprocessing.get_context("spawn")
+    context = _processes()
     for size, steps in ((2, 3), (4, 6)):
         port = _free_port()
         arguments = [(rank, size, port, tmp_path, steps) for rank in range(size)]
