@@ -50,6 +50,8 @@ from zolr.models import (
     load_config,
     prompt_loss,
 )
+from zolr.spectra import Spectrum
+from zolr.subspaces import Left, Right
 
 ROUNDING = 512  # bytes; the CUDA caching allocator hands out multiples of this
 
@@ -414,8 +416,8 @@ def predict(
     """Predict the peak memory of a training step by running that very step on tensors without data.
 
     The engine's own `step` runs under fake tensors: the first makes the optimizer's state, the second has it
-    from the beginning, a third closes a window, begins the next and steps in it (and so on, where a projector learns
-    from window to window). No weights are read or made, and a model of any size takes seconds.
+    from the beginning, a third closes a window, begins the next and steps in it. What grows over many windows is as large as
+    it gets from the beginning. No weights are read or made, and a model of any size takes seconds.
 
     Args:
         model: a preset, a folder or hub name (its config is read), or a transformers config.
@@ -500,7 +502,8 @@ def predict(
             engine.optimizer.register_step_post_hook(lambda *_: live.leave_phase())
             if profile:
                 _label_as_made(engine, live)
-            steps = WINDOW * _windows(method) + 1 if method.refresh_every else WINDOW
+            _fill_spectra(engine)
+            steps = WINDOW + 1 if method.refresh_every else WINDOW
             if method.layers.every:
                 _keep_states(engine)
                 live.reset_peak()
@@ -791,12 +794,16 @@ def _keep_states(engine: Engine) -> None:
             engine._step_alone(value, torch.zeros_like(value))
 
 
-def _windows(method: Method) -> int:
-    """Windows after which a run holds all it ever will: a spectrum gains as many directions in each as it sees."""
-    projector = method.projector
-    if projector.learns_from != "gradients":
-        return 1
-    return 1 + -(-projector.eigenpairs // max(1, getattr(projector, "rank", 1)))
+def _fill_spectra(engine: Engine) -> None:
+    """Have what a projector learns from gradients as large as it gets: a spectrum gains directions in each window."""
+    projector = engine.method.projector
+    for variable in engine.variables:
+        space = engine.subspace(variable)
+        if projector.learns_from == "gradients" and isinstance(space, Right | Left):
+            n = space.basis.shape[0]
+            vectors = torch.zeros(n, min(projector.eigenpairs, n), dtype=torch.float64)
+            values = torch.zeros(vectors.shape[1], dtype=torch.float64)
+            engine.windows.spectra[variable.name] = Spectrum(vectors, values, 0.0)
 
 
 @contextlib.contextmanager
