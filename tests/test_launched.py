@@ -1,6 +1,7 @@
 """Runs started as users start them: by torchrun and by accelerate launch, stopped by signals, and from a script."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -45,29 +46,45 @@ def launched(*arguments: object) -> str:
     return done("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "zolr", *arguments)
 
 
-class Ranks:
-    """Two processes without a launcher."""
+def _rank(arguments: list[str], where: dict[str, str], said: Path) -> None:
+    """What a process of a run does that was started without a launcher; what it says goes into a file."""
+    from zolr.__main__ import main
 
-    def __init__(self, *arguments: object) -> None:
+    os.environ |= environment(**where)
+    with open(said, "wb") as file, open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["zolr", *arguments]
+    main()
+
+
+class Ranks:
+    """Two processes without a launcher, which begin with their imports done."""
+
+    def __init__(self, said: Path, *arguments: object) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(
+            ["zolr.cli.finetune", "zolr.training", "transformers.modeling_utils", __name__]
+        )
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = str(found.getsockname()[1])
         where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        self.said = [said.with_suffix(f".{rank}") for rank in range(2)]
         self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "zolr", *map(str, arguments)],
-                env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **where),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
+            context.Process(
+                target=_rank,
+                args=([*map(str, arguments)], {"RANK": str(r), "LOCAL_RANK": str(r), **where}, self.said[r]),
             )
-            for rank in range(2)
+            for r in range(2)
         ]
+        for process in self.processes:
+            process.start()
 
     def at(self, folder: Path, step: int) -> None:
         """Wait until the run has done a step."""
         end = time.monotonic() + LIMIT
-        while time.monotonic() < end and all(p.poll() is None for p in self.processes):
+        while time.monotonic() < end and all(p.is_alive() for p in self.processes):
             path = folder / "metrics.jsonl"
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             if any(json.loads(line)["step"] >= step for line in lines if line.endswith("\n")):
@@ -75,15 +92,17 @@ class Ranks:
             time.sleep(0.02)
         raise AssertionError(f"step {step} was not reached: {self.ended(0)}")
 
+    def send(self, which: signal.Signals) -> None:
+        """Send a signal to the second one."""
+        os.kill(self.processes[1].pid or 0, which)
+
     def ended(self, rank: int) -> tuple[int, str]:
         """Exit code and stderr."""
         process = self.processes[rank]
-        try:
-            _, said = process.communicate(timeout=LIMIT)
-        except subprocess.TimeoutExpired:
+        process.join(LIMIT)
+        if process.exitcode is None:
             process.kill()
-            raise
-        return process.returncode, said
+        return process.exitcode or 0, self.said[rank].read_text()
 
 
 def weights(folder: Path) -> dict[str, Any]:
@@ -155,9 +174,9 @@ def test_a_signal_to_one_rank_ends_all_saved_at_one_step_and_a_silent_rank_ends_
     ]
     long[long.index("--steps") + 1] = "1000"
     long[long.index("--eval-every") + 1] = "1000"
-    ranks = Ranks(*long, "--output", folder)
+    ranks = Ranks(tmp_path / "said", *long, "--output", folder)
     ranks.at(folder, 3)
-    ranks.processes[1].send_signal(signal.SIGTERM)
+    ranks.send(signal.SIGTERM)
     for rank in range(2):
         code, said = ranks.ended(rank)
         assert code == 143, said
@@ -165,9 +184,9 @@ def test_a_signal_to_one_rank_ends_all_saved_at_one_step_and_a_silent_rank_ends_
     done("zolr", *long, "--resume", "--steps", step + 2, "--output", folder)  # on with one process
     assert (folder / "model.safetensors").exists()
 
-    silent = Ranks(*long, "--output", tmp_path / "silent", "--peer-timeout", "4")
+    silent = Ranks(tmp_path / "more", *long, "--output", tmp_path / "silent", "--peer-timeout", "4")
     silent.at(tmp_path / "silent", 2)
-    silent.processes[1].send_signal(signal.SIGSTOP)
+    silent.send(signal.SIGSTOP)
     code, said = silent.ended(0)
     silent.processes[1].kill()
     silent.ended(1)

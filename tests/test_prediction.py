@@ -192,9 +192,13 @@ def steps_without_movement(dtype: torch.dtype, realization: Any, method: str) ->
     return float((after.double() - before.double()).norm() / before.double().norm())
 
 
-@pytest.mark.parametrize("dtype", sorted(DTYPES))
 @pytest.mark.parametrize(
-    ("method", "realization"), [("stiefel", "side"), ("stiefel", "rebuild"), ("mezo", "rebuild")]
+    ("method", "realization", "dtype"),
+    [
+        *(("stiefel", "side", dtype) for dtype in sorted(DTYPES)),
+        *(("mezo", "rebuild", dtype) for dtype in sorted(DTYPES)),
+        ("stiefel", "rebuild", "bfloat16"),
+    ],
 )
 def test_weights_do_not_drift_where_nothing_moves(dtype: str, method: str, realization: str) -> None:
     assert steps_without_movement(DTYPES[dtype], realization, method) == 0.0

@@ -462,22 +462,23 @@ def test_rows_of_every_kind_pretrain_with_clipping_decay_and_accumulation(corpus
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(corpus, tmp_path):
-    command = [sys.executable, "-m", "zolr", "pretrain", "--data", str(corpus), "--train-tokenizer"]
+    from zolr.cli import main
+
+    command = ["pretrain", "--data", str(corpus), "--train-tokenizer"]
     command += "--vocab-size 300 --hidden-size 32 --heads 2 --layers 2 --length 16 --batch-size 4".split()
     command += "--schedule cosine --warmup 3 --threads 1 --device cpu --save-every 7 --eval-rows 8".split()
     command += ["--steps", "40", "--rank", "4", "--refresh-every", "5", "--quiet", "--lr", "0.01", "--method"]
     command += "galore --documents apart --clip 0.5 --accumulate 2".split()
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert subprocess.run([*command, "--output", str(whole)]).returncode == 0
-    process = subprocess.Popen([*command, "--output", str(killed)])
+    assert main([*command, "--output", str(whole)]) == 0
+    process = subprocess.Popen([sys.executable, "-m", "zolr", *command, "--output", str(killed)])
     wait = time.monotonic() + 120
     while not (killed / "checkpoints" / "step-14").exists() and time.monotonic() < wait:
         time.sleep(0.005)
     process.kill()
     process.wait()
     assert not (killed / "result.json").exists(), "the run was over before it was killed"
-    going_on = [*command, "--output", str(killed), "--resume"]
-    assert subprocess.run(going_on).returncode == 0
+    assert main([*command, "--output", str(killed), "--resume"]) == 0
     assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     losses = [
         [

@@ -115,8 +115,7 @@ MANY: list[Any] = [
     for projector, optimizer in (
         ("stiefel", "sgd"),
         ("stiefel", "adamw"),
-        ("stiefel", "momentum"),
-        ("two_sided", "sgd"),
+        ("two_sided", "momentum"),
     )
 ]
 MANY += [(name, "identity", "sgd") for name in HARD]
@@ -391,7 +390,7 @@ def language_model(family: str) -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(**sizes, n_embd=32, n_layer=2, n_head=2))
 
 
-NOTHING = 0.03  # share of the loss: where no rate gains more than that in 200 steps, none of them stalls
+NOTHING = 0.03  # share of the loss: where no rate gains more than that in 160 steps, none of them stalls
 FAMILIES = [("bert", "all"), ("gpt2", "attention"), ("llama", "all"), ("opt", "attention")]
 
 
@@ -412,7 +411,7 @@ def test_a_rate_chosen_neither_diverges_nor_stalls_against_a_grid_on_a_language_
         "labels": labels,
     }
 
-    def losses(lr: float | None, steps: int = 200) -> tuple[list[float], float]:
+    def losses(lr: float | None, steps: int = 160) -> tuple[list[float], float]:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = language_model(family).eval()
@@ -424,7 +423,7 @@ def test_a_rate_chosen_neither_diverges_nor_stalls_against_a_grid_on_a_language_
     means, lr = losses(None)
     assert max(means) < 1.05 * means[0], "diverges"
     gained = means[0] - means[-1]
-    others = [losses(lr * factor)[0] for factor in (1 / 16, 1 / 4, 4, 16)]
+    others = [losses(lr * factor)[0] for factor in (1 / 8, 8)]
     best = max(means[0] - other[-1] for other in others if other[-1] == other[-1])
     assert gained > 0 and (gained > 0.4 * best or best < NOTHING * means[0]), (
         f"stalls: {gained:.4f}, a rate of the grid gains {best:.4f}"
