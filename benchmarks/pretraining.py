@@ -4,6 +4,7 @@
     python benchmarks/pretraining.py --table --markdown table.md         # what there is, and nothing is run
     python benchmarks/pretraining.py --plot table.png
     python benchmarks/pretraining.py --estimates                         # bias and variance of the rows on one real gradient
+    python benchmarks/pretraining.py --optimizer averaged --most-seeds 1 # drawn rows without Adam's divisor
     python benchmarks/pretraining.py --model llama-20m --prepare         # pack the text first, where the text is, then
     python benchmarks/pretraining.py --model llama-20m --device cuda --seconds 540 --rows stiefel,galore,adamw
 
@@ -19,7 +20,8 @@ subspaces.
 State is what a run holds from step to step beside the weights, with that of embeddings and head; peak is that of live tensors
 over a step that opens a window (CUDA: `max_memory_allocated`); both are taken after training. Every run is a process of its own
 on one thread, and its tokens a second are of that thread's processor time (CUDA: of wall-clock time). Results are merged into `benchmarks/results/pretraining.json` (and `pretraining-MODEL.json`), with the settings
-and versions they were made with. `--rank` and `--steps` other than the usual ones are groups of their own in the same file.
+and versions they were made with. `--rank` and `--steps` other than the usual ones are groups of their own in the same file, and so is
+`--optimizer`: drawn rows whose coordinates are trained by another rule than Adam, with all that has no subspace by Adam as ever.
 """
 
 import argparse
@@ -43,6 +45,11 @@ DATA = Path(os.environ.get("ZOLR_DATA", Path(__file__).parents[2] / "shared" / "
 SCRATCH = Path("runs") / "pretraining-tokens"
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+# rules that do not divide by one number a coordinate: their grids, and the rate to begin with
+OPTIMIZERS: dict[str, tuple[tuple[float, ...], float]] = {
+    "averaged": ((1e-2, 3e-2, 1e-1, 3e-1, 1.0), 1e-1),  # SGD along a running mean of gradients
+    "muon": (GRID, 3e-3),
+}
 SEEDS = (0, 1, 2)
 
 
@@ -125,7 +132,9 @@ TAKEN: dict[str, tuple[dict[str, Any], float]] = {
 ROWS = {"adamw": FULL["adamw"], "muon": FULL["muon"], **DRAWN, **TAKEN, "adalomo": FULL["adalomo"]}
 
 
-def method_of(name: str, rank: int, refresh_every: int, factor: float = 1.0) -> Any:
+def method_of(
+    name: str, rank: int, refresh_every: int, factor: float = 1.0, optimizer: str | None = None
+) -> Any:
     """The method of a row, whose matrices are trained at `factor` of the rate, times the factor that the row has anyway."""
     from zolr.methods import METHODS, compose
 
@@ -136,6 +145,8 @@ def method_of(name: str, rank: int, refresh_every: int, factor: float = 1.0) -> 
         settings |= {"refresh_every": refresh_every}
     if name not in RELATIVE:
         settings |= {"scale": usual.scale * factor}
+    if optimizer is not None:
+        settings |= {"optimizer": optimizer}
     return compose(paradigm="fo", tables="full", **{**settings, **given})
 
 
@@ -274,7 +285,7 @@ def one(case: dict[str, Any]) -> dict[str, Any]:
     rate = case["lr"] if case["row"] in RELATIVE else TABLES_RATE
     engine = Engine(
         model,
-        method_of(case["row"], case["rank"], case["refresh_every"], case["lr"] / rate),
+        method_of(case["row"], case["rank"], case["refresh_every"], case["lr"] / rate, case.get("optimizer")),
         lr=rate,
         loss=loss,
         seed=case["seed"],
@@ -413,46 +424,68 @@ def ran(case: dict[str, Any], limit: float | None) -> dict[str, Any]:
 # ---- which runs ------------------------------------------------------------------------------------------------------
 
 
-def losses(runs: dict[str, Any], row: str, seed: int = 0) -> dict[float, float]:
+@dataclass(frozen=True)
+class Search:
+    """The rates of a group of runs, and which seeds it wants.
+
+    Args:
+        grid: rates that may be tried.
+        first: rate to begin with; None for what each row says.
+        seeds: those of a row, the first of which chooses its rate.
+    """
+
+    grid: tuple[float, ...] = GRID
+    first: float | None = None
+    seeds: tuple[int, ...] = SEEDS
+
+    def begins(self, row: str) -> float:
+        """The rate that a row is tried at first."""
+        return ROWS[row][1] if self.first is None else self.first
+
+    def around(self, rate: float) -> list[float]:
+        """The neighbors of a rate, the larger one first."""
+        place = self.grid.index(rate)
+        return [self.grid[i] for i in (place + 1, place - 1) if 0 <= i < len(self.grid)]
+
+
+def losses(runs: dict[str, Any], row: str, search: Search, seed: int = 0) -> dict[float, float]:
     """Held-out loss of a row by rate, without runs that failed; infinite where it is not finite."""
     found = {}
-    for rate in GRID:
+    for rate in search.grid:
         run = runs.get(f"{row}/{rate:g}/{seed}", {})
         if "loss" in run:
             found[rate] = run["loss"] if isfinite(run["loss"]) and run["skipped"] <= 20 else float("inf")
     return found
 
 
-def best_rate(runs: dict[str, Any], row: str) -> tuple[float | None, bool]:
+def best_rate(runs: dict[str, Any], row: str, search: Search) -> tuple[float | None, bool]:
     """The best rate of seed 0 so far, and whether both of its neighbors have been tried (or the grid ends)."""
-    found = losses(runs, row)
+    found = losses(runs, row, search)
     if not found:
         return None, False
     best = min(found, key=lambda rate: found[rate])
-    place = GRID.index(best)
-    around = [GRID[i] for i in (place - 1, place + 1) if 0 <= i < len(GRID)]
-    return best, all(f"{row}/{rate:g}/0" in runs for rate in around)
+    return best, all(f"{row}/{rate:g}/0" in runs for rate in search.around(best))
 
 
-def missing(runs: dict[str, Any], rows: Sequence[str]) -> Iterator[tuple[str, float, int]]:
+def missing(runs: dict[str, Any], rows: Sequence[str], search: Search) -> Iterator[tuple[str, float, int]]:
     """Row, rate and seed of what is to be run, in order, as far as it is known now.
 
     First every row at its first rate, then at the next larger one, then whatever neighbors the best one lacks.
     """
     for row in rows:
-        if f"{row}/{ROWS[row][1]:g}/0" not in runs:
-            yield row, ROWS[row][1], 0
-    for sides in ((1,), (1, -1)):
+        if f"{row}/{search.begins(row):g}/0" not in runs:
+            yield row, search.begins(row), 0
+    for both in (False, True):
         for row in rows:
-            best, settled = best_rate(runs, row)
+            best, settled = best_rate(runs, row, search)
             if best is None or settled:
                 continue
-            for i in (GRID.index(best) + side for side in sides):
-                if 0 <= i < len(GRID) and f"{row}/{GRID[i]:g}/0" not in runs:
-                    yield row, GRID[i], 0
-    for seed in SEEDS[1:]:
+            for rate in search.around(best):
+                if (both or rate > best) and f"{row}/{rate:g}/0" not in runs:
+                    yield row, rate, 0
+    for seed in search.seeds[1:]:
         for row in rows:
-            best, settled = best_rate(runs, row)
+            best, settled = best_rate(runs, row, search)
             if best is not None and settled and f"{row}/{best:g}/{seed}" not in runs:
                 yield row, best, seed
 
@@ -462,11 +495,11 @@ def missing(runs: dict[str, Any], rows: Sequence[str]) -> Iterator[tuple[str, fl
 HEAD = ("row", "lr", "perplexity", "spread", "seeds", "gap", "state MiB", "peak MiB", "tokens/s")
 
 
-def table(runs: dict[str, Any], rows: Sequence[str]) -> list[tuple[str, ...]]:
+def table(runs: dict[str, Any], rows: Sequence[str], search: Search) -> list[tuple[str, ...]]:
     """A line a row, the best first; the gap is that to AdamW's mean perplexity."""
     lines, reference = [], None
     for row in rows:
-        best, settled = best_rate(runs, row)
+        best, settled = best_rate(runs, row, search)
         if best is None:
             continue
         seeds = [runs[key] for s in SEEDS if "loss" in runs.get(key := f"{row}/{best:g}/{s}", {})]
@@ -511,7 +544,7 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in ruled) + "\n"
 
 
-def draw(runs: dict[str, Any], rows: Sequence[str], path: Path, title: str) -> None:
+def draw(runs: dict[str, Any], rows: Sequence[str], search: Search, path: Path, title: str) -> None:
     """Perplexity against tokens, one part a family, and state against perplexity."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -523,7 +556,7 @@ def draw(runs: dict[str, Any], rows: Sequence[str], path: Path, title: str) -> N
     FigureCanvasAgg(figure)
     curves, states = figure.subplots(1, 2)
     for i, row in enumerate(rows):
-        best, _ = best_rate(runs, row)
+        best, _ = best_rate(runs, row, search)
         if best is None:
             continue
         seeds = [runs[key] for s in SEEDS if "loss" in runs.get(key := f"{row}/{best:g}/{s}", {})]
@@ -565,8 +598,14 @@ def main() -> None:
     parser.add_argument("--rows", help="some of them, joined by commas")
     parser.add_argument("--rank", type=int, help="another rank: a group of its own")
     parser.add_argument("--steps", type=int, help="another number of steps: a group of its own")
+    parser.add_argument(
+        "--optimizer",
+        choices=tuple(OPTIMIZERS),
+        help="another rule for coordinates than Adam, drawn rows alone: a group of its own",
+    )
     parser.add_argument("--seconds", type=float, help="begin no run after so many, and end the last one")
     parser.add_argument("--most", type=int, help="runs at most")
+    parser.add_argument("--most-seeds", type=int, default=len(SEEDS), help="seeds of a row at most")
     parser.add_argument(
         "--estimates",
         action="store_true",
@@ -583,9 +622,10 @@ def main() -> None:
         case = json.loads(options.one)
         print(json.dumps((estimates if case.get("estimates") else one)(case)))
         return
-    rows = list(ROWS) if options.rows is None else options.rows.split(",")
-    if unknown := [row for row in rows if row not in ROWS]:
-        parser.error(f"--rows {unknown[0]}: no such row; use some of {', '.join(ROWS)}")
+    known = DRAWN if options.optimizer else ROWS
+    rows = list(known) if options.rows is None else options.rows.split(",")
+    if unknown := [row for row in rows if row not in known]:
+        parser.error(f"--rows {unknown[0]}: no such row; use some of {', '.join(known)}")
     protocol = PROTOCOLS[options.model]
     if options.prepare:
         print(prepared(options.model, protocol))
@@ -596,12 +636,16 @@ def main() -> None:
     output = options.output or RESULTS / f"pretraining{suffix}.json"
     results = json.loads(output.read_text()) if output.exists() else {"groups": {}}
     group = f"rank {rank}, {steps} steps, {compute}, {options.device.split(':')[0]}"
+    grid, first = OPTIMIZERS.get(options.optimizer, (GRID, None))
+    search = Search(grid, first, SEEDS[: options.most_seeds])
+    if options.optimizer:
+        group += f", {options.optimizer}"
     found = results["groups"].setdefault(group, {"runs": {}})
     runs = found["runs"]
     begun = time.monotonic()
     if not options.table:
         found["conditions"] = {p: version(p) for p in ("zolr", "torch", "transformers")}
-        found["conditions"] |= {**asdict(protocol), "grid": GRID, "device": device_name(options.device)}
+        found["conditions"] |= {**asdict(protocol), "grid": grid, "device": device_name(options.device)}
         found["conditions"] |= {"tables_rate": TABLES_RATE}
     if options.estimates:
         prepared(options.model, protocol)
@@ -614,7 +658,7 @@ def main() -> None:
         prepared(options.model, protocol)
         for _ in range(options.most if options.most is not None else sys.maxsize):
             left = None if options.seconds is None else options.seconds - (time.monotonic() - begun)
-            following = next(missing(runs, rows), None)
+            following = next(missing(runs, rows, search), None)
             if following is None or (left is not None and left < 10):
                 break
             row, rate, seed = following
@@ -624,18 +668,19 @@ def main() -> None:
             case |= dict(
                 steps=steps, rank=1 if row == "apollo-mini" else rank, refresh_every=protocol.refresh_every
             )
+            case |= {} if options.optimizer is None else {"optimizer": options.optimizer}
             run = ran(case, left)
             if run.get("failed") == "out of time":
                 break
             runs[f"{row}/{rate:g}/{seed}"] = run
             written(results, output)
             print(f"{row} {rate:g} seed {seed}: {run.get('perplexity', run.get('failed'))}", flush=True)
-    lines = table(runs, rows)
+    lines = table(runs, rows, search)
     print(printed(lines))
     if options.markdown:
         options.markdown.write_text(markdown(lines))
     if options.plot:
-        draw(runs, rows, options.plot, f"{options.model}, {group}")
+        draw(runs, rows, search, options.plot, f"{options.model}, {group}")
 
 
 def written(results: dict[str, Any], output: Path) -> None:
