@@ -99,7 +99,7 @@ class Text(Settings):
 
     data: tuple[str, ...] = flag(
         (),
-        "Text, JSON lines or parquet files (.gz, .xz), folders of them, or a data set of the hub: NAME:CONFIG:SPLIT (repeat the flag).",
+        "Text, JSON lines or parquet files (.gz, .xz), folders of them, or a data set: NAME:CONFIG:SPLIT of the hub or a folder (repeat the flag).",
         "Data",
         path=True,
     )
@@ -674,6 +674,7 @@ def _tokenizer(settings: Pretrain, work: Path, files: list[Any]) -> Any:
     """The tokenizer: named, or the model's own, or learned from the data and kept for a resumed run."""
     from zolr.models import PRESETS, load_tokenizer
     from zolr.tasks.streams import train_tokenizer
+    from zolr.tasks.texts import HubText
 
     if settings.tokenizer:
         return load_tokenizer(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
@@ -685,6 +686,9 @@ def _tokenizer(settings: Pretrain, work: Path, files: list[Any]) -> Any:
             )
         return load_tokenizer(model, trust_remote_code=settings.trust_remote_code)
     if not settings.train_tokenizer:
+        for source in files:
+            if isinstance(source, HubText):  # a path that does not exist reads like one: that comes first
+                source.check()
         raise UsageError(
             f"model '{model or 'made from numbers'}' has no tokenizer; give --tokenizer, or --train-tokenizer"
         )
@@ -718,8 +722,13 @@ def _model(settings: Pretrain, tokenizer: Any) -> nn.Module:
     if settings.model is None:
         model = build(_config(settings, changes), **common)
     elif settings.model in PRESETS:
+        config = PRESETS[settings.model].config()
+        if getattr(config, "rope_parameters", None) and settings.length > config.max_position_embeddings:
+            changes["max_position_embeddings"] = settings.length  # rotary positions have no weights
         model = build(settings.model, **common, **changes)
     elif settings.model.endswith(".json"):
+        if not Path(settings.model).is_file():
+            raise UsageError(f"there is no model config '{settings.model}'; give the path of a config.json")
         try:
             config = AutoConfig.from_pretrained(settings.model)
         except (OSError, ValueError) as error:
