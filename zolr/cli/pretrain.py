@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import cos, exp, pi
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 import typer
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor, device, nn
 
     from zolr.distributed import Team
+    from zolr.memory import Prediction
     from zolr.methods import Method
     from zolr.tasks.streams import TokenStream
 
@@ -906,22 +908,28 @@ def _objective(settings: Pretrain, model: Any, on: device, at: str | None = None
     return losses
 
 
-def _peak(settings: Pretrain, model: Any, on: device, known: dict[Pretrain, int]) -> int:
-    """Predicted peak bytes of a step, seconds the first time; under mlm the loss is taken to see every token."""
-    if settings in known:
-        return known[settings]
+def prediction(settings: Pretrain, config: Any, on: device, *, profile: bool = False) -> Prediction:
+    """The peak of a step of a run and what it is made of; under mlm the loss is taken to see every token.
+
+    Args:
+        settings: of the run.
+        config: of its model.
+        on: where the run is to be; it need not be there.
+        profile: as for `predict`.
+    """
     import torch
 
     from zolr.memory import predict
 
-    known[settings] = predict(
-        model.config,
+    named: Any = SimpleNamespace(config=config)
+    return predict(
+        config,
         settings.composed(),
         batch_size=settings.micro,
         max_length=settings.length,
         dtype=getattr(torch, settings.dtype),
         objective="lm",
-        loss=_objective(settings, model, on, "cpu"),
+        loss=_objective(settings, named, on, "cpu"),
         accumulation=settings.parts,
         checkpointing=settings.checkpointing or False,
         select=settings.selection,
@@ -929,7 +937,14 @@ def _peak(settings: Pretrain, model: Any, on: device, known: dict[Pretrain, int]
         clip=settings.clip,
         realization=settings.realization,
         device=on,
-    ).peak_bytes
+        profile=profile,
+    )
+
+
+def _peak(settings: Pretrain, model: Any, on: device, known: dict[Pretrain, int]) -> int:
+    """Predicted peak bytes of a step, seconds the first time."""
+    if settings not in known:
+        known[settings] = prediction(settings, model.config, on).peak_bytes
     return known[settings]
 
 
