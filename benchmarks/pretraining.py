@@ -5,6 +5,7 @@
     python benchmarks/pretraining.py --plot table.png
     python benchmarks/pretraining.py --estimates                         # bias and variance of the rows on one real gradient
     python benchmarks/pretraining.py --optimizer averaged --most-seeds 1 # drawn rows without Adam's divisor
+    python benchmarks/pretraining.py --trace stiefel@0.003 --seeds 000,222,220,002 --until 150  # which seed makes a run go astray
     python benchmarks/pretraining.py --model llama-20m --prepare         # pack the text first, where the text is, then
     python benchmarks/pretraining.py --model llama-20m --device cuda --seconds 540 --rows stiefel,galore,adamw
 
@@ -252,13 +253,14 @@ def one(case: dict[str, Any]) -> dict[str, Any]:
 
     protocol = PROTOCOLS[case["model"]]
     device = torch.device(case["device"])
-    train, valid, vocabulary = streams(case["model"], protocol, case["seed"])
+    seeds = dict.fromkeys(("weights", "rows", "subspaces"), case["seed"]) | case.get("seeds", {})
+    train, valid, vocabulary = streams(case["model"], protocol, seeds["rows"])
     if protocol.numbers:
         more = dict(max_position_embeddings=protocol.length, tie_word_embeddings=False, rms_norm_eps=1e-6)
         config = AutoConfig.for_model("llama", vocab_size=vocabulary, **protocol.numbers, **more)
-        model: Any = build(config, seed=case["seed"])
+        model: Any = build(config, seed=seeds["weights"])
     else:
-        model = build(case["model"], seed=case["seed"], vocab_size=vocabulary)
+        model = build(case["model"], seed=seeds["weights"], vocab_size=vocabulary)
     model = model.to(device)
     low = case["compute"] == "bfloat16"
 
@@ -288,13 +290,15 @@ def one(case: dict[str, Any]) -> dict[str, Any]:
         method_of(case["row"], case["rank"], case["refresh_every"], case["lr"] / rate, case.get("optimizer")),
         lr=rate,
         loss=loss,
-        seed=case["seed"],
+        seed=seeds["subspaces"],
         schedule=schedule(steps),
+        clip=case.get("clip"),
     )
     # one thread's processor time, which other work on the machine moves little; a card is waited for
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     curve, times, skipped = [(0, evaluated())], [], 0
-    for step in range(steps):
+    trained: list[float] = []
+    for step in range(case.get("until", steps)):
         ready = batches(step)
         _wait(device)
         started = clock()
@@ -302,6 +306,7 @@ def one(case: dict[str, Any]) -> dict[str, Any]:
         _wait(device)
         times.append(clock() - started)
         skipped += info.skipped
+        trained.append(info.loss)
         if (step + 1) % max(1, steps // 4) == 0 or step + 1 == steps:
             curve.append((step + 1, evaluated()))
         if skipped > 20:
@@ -330,6 +335,7 @@ def one(case: dict[str, Any]) -> dict[str, Any]:
         "perplexity": exp(min(last, 700.0)),
         "curve": [(step * tokens, value) for step, value in curve],
         "skipped": skipped,
+        **({"trained": trained} if "until" in case else {}),
         "parameters": sum(p.numel() for p in model.parameters()),
         "weight_bytes": weights,
         "state_bytes": state["optimizer"] + state["coords"],
@@ -419,6 +425,31 @@ def ran(case: dict[str, Any], limit: float | None) -> dict[str, Any]:
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def traced(case: dict[str, Any], seeds: Sequence[str], found: dict[str, Any], window: int) -> None:
+    """Run the beginning of a row with seeds mixed, and print where its loss goes: means of windows, and the largest jump at their ends."""
+    for mix in seeds:
+        own = dict(zip(("weights", "rows", "subspaces"), map(int, mix), strict=True))
+        run = ran({**case, "seeds": own}, None)
+        clip = f", clip {case['clip']:g}" if "clip" in case else ""
+        found[f"{case['row']}/{case['lr']:g}/{mix}{clip}"] = run
+        if "failed" in run:
+            print(f"{mix}{clip}: {run['failed']}", flush=True)
+            continue
+        losses = run["trained"]
+        means = [statistics.mean(losses[i : i + window]) for i in range(0, len(losses) - window + 1, window)]
+        # of the first three steps of a window over the last three of the one before
+        jumps = [
+            statistics.mean(losses[i : i + 3]) - statistics.mean(losses[i - 3 : i])
+            for i in range(window, len(losses) - 2, window)
+        ]
+        held_out = ", ".join(f"{value:.3f}" for _, value in run["curve"])
+        print(
+            f"{mix}{clip}: held-out {held_out}; windows {' '.join(f'{m:.2f}' for m in means)}; "
+            f"jumps at their ends {' '.join(f'{j:+.2f}' for j in jumps)}",
+            flush=True,
+        )
 
 
 # ---- which runs ------------------------------------------------------------------------------------------------------
@@ -611,6 +642,14 @@ def main() -> None:
         action="store_true",
         help="what the rows make of one real gradient, and stop (on a CPU)",
     )
+    parser.add_argument("--trace", metavar="ROW@RATE", help="the loss of every step of one row, and stop")
+    parser.add_argument(
+        "--until", type=int, default=150, help="steps of a trace, of the course of the whole run"
+    )
+    parser.add_argument(
+        "--seeds", default="000,111,222", help="of traces: a digit for weights, for rows, for subspaces"
+    )
+    parser.add_argument("--clip", type=float, help="of traces: largest norm of a gradient")
     parser.add_argument("--prepare", action="store_true", help="pack the text and stop")
     parser.add_argument("--table", action="store_true", help="print what there is and stop")
     parser.add_argument("--markdown", type=Path, help="write the table there too")
@@ -653,6 +692,17 @@ def main() -> None:
         found["estimates"] = ran({**case, "estimates": True}, None)
         written(results, output)
         print(shown_estimates(found["estimates"]))
+        return
+    if options.trace:
+        row, rate = options.trace.split("@")
+        case = dict(
+            model=options.model, device=options.device, compute=compute, row=row, lr=float(rate), seed=0,
+            steps=steps, rank=rank, refresh_every=protocol.refresh_every, until=options.until,
+        )  # fmt: skip
+        case |= {} if options.optimizer is None else {"optimizer": options.optimizer}
+        case |= {} if options.clip is None else {"clip": options.clip}
+        traced(case, options.seeds.split(","), found.setdefault("traces", {}), protocol.refresh_every)
+        written(results, output)
         return
     if not options.table:
         prepared(options.model, protocol)
