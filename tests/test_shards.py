@@ -129,6 +129,28 @@ def test_a_data_set_that_cannot_be_fetched_says_so(monkeypatch: Any) -> None:
         list(documents([HubText("some-set")]))
 
 
+def test_a_hub_that_does_not_answer_is_not_asked_again(monkeypatch: Any) -> None:
+    import datasets
+    from huggingface_hub import constants
+
+    from zolr import hub
+
+    seen: list[bool] = []
+
+    def refused(*_: Any, **__: Any) -> None:
+        seen.append(constants.HF_HUB_OFFLINE)
+        raise ConnectionError("not in the cache")
+
+    monkeypatch.setattr(datasets, "load_dataset", refused)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for answers in (True, False):
+        monkeypatch.setattr(hub, "answers", lambda answers=answers: answers)
+        with pytest.raises(DataError, match="not in the cache"):
+            HubText("some-set").load()
+        assert not constants.HF_HUB_OFFLINE
+    assert seen == [False, True]
+
+
 def test_another_column_may_hold_the_text(tmp_path: Path) -> None:
     for suffix in (".jsonl", ".parquet"):
         path = written(tmp_path, suffix, column="content")

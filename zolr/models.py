@@ -11,7 +11,6 @@ import importlib.util
 import inspect
 import os
 import re
-import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,6 +43,7 @@ from transformers.utils import logging as transformers_logging
 from zolr import adapters
 from zolr.errors import DataError, UsageError
 from zolr.held import keep_codes
+from zolr.hub import answers as _hub_answers
 from zolr.variables import multiplied_with
 
 Batch = Mapping[str, Tensor]
@@ -618,22 +618,6 @@ def _locate(name: str, kind: str = "model") -> tuple[str, bool]:
         )
         raise DataError(f"{kind} folder '{name}' {what}; give {way_out} or a hub name")
     return name, True
-
-
-def _hub_answers() -> bool:
-    """Whether asking the hub is worth it: its client retries for half a minute before it gives up."""
-    if any(os.environ.get(v) for v in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    match = re.match(r"(https?)://([^/:]+)(?::(\d+))?", endpoint)
-    if match is None:
-        return True
-    port = int(match[3] or (443 if match[1] == "https" else 80))
-    try:
-        socket.create_connection((match[2], port), timeout=5).close()
-    except OSError:
-        return False
-    return True
 
 
 @contextmanager

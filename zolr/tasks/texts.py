@@ -10,12 +10,13 @@ import lzma
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from zolr.errors import DataError
+from zolr.hub import offline_if_silent
 from zolr.tasks.examples import nearest
 
 END = "<|endoftext|>"  # also accepted as a line of its own in a text file, where story collections put it
@@ -118,7 +119,8 @@ class HubText:
 
         disable_progress_bar()
         try:
-            yield
+            with nullcontext() if Path(self.name).exists() else offline_if_silent():
+                yield
         except Exception as error:  # whatever the client, the network or the parser raises
             cause = str(error).split("\n")[0][:200] or type(error).__name__
             if Path(self.name).exists():
