@@ -359,11 +359,15 @@ def _zoom(panel: Any, values: Sequence[float]) -> None:
         panel.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low))
 
 
-def _legend(figure: Any, panel: Any, names: Sequence[str]) -> None:
+def _legend(figure: Any, panel: Any, names: Sequence[str], title: str | None = None) -> None:
+    """The names above all panels, and over them a title: one of the figure itself would lie on them."""
     handles, shown = panel.get_legend_handles_labels()
     fitting = int(8.25 * figure.get_figwidth() / (max(map(len, names)) + 6))
     columns = max(1, min(len(names), fitting))
-    figure.legend(handles, shown, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
+    figure.legend(
+        handles, shown, loc="outside upper center", ncols=columns, frameon=False, fontsize=9, title=title,
+        title_fontproperties={"weight": "bold", "size": 11},
+    )  # fmt: skip
 
 
 def draw_maps(traces: Sequence[Traced], figure: Figure, axis: str, path: Path) -> None:
@@ -447,9 +451,10 @@ def draw_maps(traces: Sequence[Traced], figure: Figure, axis: str, path: Path) -
         _plain_ticks(above.yaxis)
     _plain(above, "both")
     _counts(above)
-    canvas.suptitle(figure.name, fontweight="bold", fontsize=11)
     if count > 1 or figure.expected:
-        _legend(canvas, above, above.get_legend_handles_labels()[1])
+        _legend(canvas, above, above.get_legend_handles_labels()[1], figure.name)
+    else:
+        canvas.suptitle(figure.name, fontweight="bold", fontsize=11)
     bar = canvas.colorbar(mesh, ax=panels, fraction=0.05, pad=0.01, aspect=40)
     if wide:
         _plain_ticks(bar.ax.yaxis)
