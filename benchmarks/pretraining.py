@@ -4,6 +4,8 @@
     python benchmarks/pretraining.py --table --markdown table.md         # what there is, and nothing is run
     python benchmarks/pretraining.py --plot table.png
     python benchmarks/pretraining.py --estimates                         # bias and variance of the rows on one real gradient
+    python benchmarks/pretraining.py --optimizer averaged --most-seeds 1 # drawn rows without Adam's divisor
+    python benchmarks/pretraining.py --trace stiefel@0.003 --seeds 000,222,220,002 --until 150  # which seed makes a run go astray
     python benchmarks/pretraining.py --model llama-20m --prepare         # pack the text first, where the text is, then
     python benchmarks/pretraining.py --model llama-20m --device cuda --seconds 540 --rows stiefel,galore,adamw
 
@@ -19,7 +21,8 @@ subspaces.
 State is what a run holds from step to step beside the weights, with that of embeddings and head; peak is that of live tensors
 over a step that opens a window (CUDA: `max_memory_allocated`); both are taken after training. Every run is a process of its own
 on one thread, and its tokens a second are of that thread's processor time (CUDA: of wall-clock time). Results are merged into `benchmarks/results/pretraining.json` (and `pretraining-MODEL.json`), with the settings
-and versions they were made with. `--rank` and `--steps` other than the usual ones are groups of their own in the same file.
+and versions they were made with. `--rank` and `--steps` other than the usual ones are groups of their own in the same file, and so is
+`--optimizer`: drawn rows whose coordinates are trained by another rule than Adam, with all that has no subspace by Adam as ever.
 """
 
 import argparse
@@ -43,6 +46,11 @@ DATA = Path(os.environ.get("ZOLR_DATA", Path(__file__).parents[2] / "shared" / "
 SCRATCH = Path("runs") / "pretraining-tokens"
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+# rules that do not divide by one number a coordinate: their grids, and the rate to begin with
+OPTIMIZERS: dict[str, tuple[tuple[float, ...], float]] = {
+    "averaged": ((1e-2, 3e-2, 1e-1, 3e-1, 1.0), 1e-1),  # SGD along a running mean of gradients
+    "muon": (GRID, 3e-3),
+}
 SEEDS = (0, 1, 2)
 
 
@@ -125,7 +133,9 @@ TAKEN: dict[str, tuple[dict[str, Any], float]] = {
 ROWS = {"adamw": FULL["adamw"], "muon": FULL["muon"], **DRAWN, **TAKEN, "adalomo": FULL["adalomo"]}
 
 
-def method_of(name: str, rank: int, refresh_every: int, factor: float = 1.0) -> Any:
+def method_of(
+    name: str, rank: int, refresh_every: int, factor: float = 1.0, optimizer: str | None = None
+) -> Any:
     """The method of a row, whose matrices are trained at `factor` of the rate, times the factor that the row has anyway."""
     from zolr.methods import METHODS, compose
 
@@ -136,6 +146,8 @@ def method_of(name: str, rank: int, refresh_every: int, factor: float = 1.0) -> 
         settings |= {"refresh_every": refresh_every}
     if name not in RELATIVE:
         settings |= {"scale": usual.scale * factor}
+    if optimizer is not None:
+        settings |= {"optimizer": optimizer}
     return compose(paradigm="fo", tables="full", **{**settings, **given})
 
 
@@ -241,13 +253,14 @@ def one(case: dict[str, Any]) -> dict[str, Any]:
 
     protocol = PROTOCOLS[case["model"]]
     device = torch.device(case["device"])
-    train, valid, vocabulary = streams(case["model"], protocol, case["seed"])
+    seeds = dict.fromkeys(("weights", "rows", "subspaces"), case["seed"]) | case.get("seeds", {})
+    train, valid, vocabulary = streams(case["model"], protocol, seeds["rows"])
     if protocol.numbers:
         more = dict(max_position_embeddings=protocol.length, tie_word_embeddings=False, rms_norm_eps=1e-6)
         config = AutoConfig.for_model("llama", vocab_size=vocabulary, **protocol.numbers, **more)
-        model: Any = build(config, seed=case["seed"])
+        model: Any = build(config, seed=seeds["weights"])
     else:
-        model = build(case["model"], seed=case["seed"], vocab_size=vocabulary)
+        model = build(case["model"], seed=seeds["weights"], vocab_size=vocabulary)
     model = model.to(device)
     low = case["compute"] == "bfloat16"
 
@@ -274,16 +287,18 @@ def one(case: dict[str, Any]) -> dict[str, Any]:
     rate = case["lr"] if case["row"] in RELATIVE else TABLES_RATE
     engine = Engine(
         model,
-        method_of(case["row"], case["rank"], case["refresh_every"], case["lr"] / rate),
+        method_of(case["row"], case["rank"], case["refresh_every"], case["lr"] / rate, case.get("optimizer")),
         lr=rate,
         loss=loss,
-        seed=case["seed"],
+        seed=seeds["subspaces"],
         schedule=schedule(steps),
+        clip=case.get("clip"),
     )
     # one thread's processor time, which other work on the machine moves little; a card is waited for
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     curve, times, skipped = [(0, evaluated())], [], 0
-    for step in range(steps):
+    trained: list[float] = []
+    for step in range(case.get("until", steps)):
         ready = batches(step)
         _wait(device)
         started = clock()
@@ -291,6 +306,7 @@ def one(case: dict[str, Any]) -> dict[str, Any]:
         _wait(device)
         times.append(clock() - started)
         skipped += info.skipped
+        trained.append(info.loss)
         if (step + 1) % max(1, steps // 4) == 0 or step + 1 == steps:
             curve.append((step + 1, evaluated()))
         if skipped > 20:
@@ -319,6 +335,7 @@ def one(case: dict[str, Any]) -> dict[str, Any]:
         "perplexity": exp(min(last, 700.0)),
         "curve": [(step * tokens, value) for step, value in curve],
         "skipped": skipped,
+        **({"trained": trained} if "until" in case else {}),
         "parameters": sum(p.numel() for p in model.parameters()),
         "weight_bytes": weights,
         "state_bytes": state["optimizer"] + state["coords"],
@@ -410,49 +427,96 @@ def ran(case: dict[str, Any], limit: float | None) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def traced(case: dict[str, Any], seeds: Sequence[str], found: dict[str, Any], window: int) -> None:
+    """Run the beginning of a row with seeds mixed, and print where its loss goes: means of windows, and the largest jump at their ends."""
+    for mix in seeds:
+        own = dict(zip(("weights", "rows", "subspaces"), map(int, mix), strict=True))
+        run = ran({**case, "seeds": own}, None)
+        clip = f", clip {case['clip']:g}" if "clip" in case else ""
+        found[f"{case['row']}/{case['lr']:g}/{mix}{clip}"] = run
+        if "failed" in run:
+            print(f"{mix}{clip}: {run['failed']}", flush=True)
+            continue
+        losses = run["trained"]
+        means = [statistics.mean(losses[i : i + window]) for i in range(0, len(losses) - window + 1, window)]
+        # of the first three steps of a window over the last three of the one before
+        jumps = [
+            statistics.mean(losses[i : i + 3]) - statistics.mean(losses[i - 3 : i])
+            for i in range(window, len(losses) - 2, window)
+        ]
+        held_out = ", ".join(f"{value:.3f}" for _, value in run["curve"])
+        print(
+            f"{mix}{clip}: held-out {held_out}; windows {' '.join(f'{m:.2f}' for m in means)}; "
+            f"jumps at their ends {' '.join(f'{j:+.2f}' for j in jumps)}",
+            flush=True,
+        )
+
+
 # ---- which runs ------------------------------------------------------------------------------------------------------
 
 
-def losses(runs: dict[str, Any], row: str, seed: int = 0) -> dict[float, float]:
+@dataclass(frozen=True)
+class Search:
+    """The rates of a group of runs, and which seeds it wants.
+
+    Args:
+        grid: rates that may be tried.
+        first: rate to begin with; None for what each row says.
+        seeds: those of a row, the first of which chooses its rate.
+    """
+
+    grid: tuple[float, ...] = GRID
+    first: float | None = None
+    seeds: tuple[int, ...] = SEEDS
+
+    def begins(self, row: str) -> float:
+        """The rate that a row is tried at first."""
+        return ROWS[row][1] if self.first is None else self.first
+
+    def around(self, rate: float) -> list[float]:
+        """The neighbors of a rate, the larger one first."""
+        place = self.grid.index(rate)
+        return [self.grid[i] for i in (place + 1, place - 1) if 0 <= i < len(self.grid)]
+
+
+def losses(runs: dict[str, Any], row: str, search: Search, seed: int = 0) -> dict[float, float]:
     """Held-out loss of a row by rate, without runs that failed; infinite where it is not finite."""
     found = {}
-    for rate in GRID:
+    for rate in search.grid:
         run = runs.get(f"{row}/{rate:g}/{seed}", {})
         if "loss" in run:
             found[rate] = run["loss"] if isfinite(run["loss"]) and run["skipped"] <= 20 else float("inf")
     return found
 
 
-def best_rate(runs: dict[str, Any], row: str) -> tuple[float | None, bool]:
+def best_rate(runs: dict[str, Any], row: str, search: Search) -> tuple[float | None, bool]:
     """The best rate of seed 0 so far, and whether both of its neighbors have been tried (or the grid ends)."""
-    found = losses(runs, row)
+    found = losses(runs, row, search)
     if not found:
         return None, False
     best = min(found, key=lambda rate: found[rate])
-    place = GRID.index(best)
-    around = [GRID[i] for i in (place - 1, place + 1) if 0 <= i < len(GRID)]
-    return best, all(f"{row}/{rate:g}/0" in runs for rate in around)
+    return best, all(f"{row}/{rate:g}/0" in runs for rate in search.around(best))
 
 
-def missing(runs: dict[str, Any], rows: Sequence[str]) -> Iterator[tuple[str, float, int]]:
+def missing(runs: dict[str, Any], rows: Sequence[str], search: Search) -> Iterator[tuple[str, float, int]]:
     """Row, rate and seed of what is to be run, in order, as far as it is known now.
 
     First every row at its first rate, then at the next larger one, then whatever neighbors the best one lacks.
     """
     for row in rows:
-        if f"{row}/{ROWS[row][1]:g}/0" not in runs:
-            yield row, ROWS[row][1], 0
-    for sides in ((1,), (1, -1)):
+        if f"{row}/{search.begins(row):g}/0" not in runs:
+            yield row, search.begins(row), 0
+    for both in (False, True):
         for row in rows:
-            best, settled = best_rate(runs, row)
+            best, settled = best_rate(runs, row, search)
             if best is None or settled:
                 continue
-            for i in (GRID.index(best) + side for side in sides):
-                if 0 <= i < len(GRID) and f"{row}/{GRID[i]:g}/0" not in runs:
-                    yield row, GRID[i], 0
-    for seed in SEEDS[1:]:
+            for rate in search.around(best):
+                if (both or rate > best) and f"{row}/{rate:g}/0" not in runs:
+                    yield row, rate, 0
+    for seed in search.seeds[1:]:
         for row in rows:
-            best, settled = best_rate(runs, row)
+            best, settled = best_rate(runs, row, search)
             if best is not None and settled and f"{row}/{best:g}/{seed}" not in runs:
                 yield row, best, seed
 
@@ -462,11 +526,11 @@ def missing(runs: dict[str, Any], rows: Sequence[str]) -> Iterator[tuple[str, fl
 HEAD = ("row", "lr", "perplexity", "spread", "seeds", "gap", "state MiB", "peak MiB", "tokens/s")
 
 
-def table(runs: dict[str, Any], rows: Sequence[str]) -> list[tuple[str, ...]]:
+def table(runs: dict[str, Any], rows: Sequence[str], search: Search) -> list[tuple[str, ...]]:
     """A line a row, the best first; the gap is that to AdamW's mean perplexity."""
     lines, reference = [], None
     for row in rows:
-        best, settled = best_rate(runs, row)
+        best, settled = best_rate(runs, row, search)
         if best is None:
             continue
         seeds = [runs[key] for s in SEEDS if "loss" in runs.get(key := f"{row}/{best:g}/{s}", {})]
@@ -511,7 +575,7 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in ruled) + "\n"
 
 
-def draw(runs: dict[str, Any], rows: Sequence[str], path: Path, title: str) -> None:
+def draw(runs: dict[str, Any], rows: Sequence[str], search: Search, path: Path, title: str) -> None:
     """Perplexity against tokens, one part a family, and state against perplexity."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -523,7 +587,7 @@ def draw(runs: dict[str, Any], rows: Sequence[str], path: Path, title: str) -> N
     FigureCanvasAgg(figure)
     curves, states = figure.subplots(1, 2)
     for i, row in enumerate(rows):
-        best, _ = best_rate(runs, row)
+        best, _ = best_rate(runs, row, search)
         if best is None:
             continue
         seeds = [runs[key] for s in SEEDS if "loss" in runs.get(key := f"{row}/{best:g}/{s}", {})]
@@ -565,13 +629,27 @@ def main() -> None:
     parser.add_argument("--rows", help="some of them, joined by commas")
     parser.add_argument("--rank", type=int, help="another rank: a group of its own")
     parser.add_argument("--steps", type=int, help="another number of steps: a group of its own")
+    parser.add_argument(
+        "--optimizer",
+        choices=tuple(OPTIMIZERS),
+        help="another rule for coordinates than Adam, drawn rows alone: a group of its own",
+    )
     parser.add_argument("--seconds", type=float, help="begin no run after so many, and end the last one")
     parser.add_argument("--most", type=int, help="runs at most")
+    parser.add_argument("--most-seeds", type=int, default=len(SEEDS), help="seeds of a row at most")
     parser.add_argument(
         "--estimates",
         action="store_true",
         help="what the rows make of one real gradient, and stop (on a CPU)",
     )
+    parser.add_argument("--trace", metavar="ROW@RATE", help="the loss of every step of one row, and stop")
+    parser.add_argument(
+        "--until", type=int, default=150, help="steps of a trace, of the course of the whole run"
+    )
+    parser.add_argument(
+        "--seeds", default="000,111,222", help="of traces: a digit for weights, for rows, for subspaces"
+    )
+    parser.add_argument("--clip", type=float, help="of traces: largest norm of a gradient")
     parser.add_argument("--prepare", action="store_true", help="pack the text and stop")
     parser.add_argument("--table", action="store_true", help="print what there is and stop")
     parser.add_argument("--markdown", type=Path, help="write the table there too")
@@ -583,9 +661,10 @@ def main() -> None:
         case = json.loads(options.one)
         print(json.dumps((estimates if case.get("estimates") else one)(case)))
         return
-    rows = list(ROWS) if options.rows is None else options.rows.split(",")
-    if unknown := [row for row in rows if row not in ROWS]:
-        parser.error(f"--rows {unknown[0]}: no such row; use some of {', '.join(ROWS)}")
+    known = DRAWN if options.optimizer else ROWS
+    rows = list(known) if options.rows is None else options.rows.split(",")
+    if unknown := [row for row in rows if row not in known]:
+        parser.error(f"--rows {unknown[0]}: no such row; use some of {', '.join(known)}")
     protocol = PROTOCOLS[options.model]
     if options.prepare:
         print(prepared(options.model, protocol))
@@ -596,12 +675,16 @@ def main() -> None:
     output = options.output or RESULTS / f"pretraining{suffix}.json"
     results = json.loads(output.read_text()) if output.exists() else {"groups": {}}
     group = f"rank {rank}, {steps} steps, {compute}, {options.device.split(':')[0]}"
+    grid, first = OPTIMIZERS.get(options.optimizer, (GRID, None))
+    search = Search(grid, first, SEEDS[: options.most_seeds])
+    if options.optimizer:
+        group += f", {options.optimizer}"
     found = results["groups"].setdefault(group, {"runs": {}})
     runs = found["runs"]
     begun = time.monotonic()
     if not options.table:
         found["conditions"] = {p: version(p) for p in ("zolr", "torch", "transformers")}
-        found["conditions"] |= {**asdict(protocol), "grid": GRID, "device": device_name(options.device)}
+        found["conditions"] |= {**asdict(protocol), "grid": grid, "device": device_name(options.device)}
         found["conditions"] |= {"tables_rate": TABLES_RATE}
     if options.estimates:
         prepared(options.model, protocol)
@@ -610,11 +693,22 @@ def main() -> None:
         written(results, output)
         print(shown_estimates(found["estimates"]))
         return
+    if options.trace:
+        row, rate = options.trace.split("@")
+        case = dict(
+            model=options.model, device=options.device, compute=compute, row=row, lr=float(rate), seed=0,
+            steps=steps, rank=rank, refresh_every=protocol.refresh_every, until=options.until,
+        )  # fmt: skip
+        case |= {} if options.optimizer is None else {"optimizer": options.optimizer}
+        case |= {} if options.clip is None else {"clip": options.clip}
+        traced(case, options.seeds.split(","), found.setdefault("traces", {}), protocol.refresh_every)
+        written(results, output)
+        return
     if not options.table:
         prepared(options.model, protocol)
         for _ in range(options.most if options.most is not None else sys.maxsize):
             left = None if options.seconds is None else options.seconds - (time.monotonic() - begun)
-            following = next(missing(runs, rows), None)
+            following = next(missing(runs, rows, search), None)
             if following is None or (left is not None and left < 10):
                 break
             row, rate, seed = following
@@ -624,18 +718,19 @@ def main() -> None:
             case |= dict(
                 steps=steps, rank=1 if row == "apollo-mini" else rank, refresh_every=protocol.refresh_every
             )
+            case |= {} if options.optimizer is None else {"optimizer": options.optimizer}
             run = ran(case, left)
             if run.get("failed") == "out of time":
                 break
             runs[f"{row}/{rate:g}/{seed}"] = run
             written(results, output)
             print(f"{row} {rate:g} seed {seed}: {run.get('perplexity', run.get('failed'))}", flush=True)
-    lines = table(runs, rows)
+    lines = table(runs, rows, search)
     print(printed(lines))
     if options.markdown:
         options.markdown.write_text(markdown(lines))
     if options.plot:
-        draw(runs, rows, options.plot, f"{options.model}, {group}")
+        draw(runs, rows, search, options.plot, f"{options.model}, {group}")
 
 
 def written(results: dict[str, Any], output: Path) -> None:

@@ -187,7 +187,7 @@ def test_energy_is_that_in_the_subspace_of_the_run(method: str, paradigm: str) -
         engine.step(batches(step))
     gradients: dict[str, Tensor] = {}
     dense_gradients(engine, batches(0)[0], lambda v, g: gradients.update({v.name: g.clone()}))
-    found, inside = diagnose(engine, batches(0)[0], Key(0), draws=2), 0.0
+    found, inside, projected = diagnose(engine, batches(0)[0], Key(0), draws=2), 0.0, [0.0, 0.0]
     assert list(found["layers"]) == [v.name for v in engine.variables if len(v.shape) == 2]
     for variable in engine.variables:
         space, g = engine.subspace(variable), gradients[variable.name]
@@ -197,12 +197,16 @@ def test_energy_is_that_in_the_subspace_of_the_run(method: str, paradigm: str) -
             q = torch.linalg.qr(space.basis)[0]
             share = float((g @ q if isinstance(space, Right) else q.mT @ g).square().sum() / g.square().sum())
             assert share < 0.99
+            projected[0] += share * float(g.square().sum())
+            projected[1] += float(g.square().sum())
         if len(variable.shape) == 2:
             assert found["layers"][variable.name]["energy"] == pytest.approx(share, rel=1e-9)
         inside += share * float(g.square().sum())
     whole = sum(float(g.square().sum()) for g in gradients.values())
     assert found["total"]["energy"] == pytest.approx(inside / whole, rel=1e-9)
     assert found["total"]["norm"] == pytest.approx(whole**0.5, rel=1e-9)
+    assert found["projected"]["energy"] == pytest.approx(projected[0] / projected[1], rel=1e-9)
+    assert found["projected"]["norm"] == pytest.approx(projected[1] ** 0.5, rel=1e-9)
 
 
 # ---- moments ---------------------------------------------------------------------------------------------------------
@@ -295,7 +299,7 @@ def test_a_diagnosed_run_is_the_same_to_the_last_bit(case: str, tmp_path: Path) 
     assert len(plain) == 6 and [line["step"] for line in lines if "diagnosis" in line] == list(range(1, 7))
     for line in lines:
         if "diagnosis" in line:
-            assert set(line["diagnosis"]) == {"loss", "draws", "total", "layers", "seconds"}
+            assert set(line["diagnosis"]) - {"projected"} == {"loss", "draws", "total", "layers", "seconds"}
             assert {"norm", "energy", "gain", "bias", "variance", "cosine"} <= set(line["diagnosis"]["total"])
             assert all(0 <= layer["energy"] <= 1 + 1e-9 for layer in line["diagnosis"]["layers"].values())
 

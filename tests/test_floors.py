@@ -17,6 +17,7 @@ FLOORS: dict[str, int] = {
             ("variables", "projectors", "estimators", "transports", "residuals", "layers", "optim"),
             ("methods", "kinds", "tuning", "dense", "windows", "verify", "compiled", "engine"),
             (
+                "hub",
                 "tasks",
                 "models",
                 "lora",

@@ -70,6 +70,22 @@ def test_costs_are_those_of_the_step(made: Callable[..., Path]) -> None:
     assert [p[:2] for p in curve(trace.folder, "loss")][:2] == [(0, 0), (30, 5)]  # zolr compare's picture
 
 
+def test_figures_of_all_weights_are_those_of_projected_ones(made: Callable[..., Path]) -> None:
+    folder = made("a")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "diagnosis" in line and line["step"] > 10:  # the first one is as where no weight has a subspace
+            line["diagnosis"]["projected"] = {"energy": 0.25, "norm": 9.0}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    trace = traced(folder)
+    assert plot._totals(trace, "energy", "tokens") == [
+        (1000, 0.2),
+        *((t, 0.25) for t in (2000, 3000, 4000)),
+    ]
+    assert [value for _, value in plot._totals(trace, "norm", "steps")] == pytest.approx([0.2, 0.3, 0.4, 0.5])
+    assert plot._totals(trace, "gain", "steps") == [(10, 0.2)]
+
+
 def test_layers_have_short_names_that_differ() -> None:
     assert short_names(LAYERS)[:3] == ["embed_tokens", "0 q_proj", "0 k_proj"]
     bert = [

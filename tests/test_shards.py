@@ -73,6 +73,43 @@ def test_a_data_set_of_the_hub_has_the_same_documents(tmp_path: Path, monkeypatc
     assert list(documents([HubText(str(home), documents=7)])) == DOCUMENTS[:7]  # streamed
 
 
+def test_a_data_set_that_was_saved_has_the_same_documents(tmp_path: Path, tokenizer: Any) -> None:
+    import shutil
+
+    from datasets import Dataset, DatasetDict
+
+    parts = DatasetDict(
+        {
+            "train": Dataset.from_dict({"text": DOCUMENTS}),
+            "validation": Dataset.from_dict({"text": DOCUMENTS[:3]}),
+            "test": Dataset.from_dict({"text": DOCUMENTS[:1]}),
+        }
+    )
+    home, one = str(tmp_path / "all"), str(tmp_path / "one")
+    parts.save_to_disk(home)
+    parts["train"].save_to_disk(one)
+    train, held_out = sources([home], 7)
+    assert (train, held_out) == ([HubText(home, None, "train", 7)], [HubText(home, None, "validation", 7)])
+    assert list(documents(train)) == DOCUMENTS[:7] and list(documents(held_out)) == DOCUMENTS[:3]
+    assert sources([one]) == ([HubText(one)], []) and list(documents([HubText(one)])) == DOCUMENTS
+    assert sources([f"{home}::test"])[0] == [HubText(home, None, "test")]
+    HubText(home).check()
+    with pytest.raises(DataError, match="all::dev cannot be loaded from that folder.*NAME:CONFIG:SPLIT"):
+        HubText(home, split="dev").check()
+
+    # packed once, wherever it lies; another text is another one
+    cache = tmp_path / "cache"
+    first = pack([HubText(one)], tokenizer, cache)
+    shutil.move(one, tmp_path / "moved")
+    again = pack([HubText(str(tmp_path / "moved"))], tokenizer, cache)
+    assert again.folder == first.folder and again.origin["sha256"] == first.origin["sha256"]
+    shutil.rmtree(tmp_path / "moved")
+    Dataset.from_dict({"text": [*DOCUMENTS[:-1], "another end"]}).save_to_disk(one)
+    other = pack([HubText(one)], tokenizer, cache)
+    with pytest.raises(DataError, match="text is not what the run began with: .*one::train has changed"):
+        check_unchanged(other.origin, first.origin, "text")
+
+
 def test_names_of_data_sets_are_told_from_paths(tmp_path: Path) -> None:
     assert sources(["allenai/c4:en"])[0] == [HubText("allenai/c4", "en")]
     assert sources(["wikitext::validation"], 9)[0] == [HubText("wikitext", None, "validation", 9)]
@@ -90,6 +127,28 @@ def test_a_data_set_that_cannot_be_fetched_says_so(monkeypatch: Any) -> None:
     monkeypatch.setattr(datasets, "load_dataset", refused)
     with pytest.raises(DataError, match="'some-set' is no file or folder.*cannot be reached.*give the path"):
         list(documents([HubText("some-set")]))
+
+
+def test_a_hub_that_does_not_answer_is_not_asked_again(monkeypatch: Any) -> None:
+    import datasets
+    from huggingface_hub import constants
+
+    from zolr import hub
+
+    seen: list[bool] = []
+
+    def refused(*_: Any, **__: Any) -> None:
+        seen.append(constants.HF_HUB_OFFLINE)
+        raise ConnectionError("not in the cache")
+
+    monkeypatch.setattr(datasets, "load_dataset", refused)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for answers in (True, False):
+        monkeypatch.setattr(hub, "answers", lambda answers=answers: answers)
+        with pytest.raises(DataError, match="not in the cache"):
+            HubText("some-set").load()
+        assert not constants.HF_HUB_OFFLINE
+    assert seen == [False, True]
 
 
 def test_another_column_may_hold_the_text(tmp_path: Path) -> None:

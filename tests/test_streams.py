@@ -345,8 +345,12 @@ def test_errors_name_the_file_and_the_way_out(tmp_path, tokenizer):
 
     whole = lzma.compress(b"some text\n" * 1000)
     cases = {
-        "binary": (written("binary.txt", b"text\0more"), "null bytes"),
-        "latin": (written("latin.txt", "caf\xe9".encode("latin-1")), "not UTF-8"),
+        "binary": (written("binary.txt", b"text\nis\0more"), "a null byte at byte 7, in line 2"),
+        "latin": (
+            written("latin.txt", "a caf\xe9 is".encode("latin-1")),
+            "not UTF-8 .*byte at byte 5, in line 1",
+        ),
+        "short": (written("short.txt", "a caf\xe9".encode()[:-1]), "not UTF-8 .*at byte 5, in line 1"),
         "empty": (written("empty.txt", b""), "no text"),
         "blank": (written("blank.txt", b"\n \n\n"), "no text"),
         "cut": (written("cut.txt.xz", whole[:-20]), "damaged"),
@@ -364,6 +368,25 @@ def test_errors_name_the_file_and_the_way_out(tmp_path, tokenizer):
     (tmp_path / "void").mkdir()
     with pytest.raises(DataError, match="no .txt"):
         text_files([tmp_path / "void"])
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+def test_the_first_wrong_byte_of_a_file_is_found(suffix, tmp_path):
+    import gzip
+
+    pack_ = {
+        "": bytes,
+        ".gz": lambda data: gzip.compress(data, 1),
+        ".xz": lambda data: lzma.compress(data, preset=0),
+    }
+    # a character of two bytes lies across what is read at once
+    text = "x" * ((1 << 20) - 1) + "\xe9\n" * 3
+    path = tmp_path / f"late.txt{suffix}"
+    unpacked = " of what it unpacks to" if suffix else ""
+    for wrong, why in ((b"\xff\0", "invalid start byte"), (b"\0\xff", "a null byte")):
+        path.write_bytes(pack_[suffix](text.encode() + wrong + b"more"))
+        with pytest.raises(DataError, match=f"{why} at byte 1,048,584{unpacked}, in line 4"):
+            list(documents([path]))
 
 
 def test_streams_refuse_what_they_cannot_do():
@@ -591,8 +614,15 @@ def test_wsd_may_be_given_another_end_until_it_falls():
     assert short(100) == 0 and short(76) < 1
 
 
-def test_pretraining_says_what_is_wrong(corpus, tokenizer, tmp_path, capsys):
+def test_pretraining_says_what_is_wrong(corpus, tokenizer, tmp_path, capsys, monkeypatch):
+    import datasets
+
     from zolr.models import build
+
+    def absent(*_):
+        raise FileNotFoundError("no such set")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", absent)
 
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(bytes(range(128)) * 40)
@@ -601,6 +631,7 @@ def test_pretraining_says_what_is_wrong(corpus, tokenizer, tmp_path, capsys):
         "llama-20m", vocab_size=16, hidden_size=16, num_attention_heads=2, num_hidden_layers=1
     ).save_pretrained(model)
     tokenizer.save_pretrained(large)
+    config = str(model / "config.json")
     capsys.readouterr()
 
     from zolr.cli import main
@@ -617,13 +648,37 @@ def test_pretraining_says_what_is_wrong(corpus, tokenizer, tmp_path, capsys):
         ([*data, "--heads", "7", "--train-tokenizer"], 2, "--heads"),
         ([*data, "--method", "adam", "--train-tokenizer"], 2, "adamw"),
         ([*data, "--length", "100000", "--train-tokenizer"], 3, "do not fill one row"),
-        ([*data, "--model", "llama-20m", "--length", "1025", "--train-tokenizer"], 2, "the 1024 positions"),
+        (["--data", str(tmp_path / "nowhere")], 3, "nowhere"),
+        (["--data", "nowhere"], 3, "'nowhere' is no file or folder"),  # and not that there is no tokenizer
+        ([*data, "--model", config, "--length", "1025", "--train-tokenizer"], 2, "the 1024 positions"),
+        (
+            [*data, "--model", "none/config.json", "--train-tokenizer"],
+            2,
+            "no model config 'none/config.json'",
+        ),
+        ([*data, "--tokenizer", str(corpus)], 3, "add a tokenizer.json"),
+        ([*data, "--tokenizer", "./nowhere"], 3, "tokenizer folder './nowhere' does not exist"),
         ([*data, "--objective", "mlm", "--documents", "apart", "--train-tokenizer"], 2, "causal models"),
         (["--data", str(tmp_path / "empty.txt"), "--train-tokenizer"], 3, "no text in"),
-        (["--data", str(tmp_path / "binary.txt"), "--train-tokenizer"], 3, "null bytes"),
+        (
+            ["--data", str(tmp_path / "binary.txt"), "--train-tokenizer"],
+            3,
+            "a null byte at byte 0, in line 1",
+        ),
         ([*data, "--model", str(model), "--tokenizer", str(large)], 2, "16 tokens, the tokenizer 300"),
     ):
         found, message = complaint(*arguments)
         assert (found, message.count("\n")) == (code, 1), message
         assert words in message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_preset_has_as_many_positions_as_a_row(tokenizer):
+    from zolr.cli.pretrain import Pretrain, _check_length, _model
+
+    for length, positions in ((64, 1024), (2048, 2048)):
+        settings = Pretrain(data=("x",), model="llama-20m", length=length)
+        model = _model(settings, tokenizer)
+        _check_length(settings, model)
+        assert model.config.max_position_embeddings == positions
+    assert sum(p.numel() for p in model.parameters()) == 3_164_416 + 2 * 256 * len(tokenizer)

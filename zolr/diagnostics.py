@@ -329,8 +329,8 @@ def diagnose(engine: Engine, batch: Any, key: Key, draws: int = DRAWS) -> dict[s
         draws: estimates per weight, at least 2.
 
     Returns:
-        `loss`, `draws`, `total` and `layers`, see above. Without a probe radius yet (it is chosen in the first step) there are no
-        figures of estimates.
+        `loss`, `draws`, `total`, `projected` (as `total`, of the weights that have a subspace, where there are any) and `layers`, see
+        above. Without a probe radius yet (it is chosen in the first step) there are no figures of estimates.
     """
     layers: dict[str, _Layer] = {}
     kept: dict[str, _Scatter] = {}
@@ -359,27 +359,34 @@ def diagnose(engine: Engine, batch: Any, key: Key, draws: int = DRAWS) -> dict[s
                 layers[name].sums = scatter.sums()
     layers = {name: layers[name] for name in spaces}  # gradients come from the last layer on
     _expect(engine, layers, backprop)
-    whole = sum(layer.square for layer in layers.values())
-    inside = sum(layer.square * layer.found["energy"] for layer in layers.values())
+    projected = [layers[name] for name, space in spaces.items() if not isinstance(space, Full)]
+    return {
+        "loss": loss,
+        "draws": draws,
+        "total": _together(list(layers.values())),
+        **({"projected": _together(projected)} if projected else {}),
+        "layers": {name: layer.found for name, layer in layers.items() if len(layer.shape) == 2},
+    }
+
+
+def _together(layers: Sequence[_Layer]) -> dict[str, float | None]:
+    """The figures of several weights as if they were one."""
+    whole = sum(layer.square for layer in layers)
+    inside = sum(layer.square * layer.found["energy"] for layer in layers)
     total: dict[str, float | None] = {"norm": whole**0.5, "energy": inside / max(whole, TINY)}
-    sums = [layer.sums for layer in layers.values() if layer.sums is not None]
+    sums = [layer.sums for layer in layers if layer.sums is not None]
     if sums:
         added = sums[0]
         for more in sums[1:]:
             added = added + more
         total |= added.figures()
-        scatters = [layer.found.get("variance_expected") for layer in layers.values()]
+        scatters = [layer.found.get("variance_expected") for layer in layers]
         if None not in scatters:
-            weighted = zip(scatters, layers.values(), strict=True)
+            weighted = zip(scatters, layers, strict=True)
             total["variance_expected"] = sum(s * la.square for s, la in weighted if s is not None) / max(
                 whole, TINY
             )
-    return {
-        "loss": loss,
-        "draws": draws,
-        "total": total,
-        "layers": {name: layer.found for name, layer in layers.items() if len(layer.shape) == 2},
-    }
+    return total
 
 
 def _probe(engine: Engine, batch: Any, key: Key, draws: int, kept: Mapping[str, _Scatter]) -> None:

@@ -11,7 +11,6 @@ import importlib.util
 import inspect
 import os
 import re
-import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,6 +43,7 @@ from transformers.utils import logging as transformers_logging
 from zolr import adapters
 from zolr.errors import DataError, UsageError
 from zolr.held import keep_codes
+from zolr.hub import answers as _hub_answers
 from zolr.variables import multiplied_with
 
 Batch = Mapping[str, Tensor]
@@ -481,8 +481,8 @@ def load_tokenizer(name: str | os.PathLike[str], *, trust_remote_code: bool = Fa
         raise UsageError(
             f"preset '{label}' has no tokenizer; pass one: a folder, or a hub name such as '{hub}'"
         )
-    source, remote = _locate(label)
-    with _plain_errors(label, remote):
+    source, remote = _locate(label, "tokenizer")
+    with _plain_errors(label, remote, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             source, trust_remote_code=trust_remote_code, local_files_only=remote and not _hub_answers()
         )
@@ -600,7 +600,7 @@ def _nearest(name: str) -> str:
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
-def _locate(name: str) -> tuple[str, bool]:
+def _locate(name: str, kind: str = "model") -> tuple[str, bool]:
     """The folder or hub name behind `name`, and whether it is on the hub."""
     if name == "demo" and not Path(name).is_dir():
         if not DEMO.is_dir():
@@ -613,30 +613,15 @@ def _locate(name: str) -> tuple[str, bool]:
         return str(path), False
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
         what = "is a file" if path.exists() else "does not exist"
-        raise DataError(
-            f"model folder '{name}' {what}; give a folder with a config.json, a preset or a hub name"
+        way_out = (
+            "a folder with a config.json, a preset" if kind == "model" else "a folder with a tokenizer.json"
         )
+        raise DataError(f"{kind} folder '{name}' {what}; give {way_out} or a hub name")
     return name, True
 
 
-def _hub_answers() -> bool:
-    """Whether asking the hub is worth it: its client retries for half a minute before it gives up."""
-    if any(os.environ.get(v) for v in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    match = re.match(r"(https?)://([^/:]+)(?::(\d+))?", endpoint)
-    if match is None:
-        return True
-    port = int(match[3] or (443 if match[1] == "https" else 80))
-    try:
-        socket.create_connection((match[2], port), timeout=5).close()
-    except OSError:
-        return False
-    return True
-
-
 @contextmanager
-def _plain_errors(name: str, remote: bool) -> Iterator[None]:
+def _plain_errors(name: str, remote: bool, kind: str = "model") -> Iterator[None]:
     """Turn what transformers raises into one line that says what to do, and keep its progress bars off."""
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
@@ -653,22 +638,25 @@ def _plain_errors(name: str, remote: bool) -> Iterator[None]:
         reason = str(error).strip().split("\n")[0]
         if "trust_remote_code" in str(error):
             raise UsageError(
-                f"model '{name}' brings Python code of its own; read it, then allow it with trust_remote_code"
+                f"{kind} '{name}' brings Python code of its own; read it, then allow it with trust_remote_code"
             ) from error
         if ".safetensors" in reason:
             raise DataError(
-                f"model '{name}' has no safetensors; its weights are in a format that can run code: convert them, or allow "
+                f"{kind} '{name}' has no safetensors; its weights are in a format that can run code: convert them, or allow "
                 f"it with trust_remote_code ({reason})"
             ) from error
         if not remote:
-            raise DataError(f"model folder '{name}' cannot be read: {reason}") from error
-        way_out = f"use a folder, a preset ({', '.join(PRESETS)}) or 'demo'"
+            if "backend tokenizer" in reason:
+                reason = "nothing in it says what kind it is; add a tokenizer.json, or a tokenizer_config.json with tokenizer_class"
+            raise DataError(f"{kind} folder '{name}' cannot be read: {reason}") from error
+        presets = f", a preset ({', '.join(PRESETS)})" if kind == "model" else ""
+        way_out = f"use a folder{presets} or 'demo'"
         if {"LocalEntryNotFoundError", "OfflineModeIsEnabled"} & set(causes) or "connect" in reason:
-            what = f"is not a folder or preset{_nearest(name)}, and the hub cannot be reached"
-            raise DataError(f"model '{name}' {what}; {way_out}") from error
+            what = f"is not a folder{' or preset' * bool(presets)}{_nearest(name)}, and the hub cannot be reached"
+            raise DataError(f"{kind} '{name}' {what}; {way_out}") from error
         if "GatedRepoError" in causes:
-            raise DataError(f"model '{name}' is gated; accept its terms on the hub and log in") from error
-        raise UsageError(f"model '{name}' is not known{_nearest(name)} ({reason}); {way_out}") from error
+            raise DataError(f"{kind} '{name}' is gated; accept its terms on the hub and log in") from error
+        raise UsageError(f"{kind} '{name}' is not known{_nearest(name)} ({reason}); {way_out}") from error
     finally:
         transformers_logging.set_verbosity(level)
         if bars:

@@ -294,7 +294,7 @@ def draw_curves(
                     if (v := _number(s["loss"])) is not None
                 ]
                 means = smoothed([v for _, v in points], smooth or len(points) / 50)
-                panel.plot([x for x, _ in points], means, linewidth=1.4, alpha=0.75, **style)
+                panel.plot([x for x, _ in points], means, linewidth=1.0, alpha=0.45, **style)
                 drawn += means
             seen = [
                 (trace.at(e["step"], axis), v)
@@ -321,7 +321,7 @@ def draw_curves(
         _plain(panel, "both")
         _counts(panel)
     if metric == "loss":
-        panels[0].set_ylabel("loss (nats): held-out with markers, training without")
+        panels[0].set_ylabel("loss (nats): held-out with markers, training pale")
         _zoom(panels[0], drawn)
     else:
         panels[0].set_ylabel(f"held-out {metric}")
@@ -359,14 +359,19 @@ def _zoom(panel: Any, values: Sequence[float]) -> None:
         panel.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low))
 
 
-def _legend(figure: Any, panel: Any, names: Sequence[str]) -> None:
+def _legend(figure: Any, panel: Any, names: Sequence[str], title: str | None = None) -> None:
+    """The names above all panels, and over them a title: one of the figure itself would lie on them."""
     handles, shown = panel.get_legend_handles_labels()
-    columns = max(1, min(len(names), int(110 / (max(map(len, names)) + 6))))
-    figure.legend(handles, shown, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
+    fitting = int(8.25 * figure.get_figwidth() / (max(map(len, names)) + 6))
+    columns = max(1, min(len(names), fitting))
+    figure.legend(
+        handles, shown, loc="outside upper center", ncols=columns, frameon=False, fontsize=9, title=title,
+        title_fontproperties={"weight": "bold", "size": 11},
+    )  # fmt: skip
 
 
 def draw_maps(traces: Sequence[Traced], figure: Figure, axis: str, path: Path) -> None:
-    """Write a map a run, layers against time, and above them the figure of all weights together.
+    """Write a map a run, layers against time, and above them the figure of all weights that have a subspace together.
 
     Raises:
         DataError: no run was diagnosed, or none has this figure.
@@ -395,25 +400,19 @@ def draw_maps(traces: Sequence[Traced], figure: Figure, axis: str, path: Path) -
     norm = LogNorm(lowest, highest) if wide else Normalize(lowest, highest or 1.0)
     panels, mesh = [], None
     for i, (trace, name, (edges, layers, rows)) in enumerate(zip(traces, names, tables, strict=True)):
-        totals = [
-            (trace.at(line["step"], axis), v)
-            for line in trace.diagnoses
-            if (v := _number(line["diagnosis"]["total"].get(figure.key))) is not None
-        ] or _means(edges, rows)
+        totals = _totals(trace, figure.key, axis) or _means(edges, rows)
+        gone = "" if not wide or any(v > 0 for _, v in totals) else ": zero"  # and on no logarithmic axis
         above.plot(
-            *zip(*totals, strict=True), label=name, marker="o", markersize=3, linewidth=1.4, **_style(i)
+            *zip(*totals, strict=True),
+            label=name + gone,
+            marker="o",
+            markersize=3,
+            linewidth=1.4,
+            **_style(i),
         )
-        if figure.expected:
-            said = [
-                (trace.at(line["step"], axis), v)
-                for line in trace.diagnoses
-                if (v := _number(line["diagnosis"]["total"].get(figure.expected))) is not None
-            ]
-            if said:
-                style = {**_style(i), "linestyle": (0, (1, 1.5))}
-                above.plot(
-                    *zip(*said, strict=True), linewidth=2.4, alpha=0.6, label=f"{name}: theory", **style
-                )
+        if figure.expected and (said := _totals(trace, figure.expected, axis)):
+            style = {**_style(i), "linestyle": (0, (1, 1.5))}
+            above.plot(*zip(*said, strict=True), linewidth=2.4, alpha=0.6, label=f"{name}: theory", **style)
         panel = canvas.add_subplot(grid[1, i])
         panels.append(panel)
         import numpy as np
@@ -446,19 +445,19 @@ def draw_maps(traces: Sequence[Traced], figure: Figure, axis: str, path: Path) -
     if count == 1:
         above.set_title(names[0], fontsize=9)
     above.set_xlabel(AXES[axis][1])
-    above.set_ylabel("all weights\ntogether", fontsize=9)
+    above.set_ylabel("all projected\nweights" if figure.key != "norm" else "all weights", fontsize=9)
     if wide:
         above.set_yscale("log")
         _plain_ticks(above.yaxis)
     _plain(above, "both")
     _counts(above)
     if count > 1 or figure.expected:
-        above.legend(loc="upper left", bbox_to_anchor=(1.005, 1.03), frameon=False, fontsize=8)
-    canvas.suptitle(figure.name, fontweight="bold", fontsize=11)
+        _legend(canvas, above, above.get_legend_handles_labels()[1], figure.name)
+    else:
+        canvas.suptitle(figure.name, fontweight="bold", fontsize=11)
     bar = canvas.colorbar(mesh, ax=panels, fraction=0.05, pad=0.01, aspect=40)
     if wide:
         _plain_ticks(bar.ax.yaxis)
-    bar.set_label(f"{figure.name}, by layer", fontsize=9)
     canvas.savefig(path, dpi=150)
 
 
@@ -482,8 +481,19 @@ def _table(trace: Traced, key: str, axis: str) -> tuple[list[float], list[str], 
     return edges, layers, rows
 
 
+def _totals(trace: Traced, key: str, axis: str) -> list[tuple[float, float]]:
+    """A figure at each time, of all weights that have a subspace as if they were one; of all weights where none has, and the norm."""
+    points = []
+    for line in trace.diagnoses:
+        found = line["diagnosis"]
+        part = found["total"] if key == "norm" else found.get("projected", found["total"])
+        if (value := _number(part.get(key))) is not None:
+            points.append((trace.at(line["step"], axis), value))
+    return points
+
+
 def _means(edges: Sequence[float], rows: Sequence[Sequence[float | None]]) -> list[tuple[float, float]]:
-    """Mean over the layers at each time, of a figure that has no total."""
+    """Mean over the layers at each time, of a figure that weights have only one by one."""
     points = []
     for k, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
         known = [v for row in rows if (v := row[k]) is not None]

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import cos, exp, pi
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 import typer
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor, device, nn
 
     from zolr.distributed import Team
+    from zolr.memory import Prediction
     from zolr.methods import Method
     from zolr.tasks.streams import TokenStream
 
@@ -99,7 +101,7 @@ class Text(Settings):
 
     data: tuple[str, ...] = flag(
         (),
-        "Text, JSON lines or parquet files (.gz, .xz), folders of them, or a data set of the hub: NAME:CONFIG:SPLIT (repeat the flag).",
+        "Text, JSON lines or parquet files (.gz, .xz), folders of them, or a data set: NAME:CONFIG:SPLIT of the hub or a folder (repeat the flag).",
         "Data",
         path=True,
     )
@@ -674,6 +676,7 @@ def _tokenizer(settings: Pretrain, work: Path, files: list[Any]) -> Any:
     """The tokenizer: named, or the model's own, or learned from the data and kept for a resumed run."""
     from zolr.models import PRESETS, load_tokenizer
     from zolr.tasks.streams import train_tokenizer
+    from zolr.tasks.texts import HubText
 
     if settings.tokenizer:
         return load_tokenizer(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
@@ -685,6 +688,9 @@ def _tokenizer(settings: Pretrain, work: Path, files: list[Any]) -> Any:
             )
         return load_tokenizer(model, trust_remote_code=settings.trust_remote_code)
     if not settings.train_tokenizer:
+        for source in files:
+            if isinstance(source, HubText):  # a path that does not exist reads like one: that comes first
+                source.check()
         raise UsageError(
             f"model '{model or 'made from numbers'}' has no tokenizer; give --tokenizer, or --train-tokenizer"
         )
@@ -718,8 +724,13 @@ def _model(settings: Pretrain, tokenizer: Any) -> nn.Module:
     if settings.model is None:
         model = build(_config(settings, changes), **common)
     elif settings.model in PRESETS:
+        config = PRESETS[settings.model].config()
+        if getattr(config, "rope_parameters", None) and settings.length > config.max_position_embeddings:
+            changes["max_position_embeddings"] = settings.length  # rotary positions have no weights
         model = build(settings.model, **common, **changes)
     elif settings.model.endswith(".json"):
+        if not Path(settings.model).is_file():
+            raise UsageError(f"there is no model config '{settings.model}'; give the path of a config.json")
         try:
             config = AutoConfig.from_pretrained(settings.model)
         except (OSError, ValueError) as error:
@@ -897,22 +908,28 @@ def _objective(settings: Pretrain, model: Any, on: device, at: str | None = None
     return losses
 
 
-def _peak(settings: Pretrain, model: Any, on: device, known: dict[Pretrain, int]) -> int:
-    """Predicted peak bytes of a step, seconds the first time; under mlm the loss is taken to see every token."""
-    if settings in known:
-        return known[settings]
+def prediction(settings: Pretrain, config: Any, on: device, *, profile: bool = False) -> Prediction:
+    """The peak of a step of a run and what it is made of; under mlm the loss is taken to see every token.
+
+    Args:
+        settings: of the run.
+        config: of its model.
+        on: where the run is to be; it need not be there.
+        profile: as for `predict`.
+    """
     import torch
 
     from zolr.memory import predict
 
-    known[settings] = predict(
-        model.config,
+    named: Any = SimpleNamespace(config=config)
+    return predict(
+        config,
         settings.composed(),
         batch_size=settings.micro,
         max_length=settings.length,
         dtype=getattr(torch, settings.dtype),
         objective="lm",
-        loss=_objective(settings, model, on, "cpu"),
+        loss=_objective(settings, named, on, "cpu"),
         accumulation=settings.parts,
         checkpointing=settings.checkpointing or False,
         select=settings.selection,
@@ -920,7 +937,14 @@ def _peak(settings: Pretrain, model: Any, on: device, known: dict[Pretrain, int]
         clip=settings.clip,
         realization=settings.realization,
         device=on,
-    ).peak_bytes
+        profile=profile,
+    )
+
+
+def _peak(settings: Pretrain, model: Any, on: device, known: dict[Pretrain, int]) -> int:
+    """Predicted peak bytes of a step, seconds the first time."""
+    if settings not in known:
+        known[settings] = prediction(settings, model.config, on).peak_bytes
     return known[settings]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zolr.errors import DataError
+from zolr.hub import offline_if_silent
 from zolr.tasks.examples import Example, nearest
 
 
@@ -46,7 +47,8 @@ def load_hub(hub: Hub, classes: Sequence[str]) -> dict[str, list[Example]]:
     splits: dict[str, list[Example]] = {}
     for split, there in hub.splits.items():
         try:
-            rows: Any = datasets.load_dataset(hub.id, hub.config, split=there, revision=hub.revision)
+            with offline_if_silent():
+                rows: Any = datasets.load_dataset(hub.id, hub.config, split=there, revision=hub.revision)
         except (
             Exception
         ) as error:  # whatever the client, the network or the parser raises, the way out is the same

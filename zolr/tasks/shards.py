@@ -250,12 +250,8 @@ def check_unchanged(now: Mapping[str, Any], before: Mapping[str, Any], what: str
 def _described(source: Source) -> dict[str, Any]:
     """Name, size and sha256 of a source."""
     if isinstance(source, HubText):
-        rows = source.load()
-        # of the stored table; a stream is known by its name and the features and version it declares
-        mark = (
-            getattr(rows, "_fingerprint", None) or f"{source.documents} {rows.info.version} {rows.features}"
-        )
-        digest = hashlib.sha256(f"{source} {mark}".encode()).hexdigest()
+        rows, mark = source.load(), source.mark()
+        digest = hashlib.sha256((mark if source.saved else f"{source} {mark}").encode()).hexdigest()
         return {"name": str(source), "bytes": rows.info.dataset_size or 0, "sha256": digest, "kind": "hub"}
     file = Path(source)
     try:

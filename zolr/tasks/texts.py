@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
+import hashlib
 import json
 import lzma
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from zolr.errors import DataError
+from zolr.hub import offline_if_silent
 from zolr.tasks.examples import nearest
 
 END = "<|endoftext|>"  # also accepted as a line of its own in a text file, where story collections put it
@@ -28,6 +32,7 @@ _PIECE = (
 )  # characters: longer documents are read in pieces, so that one endless document fits in memory
 _LINE = 1 << 26  # characters of a JSON line at most: it has to be in memory as a whole
 _ROWS = 256  # rows of a parquet file decoded at once
+_SAVED, _SPLITS = "state.json", "dataset_dict.json"  # what `save_to_disk` of datasets leaves in a folder
 # name, name:configuration, name:configuration:split; the name may have an owner
 _HUB = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]*(:[\w.-]+)?)?")
 
@@ -37,7 +42,7 @@ class HubText:
     """A data set of the hub.
 
     Args:
-        name: repository, with or without its owner, or a folder laid out as one.
+        name: repository, with or without its owner, or a folder: laid out as one, or written by `save_to_disk`.
         config: name of the configuration, where there are several.
         split: which part of it.
         documents: read no more than so many, and fetch no more; None fetches the whole split.
@@ -57,27 +62,75 @@ class HubText:
     def __str__(self) -> str:
         return f"{self.name}:{self.config or ''}:{self.split}"
 
+    @property
+    def saved(self) -> Path | None:
+        """The folder that `save_to_disk` has written, if the name is one."""
+        home = Path(self.name)
+        if (home / _SPLITS).is_file():
+            return home / self.split
+        return home if (home / _SAVED).is_file() else None
+
+    def check(self) -> None:
+        """See that there is such a data set, without its rows.
+
+        Raises:
+            DataError: there is none, or it cannot be asked for.
+        """
+        import datasets
+
+        with self._named():
+            if self.saved is None:
+                datasets.load_dataset_builder(self.name, self.config)
+            else:
+                datasets.load_from_disk(str(self.saved))
+
     def load(self) -> Any:
-        """The rows: mapped from the cache of `datasets`, or streamed where `documents` says how many.
+        """The rows: mapped from the disk or the cache of `datasets`, or streamed where `documents` says how many.
 
         Raises:
             DataError: the data set cannot be fetched.
         """
         import datasets
+
+        with self._named():
+            if self.saved is not None:
+                rows: Any = datasets.load_from_disk(str(self.saved))
+                return rows if self.documents is None else rows.take(min(self.documents, len(rows)))
+            rows = datasets.load_dataset(
+                self.name, self.config, split=self.split, streaming=self.documents is not None
+            )
+        return rows if self.documents is None else rows.take(self.documents)
+
+    def mark(self) -> str:
+        """What tells these rows from others of the same name."""
+        rows = self.load()
+        if self.saved is not None:  # a stored fingerprint does not know of what was written over
+            digest = hashlib.sha256(str(self.documents).encode())
+            for part in rows.cache_files:
+                with open(part["filename"], "rb") as handle:
+                    digest.update(hashlib.file_digest(handle, "sha256").digest())
+            return digest.hexdigest()
+        # of the stored table; a stream is known by its name and the features and version it declares
+        return getattr(rows, "_fingerprint", None) or f"{self.documents} {rows.info.version} {rows.features}"
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
         from datasets.utils.logging import disable_progress_bar
 
         disable_progress_bar()
         try:
-            rows: Any = datasets.load_dataset(
-                self.name, self.config, split=self.split, streaming=self.documents is not None
-            )
+            with nullcontext() if Path(self.name).exists() else offline_if_silent():
+                yield
         except Exception as error:  # whatever the client, the network or the parser raises
             cause = str(error).split("\n")[0][:200] or type(error).__name__
+            if Path(self.name).exists():
+                raise DataError(
+                    f"data set {self} cannot be loaded from that folder ({cause}); NAME:CONFIG:SPLIT names another part"
+                ) from error
             raise DataError(
                 f"'{self.name}' is no file or folder, and as a data set of the hub it cannot be loaded ({cause}); "
                 "give the path of a text file, or of a folder of them"
             ) from error
-        return rows if self.documents is None else rows.take(self.documents)
 
 
 Source = str | Path | HubText
@@ -90,8 +143,9 @@ def sources(
 
     A file that is named is a training file, whatever it is called. In a folder, searched to the bottom and read in
     order of name, `.txt`, `.jsonl` (both may be compressed: `.gz`, `.xz`) and `.parquet` files count; those whose name
-    begins with valid, dev or eval are held out, and those that begin with test are left alone. What is no path and
-    reads like a name is a data set of the hub.
+    begins with valid, dev or eval are held out, and those that begin with test are left alone; of a folder that
+    `save_to_disk` of datasets has written, the splits go by the same names. What is no path and reads like a name, or
+    names a configuration or split of a folder, is a data set of the hub.
 
     Args:
         given: Files, folders and names (see `HubText.of`).
@@ -109,6 +163,12 @@ def sources(
         path = Path(name)
         if path.is_file():
             train.append(path)
+        elif path.is_dir() and ((path / _SAVED).is_file() or (path / _SPLITS).is_file()):
+            for split in _splits_of(path):
+                if split.startswith(_HELD_OUT):
+                    held_out.append(HubText(name, None, split, documents))
+                elif not split.startswith(_TEST):
+                    train.append(HubText(name, None, split, documents))
         elif path.is_dir():
             for file in sorted(path.rglob("*")):
                 if not (file.is_file() and file.name.endswith(SUFFIXES)):
@@ -117,7 +177,7 @@ def sources(
                     held_out.append(file)
                 elif not file.name.startswith(_TEST):
                     train.append(file)
-        elif _HUB.fullmatch(name) and not name.endswith(SUFFIXES):
+        elif (_HUB.fullmatch(name) and not name.endswith(SUFFIXES)) or _part_of_a_folder(name):
             train.append(HubText.of(name, documents))
         else:
             raise DataError(
@@ -129,6 +189,21 @@ def sources(
             f"no {', '.join(_KINDS)} file to train on in {shown}; name the files one by one if they end otherwise"
         )
     return train, held_out
+
+
+def _splits_of(saved: Path) -> list[str]:
+    """The splits of a folder that `save_to_disk` has written; a single data set is all for training."""
+    if not (saved / _SPLITS).is_file():
+        return ["train"]
+    try:
+        return list(json.loads((saved / _SPLITS).read_text(encoding="utf-8"))["splits"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{saved / _SPLITS} cannot be read ({error}); save the data set again") from error
+
+
+def _part_of_a_folder(name: str) -> bool:
+    folder, colon, rest = name.partition(":")
+    return bool(colon) and rest.count(":") <= 1 and Path(folder).is_dir()
 
 
 def text_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
@@ -184,7 +259,7 @@ def pieces(given: Iterable[Source], column: str = TEXT) -> Iterator[tuple[str, b
                 yield from _of_lines(file)
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{file} is not UTF-8 text ({error.reason} at byte {error.start} of a block); convert it first"
+                f"{file} is not UTF-8 text ({_wrong(file) or error.reason}); give text, or convert it first"
             ) from error
         except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
             raise DataError(
@@ -215,6 +290,28 @@ def _open(file: Path) -> IO[str]:
     return file.open(encoding="utf-8")
 
 
+def _wrong(file: Path) -> str:
+    """The first byte of a file that is null or no UTF-8 and where it is, for a message; the file is read once more."""
+    packed: Any = {".xz": lzma.open, ".gz": gzip.open}.get(file.suffix)
+    held, before, line = b"", 0, 1  # the beginning of a character that a block has cut, and where that is
+    with packed(file, "rb") if packed else file.open("rb") as handle:
+        while True:
+            block = handle.read(1 << 20)
+            whole = held + block
+            at, used, why = whole.find(0), 0, "a null byte"
+            try:
+                _, used = codecs.utf_8_decode(whole if at < 0 else whole[:at], "strict", at >= 0 or not block)
+            except UnicodeDecodeError as error:
+                at, why = error.start, error.reason
+            if at >= 0:
+                place = f"{before + at:,}{' of what it unpacks to' if packed else ''}"
+                line += whole.count(b"\n", 0, at)
+                return f"{why} at byte {place}, in line {line:,}"
+            if not block:
+                return ""
+            before, line, held = before + used, line + whole.count(b"\n", 0, used), whole[used:]
+
+
 def _of_lines(file: Path) -> Iterator[tuple[str, bool]]:
     held: list[str] = []  # lines not yet handed on; blank ones never enter
     size = 0
@@ -222,7 +319,7 @@ def _of_lines(file: Path) -> Iterator[tuple[str, bool]]:
     with _open(file) as handle:
         for line, begins in _lines(handle):
             if "\0" in line:
-                raise DataError(f"{file} holds null bytes and is no text; give UTF-8 text files")
+                raise DataError(f"{file} is not UTF-8 text ({_wrong(file)}); give text, or convert it first")
             if begins and (not line.strip() or line.strip() == END) and _ended(line):
                 if held or started:
                     yield "".join(held).removesuffix("\n"), True
