@@ -784,8 +784,8 @@ class Engine:
             self._aside.failed = str(error)
             if self.undo:
                 raise StorageError(
-                    f"cannot keep the weights of a step aside: {error}; make room in the folder that TMPDIR names, or use "
-                    "undo=False"
+                    f"cannot keep the weights of a step aside: {error}; make room in the folder that TMPDIR names, or leave "
+                    "undo out"
                 ) from error
             if not self._told_aside:
                 self._told_aside = True

@@ -22,7 +22,7 @@ import zolr
 from zolr import checkpoints, journal
 from zolr.checkpoints import Found
 from zolr.engine import Engine, Info, Made
-from zolr.errors import DataError, NonFiniteError, PeerLostError, StorageError, ZolrError
+from zolr.errors import DataError, NonFiniteError, PeerLostError, StorageError, UsageError, ZolrError
 
 Batch = Mapping[str, Tensor]
 
@@ -174,7 +174,8 @@ def train(
         eval_every: steps between evaluations; 0 evaluates at both ends only.
         metric: the key of `evaluate` that decides; among equals the smaller `"loss"` wins.
         best: whether more or less of it is better; None keeps the last weights.
-        patience: evaluations in a row without a better one after which the run stops.
+        patience: evaluations in a row without a better one after which the run stops; the first, of the untrained weights, is
+            not counted.
         folder: where to write; None keeps everything in memory.
         save_every: steps between checkpoints, and the last step; 0 saves on signals only.
         keep_last: checkpoints that stay, the newest ones; what they call the best weights stays too.
@@ -189,6 +190,7 @@ def train(
         check_every: steps between comparisons of the weights of all ranks; they are also compared at both ends.
 
     Raises:
+        UsageError: patience where nothing says what is better.
         NonFiniteError: the loss was not finite in 20 steps in a row, or weights to be saved are not.
         PeerLostError: another rank is gone; the weights before the step are saved first, unless an engine with undo=False
             was cut short while it wrote.
@@ -196,6 +198,8 @@ def train(
         Interrupted: by a signal, after saving.
         StorageError: a checkpoint cannot be written, or none that is there can be read.
     """
+    if patience is not None and (best is None or evaluate is None):
+        raise UsageError(f"patience = {patience} goes by evaluations; give evaluate, and best as 'max' or 'min'")
     reporter = reporter or Silent()
     team = engine.team
     run = _Run(engine, folder, metric, best, reporter, keep_last)

@@ -90,6 +90,7 @@ MAY_CHANGE = (
     "check_every",
     "diagnose_every",
     "diagnose_draws",
+    "undo",
 )  # on --resume; anything else would make it another run
 
 
@@ -220,6 +221,13 @@ class Composition(TablePolicy):
     realization: Literal["auto", "side", "rebuild", "inplace"] = flag(
         "auto", "How a perturbation reaches a weight: auto, side, rebuild, inplace.", "Method"
     )
+    undo: bool | None = flag(
+        None,
+        "Keep what a step overwrites aside (TMPDIR; of a card: pinned host memory), so that one that fails changes nothing; --no-undo: "
+        "keep nothing.",
+        "Memory",
+        shown="on, but not for matrices on a card that one call updates (adamw), nor --realization inplace",
+    )
     train: str | None = flag(
         None,
         "Weights to train: all, or attention, linear, head, embedding, bias, norm joined by +.",
@@ -287,7 +295,11 @@ class Schedule(Settings):
         shown=", ".join(f"{p} {n.eval_every}" for p, n in DEFAULTS.items()),
     )
     patience: Annotated[int, Ge(1)] | None = flag(
-        None, "Stop after so many evaluations without a better one.", "Training", shown="never"
+        None,
+        "Stop after so many evaluations in a row without a better one; the best weights are kept.",
+        "Training",
+        shown="never",
+        aliases=("early_stopping_patience",),
     )
     seed: int = flag(0, "Seed of directions, subspaces and a fresh head.", "Training")
     data_seed: int = flag(0, "Seed of splits and order of the data.", "Training")
@@ -785,6 +797,7 @@ class Job:
             hold=self._hold if settings.holds else False,
             hold_rank=settings.held_rank,
             compile=settings.compile,
+            undo=settings.undo,
             # families whose forward we know need no proof that the coordinates reach the loss; it costs a pass per weight
             check=None if models.splits(self.work.model) else self._moved(self.batches(0)[0]),
             team=self.team,
