@@ -181,7 +181,8 @@ def train(
         keep_last: checkpoints that stay, the newest ones; what they call the best weights stays too.
         resume: go on from the newest good checkpoint of `folder` and its journal, or start where there is none; a path
             goes on from that checkpoint.
-        about: what else the journal says of the run, numbers and strings.
+        about: what else the journal says of the run, numbers and strings; `base`, the fingerprint of the first weights, where
+            the model is cut into pieces.
         device: where batches are moved after their tokens have been counted.
         meter: who measures the memory of steps.
         reporter: who watches.
@@ -199,7 +200,9 @@ def train(
         StorageError: a checkpoint cannot be written, or none that is there can be read.
     """
     if patience is not None and (best is None or evaluate is None):
-        raise UsageError(f"patience = {patience} goes by evaluations; give evaluate, and best as 'max' or 'min'")
+        raise UsageError(
+            f"patience = {patience} goes by evaluations; give evaluate, and best as 'max' or 'min'"
+        )
     reporter = reporter or Silent()
     team = engine.team
     run = _Run(engine, folder, metric, best, reporter, keep_last)
@@ -335,7 +338,8 @@ class _Run:
         if (
             self.engine.method.paradigm != "fo"
         ):  # before weights are loaded: it names those that the run began with
-            header = {"zolr": zolr.__version__, **about, **journal.described(self.engine)}
+            # of a model in pieces its maker has said what it was as a whole
+            header = {"zolr": zolr.__version__, **journal.described(self.engine), **about}
             if (why := self.engine.repeatable) is not None:
                 header["unrepeatable"] = why
         book = self._read_journal(header) if resume and header else None
@@ -408,7 +412,8 @@ class _Run:
     def survived(self) -> Iterator[None]:
         """Save before the run ends because another rank is gone, unless a step was applied in part."""
         try:
-            yield
+            with self.engine.team.exchanging("gathering weights"):
+                yield
         except PeerLostError as error:
             if self.folder is None or self.engine.torn:
                 raise

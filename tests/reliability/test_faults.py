@@ -480,7 +480,10 @@ def test_what_a_step_keeps_aside_is_the_users_to_say(
             code, _, err = zolr(*TINY, *([how] if how else []), "--output", tmp_path / str(number))
         said[how] = code, [str(w.message) for w in caught if "kept aside" in str(w.message)] or [err]
     assert said[None][0] == 0 and "No space left" in said[None][1][0]
-    assert said["--undo"][0] == 4 and "make room in the folder that TMPDIR names, or leave undo out" in said["--undo"][1][0]
+    assert (
+        said["--undo"][0] == 4
+        and "make room in the folder that TMPDIR names, or leave undo out" in said["--undo"][1][0]
+    )
     assert said["--no-undo"] == (0, [""])
     assert "undo = false" in (tmp_path / "2" / "config.toml").read_text()
     monkeypatch.undo()  # it is no part of what a run is: another one may be chosen to go on
