@@ -55,14 +55,12 @@ COURSE += [
     "--quiet",
 ]
 RUNS = {
-    "zo (stiefel)": ["--paradigm", "zo", "--eps", 1e-3, "--refresh-every", 7],
+    "zo (stiefel)": ["--paradigm", "zo", "--eps", 1e-3, "--refresh-every", 7, "--rank", 4],
     "fo in the subspace (stiefel)": ["--paradigm", "fo", "--refresh-every", 7, "--rank", 4],
     "fo, streamed (galore)": ["--paradigm", "fo", "--method", "galore", "--refresh-every", 7, "--rank", 4],
 }
 # weights in pieces on several ranks, beside their changes on one
-SHARDED = {
-    f"{run[1]}, sharded": [*run, "--rank", 4, "--shard"] for name, run in RUNS.items() if "galore" not in name
-}
+SHARDED = {f"{run[1]}, sharded": [*run, "--shard"] for name, run in RUNS.items() if "galore" not in name}
 LIMIT = 240.0  # seconds after which a command hangs
 TIMEOUT = 10.0  # of ranks that do not answer
 
@@ -95,7 +93,10 @@ class Command:
             os.dup2(file if output is None else output, 1)
             os.dup2(file, 2)
             os.environ.update(environment)
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells have it ignored
+            signal.signal(
+                signal.SIGINT, signal.default_int_handler
+            )  # background shells have it ignored, nohup the other
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
             from zolr.cli import main
 
             code = main([str(argument) for argument in arguments])
@@ -148,6 +149,24 @@ def result(folder: Path) -> dict[str, Any]:
     }
 
 
+def prepare() -> None:
+    """Import what every command imports, once, before they are forked, and leave out the memory prediction, most of a short run."""
+    import torchmetrics.functional.classification  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: F401
+
+    import zolr.cli.record
+    import zolr.cli.replay
+    import zolr.cli.screen
+    import zolr.memory
+    import zolr.sharded  # noqa: F401
+    from zolr.cli.finetune import Job
+
+    setattr(Job, "predicted", None)  # noqa: B010
+    if len(os.listdir("/proc/self/task")) > 1:
+        raise RuntimeError("this process has threads, and cannot be forked; set OMP_NUM_THREADS=1")
+
+
 def undisturbed(where: Path) -> tuple[dict[str, Any], dict[str, float]]:
     """Results of runs that nobody stops, and the seconds that they take."""
     results, seconds = {}, {}
@@ -171,7 +190,8 @@ def signals(count: int, where: Path) -> dict[str, Any]:
     kinds = ["SIGTERM", "SIGINT", "SIGTERM twice", "SIGHUP", "SIGINT", "SIGKILL"]
     found: dict[str, Any] = {"stopped": 0, "right exit code": 0, "runs": 0, "equal": 0, "wrong": []}
     leaving: list[float] = []
-    while found["stopped"] < count:
+    sent: list[str] = []
+    while len(sent) < count:
         name = list(RUNS)[found["runs"] % len(RUNS)]
         place = where / f"run-{found['runs']}"
         place.mkdir()
@@ -181,9 +201,10 @@ def signals(count: int, where: Path) -> dict[str, Any]:
             if attempt < 3:
                 time.sleep(source.uniform(0.0, 1.1 * seconds[name]))
                 if command.alive():
-                    kind, asked = kinds[found["stopped"] % len(kinds)], time.monotonic()
+                    kind, asked = kinds[len(sent) % len(kinds)], time.monotonic()
                     number = signal.Signals[kind.split()[0]]
                     os.kill(command.pid, number)
+                    sent.append(kind)
                     if "twice" in kind:
                         time.sleep(0.01)
                         with contextlib.suppress(ProcessLookupError):
@@ -206,6 +227,7 @@ def signals(count: int, where: Path) -> dict[str, Any]:
         if not same:
             found["wrong"].append(f"{name}, run {found['runs']}: another result")
         shutil.rmtree(place)
+    found["came to its end first"] = len(sent) - found["stopped"]
     found["seconds to leave"] = {
         "median": round(statistics.median(leaving), 2),
         "most": round(max(leaving), 2),
@@ -216,9 +238,7 @@ def signals(count: int, where: Path) -> dict[str, Any]:
 # ---- the disk ---------------------------------------------------------------------------------------------------------
 
 
-def disk(
-    where: Path, shares: Sequence[float] = (0.0, 0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 0.95)
-) -> dict[str, Any]:
+def disk(where: Path, shares: Sequence[float] = (0.0, 0.15, 0.35, 0.5, 0.7, 0.9)) -> dict[str, Any]:
     """Fill the disk at every stage of a run, make it read-only, take the folder away, take the terminal away.
 
     Args:

@@ -709,8 +709,7 @@ def _commanded(part: str, asked: argparse.Namespace, where: Path) -> dict[str, A
     """A part that starts commands."""
     import commands
 
-    import zolr.cli.finetune  # noqa: F401  # what every command imports is imported once, before they are forked
-
+    commands.prepare()
     return commands.PARTS[part](asked.signals if part == "signals" else asked.lost, where)
 
 
