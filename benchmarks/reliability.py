@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from zolr.errors import ZolrError
 from zolr.methods import compose
 from zolr.training import train
 
-PARTS = ("kills", "damage", "replay", "fuzz", "malice", "growth", "threads")
+PARTS = ("kills", "damage", "replay", "fuzz", "malice", "growth", "threads", "signals", "disk", "ranks")
 STEPS = 40
 
 # under test: without backprop, backprop in the subspace, and one dense gradient at a time
@@ -116,12 +117,19 @@ def traces(folder: Path, steps: int = STEPS) -> dict[str, Any]:
 
 
 def kills(count: int, where: Path, runs: Sequence[str] = tuple(RUNS)) -> dict[str, Any]:
-    """Kill runs with SIGKILL until `count` kills have landed; half at a random time, half at a random system call.
+    """Kill runs with SIGKILL until `count` kills have landed: at a random time, system call or micro-batch.
 
     A run is killed up to four times and then left to end.
     """
     source = random.Random(0)
-    result: dict[str, Any] = {"kills": 0, "inside a write": 0, "runs": 0, "equal": 0, "by run": {}}
+    result: dict[str, Any] = {
+        "kills": 0,
+        "inside a write": 0,
+        "inside a step": 0,
+        "runs": 0,
+        "equal": 0,
+        "by run": {},
+    }
     references, seconds = {}, {}
     for name in runs:
         folder = where / f"whole-{len(references)}"
@@ -133,14 +141,15 @@ def kills(count: int, where: Path, runs: Sequence[str] = tuple(RUNS)) -> dict[st
         folder = where / f"killed-{result['runs']}"
         own = result["by run"].setdefault(name, {"runs": 0, "kills": 0, "equal": 0})
         for attempt in range(5):
-            at_call = source.randrange(1, 60) if source.random() < 0.5 and attempt < 4 else 0
-            after = None if at_call or attempt == 4 else source.uniform(0, 1.2 * seconds[name])
-            landed = _killed(name, folder, after, at_call)
+            how = source.choice(("time", "write", "step")) if attempt < 4 else ""
+            after = source.uniform(0, 1.2 * seconds[name]) if how == "time" else None
+            landed = _killed(name, folder, after, how, source.randrange(1, 60 if how == "write" else 140))
             if landed is None:
                 break
             own["kills"] += 1
             result["kills"] += 1
             result["inside a write"] += landed == "write"
+            result["inside a step"] += landed == "step"
         same = traces(folder) == references[name]
         own["runs"], own["equal"] = own["runs"] + 1, own["equal"] + same
         result["runs"], result["equal"] = result["runs"] + 1, result["equal"] + same
@@ -148,21 +157,26 @@ def kills(count: int, where: Path, runs: Sequence[str] = tuple(RUNS)) -> dict[st
     return result
 
 
-def _killed(name: str, folder: Path, after: float | None, at_call: int) -> str | None:
-    """Go on with a run in a child that is killed; None where it came to its end before.
+def _killed(name: str, folder: Path, after: float | None, how: str, call: int) -> str | None:
+    """Go on with a run in a child that is killed; how that was, None where it came to its end before.
 
     Args:
         after: seconds.
-        at_call: the so-many-eth flush, rename or write of the journal; 0 for none.
+        how: "write": at the so-many-eth flush, rename or write of the journal; "step": at the so-many-eth forward pass of a
+            micro-batch, the first, the second, or one in between.
+        call: how many.
     """
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         try:
-            if at_call:
-                _die_at(at_call)
+            engine = begin(*RUNS[name])
+            if how == "write":
+                _die_at(call)
+            elif how == "step":
+                engine._loss = _dying(engine._loss, [call])
             with contextlib.redirect_stdout(io.StringIO()):
-                course(begin(*RUNS[name]), folder, resume=True)
+                course(engine, folder, resume=True)
             os._exit(0)
         finally:
             os._exit(1)
@@ -173,25 +187,26 @@ def _killed(name: str, folder: Path, after: float | None, at_call: int) -> str |
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code not in (0, -signal.SIGKILL):
         raise RuntimeError(f"a resumed run of {name} ended with {code}")
-    return None if code == 0 else "write" if at_call else "time"
+    return None if code == 0 else how
 
 
 def _die_at(call: int) -> None:
     """Have this process kill itself at its so-many-eth flush, rename or write of the journal."""
-    left = call
+    left = [call]
+    os.fsync, os.rename = _dying(os.fsync, left), _dying(os.rename, left)
+    journal.Journal._write = _dying(journal.Journal._write, left)
 
-    def dying(real: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*arguments: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*arguments)
 
-        return counted
+def _dying(real: Callable[..., Any], left: list[int]) -> Callable[..., Any]:
+    """A function whose so-many-eth call, counted together with those of others, is the last thing that this process does."""
 
-    os.fsync, os.rename = dying(os.fsync), dying(os.rename)
-    journal.Journal._write = dying(journal.Journal._write)
+    def counted(*arguments: Any, **more: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **more)
+
+    return counted
 
 
 # ---- damage -----------------------------------------------------------------------------------------------------------
@@ -690,6 +705,14 @@ def threads(where: Path, steps: int = 9, width: int = 256) -> dict[str, Any]:
     return result
 
 
+def _commanded(part: str, asked: argparse.Namespace, where: Path) -> dict[str, Any]:
+    """A part that starts commands."""
+    import commands
+
+    commands.prepare()
+    return commands.PARTS[part](asked.signals if part == "signals" else asked.lost, where)
+
+
 def main() -> None:
     """Try everything and print the table."""
     parser = argparse.ArgumentParser(
@@ -700,6 +723,8 @@ def main() -> None:
     parser.add_argument("--damage", type=int, default=400)
     parser.add_argument("--cases", type=int, default=2200)
     parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--signals", type=int, default=30)
+    parser.add_argument("--lost", type=int, default=18, help="ranks that are lost")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "reliability.json")
     asked = parser.parse_args()
     torch.set_num_threads(1)  # a process with more threads cannot fork
@@ -711,6 +736,7 @@ def main() -> None:
         "growth": lambda where: growth(asked.steps, where),
         "fuzz": lambda where: fuzz(asked.cases, where),
         "threads": threads,
+        **{part: partial(_commanded, part, asked) for part in ("signals", "disk", "ranks")},
     }
     found = json.loads(asked.output.read_text()) if asked.output.exists() else {}
     for name in (n for n in parts if n in asked.only.split(",")):
@@ -741,6 +767,19 @@ def table(found: dict[str, Any]) -> str:
             max(v[key] for v in g.values() if isinstance(v, dict)) for key in ("live bytes", "open files")
         ]
         rows.append((f"nothing grows over {g['steps']:,} steps", f"{most[0]} live bytes, {most[1]} open files more at the end than at a fifth"))  # fmt: skip
+    if s := found.get("signals"):
+        late = s["seconds to leave"]
+        rows.append(("a stopped command leaves with its code and goes on", f"{s['right exit code']} of {s['stopped']}, {s['equal']} of {s['runs']} runs equal; gone after {late['median']} s, {late['most']} s at most"))  # fmt: skip
+    for name in ("full", "read-only", "vanished"):
+        if isinstance(d := found.get("disk", {}).get(name), dict):
+            rows.append((f"disk or folder {name}", f"exit code 4 and a cause {d['ended with 4 and a cause']} of {d['tried']}, equal after {d['equal after']}"))  # fmt: skip
+    if r := found.get("ranks"):
+        for name, sizes in r["sizes"].items():
+            rows.append(
+                (f"2 and 4 ranks, {name}", ", ".join(f"{key}: {value}" for key, value in sizes.items()))
+            )
+        r = r["lost"]
+        rows.append(("a lost rank ends all others", f"{r['all others ended with 6']} of {r['tried']} with exit code 6, {r['hangs']} hangs; {r['went on']} went on on another number of ranks, of {r['zo']} without backprop {r['zo, equal']} equal"))  # fmt: skip
     for name, row in found.get("threads", {}).items():
         if isinstance(row, dict):
             said = [f"{key}: {value}" for key, value in row.items()]

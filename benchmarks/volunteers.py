@@ -8,8 +8,9 @@ worker's first answer to a task only, drops a task without a quorum, and reduces
 - honest, slow (past the deadline), lost (they leave), duplicating (every answer twice),
 - lying: a slope of the wrong sign and ten times the size, or not a number, or an enormous one.
 
-`python benchmarks/volunteers.py` trains a small classifier for each share of faulty workers and each way to reduce, and
-prints the loss at the end; minutes on two cores. `--json` for machines.
+`python benchmarks/volunteers.py` trains a small classifier for each share of faulty workers and each way to reduce, on some
+seeds (of directions, rows, who is asked, and lies), and prints the loss at the end, mean and spread; minutes on two cores.
+`--output` takes every run as JSON.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +46,8 @@ ROWS = 512
 class Model:
     """A two-layer classifier whose weights are one vector, and what a step does to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int) -> None:
+        self.key = Key(7 + seed)
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 5))
         self.layout = Layout([Space(name, tuple(p.shape)) for name, p in self.net.named_parameters()])
@@ -55,7 +58,7 @@ class Model:
 
     def probe(self, step: int, task: int) -> Probe:
         """The direction that a name stands for, the same for everyone."""
-        return Probe(self.layout, "rademacher", Key(7).fold_in("step", step, task))
+        return Probe(self.layout, "rademacher", self.key.fold_in("step", step, task))
 
     @torch.no_grad()
     def loss(self, rows: Tensor | slice = slice(None), shift: Any = None, scale: float = 0.0) -> float:
@@ -68,7 +71,7 @@ class Model:
 
     def slope(self, step: int, task: int) -> float:
         """Central difference along a probe on the rows of a step."""
-        rows = Key(9).fold_in("rows", step).permutation(ROWS)[:128]
+        rows = self.key.fold_in("rows", step).permutation(ROWS)[:128]
         z = self.probe(step, task)
         return (self.loss(rows, z, EPS) - self.loss(rows, z, -EPS)) / (2 * EPS)
 
@@ -81,10 +84,10 @@ class Model:
                 weight.sub_(z(name) * (LR * slope / len(slopes)))
 
 
-def work(port: int, number: int, kind: str) -> None:
+def work(port: int, number: int, kind: str, seed: int) -> None:
     """One volunteer."""
     torch.set_num_threads(1)
-    model, generator = Model(), torch.Generator().manual_seed(number)
+    model, generator = Model(seed), torch.Generator().manual_seed(WORKERS * seed + number)
     link = socket.create_connection(("127.0.0.1", port))
     lines = link.makefile("rw")
     print(json.dumps({"worker": number}), file=lines, flush=True)
@@ -167,8 +170,10 @@ REDUCE: dict[str, Callable[[Sequence[float]], float]] = {
 class Coordinator:
     """Sends tasks, waits, reduces."""
 
-    def __init__(self, listener: socket.socket, reduce: Callable[[Sequence[float]], float]) -> None:
-        self.model, self.reduce = Model(), reduce
+    def __init__(
+        self, listener: socket.socket, reduce: Callable[[Sequence[float]], float], seed: int
+    ) -> None:
+        self.model, self.reduce = Model(seed), reduce
         self.links: dict[int, Any] = {}
         self.buffers: dict[int, bytes] = {}
         self.behind: dict[int, list[tuple[int, dict[int, float]]]] = {}
@@ -184,7 +189,7 @@ class Coordinator:
 
     def step(self, step: int) -> None:
         """One step with whoever answers in time."""
-        order = Key(11).fold_in("who", step).permutation(WORKERS).tolist()
+        order = self.model.key.fold_in("who", step).permutation(WORKERS).tolist()
         seats = [order[i % WORKERS] for i in range(TASKS * COPIES)]
         asked: dict[int, list[int]] = {}
         for i, worker in enumerate(seats):
@@ -260,17 +265,17 @@ class Coordinator:
         self.links.pop(worker).close()
 
 
-def trained(share: float, way: str) -> dict[str, Any]:
+def trained(share: float, way: str, seed: int = 0) -> dict[str, Any]:
     """One run: the loss at the end, and what the coordinator met."""
     faulty = round(share * WORKERS)
     kinds = [FAULTS[i % len(FAULTS)] if i < faulty else "honest" for i in range(WORKERS)]
     listener = socket.create_server(("127.0.0.1", 0), backlog=WORKERS)
     context = multiprocessing.get_context("fork")
     port = listener.getsockname()[1]
-    processes = [context.Process(target=work, args=(port, i, kind)) for i, kind in enumerate(kinds)]
+    processes = [context.Process(target=work, args=(port, i, kind, seed)) for i, kind in enumerate(kinds)]
     for process in processes:
         process.start()
-    coordinator = Coordinator(listener, REDUCE[way])
+    coordinator = Coordinator(listener, REDUCE[way], seed)
     before = coordinator.model.loss()
     for step in range(STEPS):
         coordinator.step(step)
@@ -284,10 +289,12 @@ def trained(share: float, way: str) -> dict[str, Any]:
     return {
         "faulty": share,
         "way": way,
+        "seed": seed,
         "before": before,
         "after": after,
         "workers left": left,
         "bytes a step": coordinator.bytes // STEPS,
+        "asked": STEPS * TASKS * COPIES,
         **coordinator.counts,
     }
 
@@ -298,20 +305,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.1, 0.25])
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "volunteers.json")
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    cases = [(s, way) for s in asked.shares for way in REDUCE if s or way == "mean"]
-    if asked.json:
-        print(json.dumps([trained(*case) for case in cases], indent=2))
-        return
-    print("| faulty workers | reduced by | loss before | after | late or lost | duplicates | workers left |")
+    cases = [(share, way) for share in asked.shares for way in REDUCE if share or way == "mean"]
+    print(
+        "| faulty workers | reduced by | loss before | after, mean | spread | answers late or lost | duplicates |"
+    )
     print("|---|---|---|---|---|---|---|")
+    runs: list[dict[str, Any]] = []
     for case in cases:
-        one = trained(*case)
+        own = [trained(*case, seed) for seed in asked.seeds]
+        runs += own
+        asked.output.write_text(json.dumps(runs, indent=2) + "\n")
+        after, late = [one["after"] for one in own], [one["late or lost"] / one["asked"] for one in own]
         print(
-            f"| {one['faulty']:.0%} | {one['way']} | {one['before']:.3f} | {one['after']:.3g} | {one['late or lost']} | "
-            f"{one['duplicates']} | {one['workers left']} of {WORKERS} |",
+            f"| {case[0]:.0%} | {case[1]} | {own[0]['before']:.3f} | {statistics.fmean(after):.3g} | {min(after):.3g} to {max(after):.3g} "
+            f"| {statistics.fmean(late):.0%} | {sum(one['duplicates'] for one in own)} |",
             flush=True,
         )
 

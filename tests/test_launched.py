@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Run, threads
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -277,3 +278,17 @@ def test_a_sharded_model_is_a_plain_one_that_transformers_load(tmp_path: Path, p
         found, expected = (m.eval()(input_ids=own["ids"][0]).logits for m in (model, engine.model))
         first = untrained(input_ids=own["ids"][0]).logits
     assert (found - expected).abs().max() < 1e-5 < 1e-3 < (found - first).abs().max()
+
+
+def test_a_sharded_run_on_two_ranks_is_that_of_one_process(zolr: Run, tmp_path: Path) -> None:
+    """Ranks that die, and sharded backprop: `benchmarks/reliability.py --only ranks`."""
+    line = ["finetune", "--shard", "--paradigm", "zo", "--lr", "1e-2", "--eps", "1e-3", "--steps", "5"]
+    line += [*TASK[TASK.index("--eval-every") :], "--refresh-every", "3", "--rank", "4", "--threads", "1"]
+    with threads(1):
+        code, _, err = zolr(*line, "--output", tmp_path / "one")
+    assert code == 0, err
+    launched(*line, "--output", tmp_path / "two")
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+    sent = json.loads((tmp_path / "two" / "result.json").read_text())["ranks"]["sent_bytes"]
+    assert sent["gradients"] == 0 < sent["losses"]

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zolr import Engine, compose
-from zolr.errors import NonFiniteError
+from zolr.errors import NonFiniteError, UsageError
 from zolr.training import NON_FINITE_LIMIT, Interrupted, Progress, score, train
 
 STEPS = 24
@@ -218,6 +219,51 @@ def test_patience_stops_early(tmp_path: Path) -> None:
         folder=tmp_path,
     )
     assert outcome.stopped_early and outcome.progress.step == 6 and outcome.kept_step == 2
+
+
+@pytest.mark.parametrize("best", ["max", "min"])
+@pytest.mark.parametrize("paradigm", ["fo", "zo"])
+def test_an_interrupted_run_stops_early_where_the_uninterrupted_one_did(
+    paradigm: str, best: Any, tmp_path: Path
+) -> None:
+    """Wherever it is cut: before, at and after the best evaluation, between bad ones, and when it has just stopped."""
+    course = {0: 0.1, 3: 0.3, 6: 0.5, 9: 0.4, 12: 0.6, 15: 0.2, 18: 0.6, 21: 0.3, 24: 0.9}  # best at 12
+
+    def run(folder: Path, stop: int = -1, number: int = signal.SIGTERM, **more: Any) -> Any:
+        made = engine(paradigm)
+        sign = 1 if best == "max" else -1
+        outcome = train(
+            made,
+            batches,
+            steps=STEPS,
+            eval_every=3,
+            save_every=4,
+            best=best,
+            patience=3,
+            folder=folder,
+            evaluate=lambda: {"accuracy": sign * course[made.step_count]},
+            reporter=Stopper(stop, number),
+            **more,
+        )
+        return outcome, weights(made)
+
+    whole, expected = run(tmp_path / "whole")
+    assert whole.stopped_early and (whole.progress.step, whole.kept_step, whole.progress.stale) == (21, 12, 3)
+    for stop in (4, 12, 13, 15, 19, 20):
+        folder = tmp_path / str(stop)
+        with pytest.raises(Interrupted):
+            run(folder, stop)
+        outcome, found = run(folder, resume=True)
+        assert replace(outcome, progress=whole.progress) == whole, stop
+        assert equal(found, expected) and rows(folder) == rows(tmp_path / "whole"), stop
+    again, found = run(tmp_path / "whole", resume=True)  # of a run that had stopped
+    assert again.stopped_early and again.progress.step == 21 and equal(found, expected)
+
+
+def test_patience_without_a_best_is_refused() -> None:
+    for more in ({"best": None, "evaluate": lambda: {"accuracy": 0.0}}, {"best": "max"}):
+        with pytest.raises(UsageError, match="patience = 2 goes by evaluations"):
+            train(engine("fo"), batches, steps=2, patience=2, **more)
 
 
 def test_counts() -> None:

@@ -93,6 +93,15 @@ class Team:
             PeersDifferError: some rank has another number; the message names the first such name.
         """
 
+    @contextmanager
+    def exchanging(self, doing: str) -> Iterator[None]:
+        """A block in which others than the team itself exchange tensors, as `fully_shard` does in every forward.
+
+        Raises:
+            PeerLostError: another rank is gone.
+        """
+        yield
+
     def wait(self, patience: timedelta = PATIENCE) -> None:
         """Go on when all ranks have come here."""
 
@@ -211,6 +220,17 @@ class Processes(Team):
                 f"'{name}' is not the same on all ranks {when}: {who}; go on from an earlier checkpoint with --resume, "
                 "and if it happens again, look for unequal devices, libraries or memory errors"
             )
+
+    @contextmanager
+    def exchanging(self, doing: str) -> Iterator[None]:
+        """See `Team`."""
+        try:
+            yield
+        except RuntimeError as error:  # gloo's own are of no class of their own
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+                raise
+            with self._careful(doing):
+                raise
 
     def wait(self, patience: timedelta = PATIENCE) -> None:
         """See `Team`."""
@@ -433,7 +453,8 @@ def team_of(spread: Spread, *, timeout: float, device: torch.device) -> Iterator
         return
     team = Processes(spread, timeout=timeout, device=device)
     try:
-        yield team
+        with team.exchanging("gathering weights"):
+            yield team
     except BaseException:
         team.abandon()
         raise

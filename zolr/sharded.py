@@ -3,6 +3,8 @@
 `torch.distributed.fsdp.fully_shard` cuts every weight into rows, which come together only inside the forward of the module
 that it was called on. Such a weight is held (see `zolr.held`): its coordinates, and the thin factors that closed windows leave,
 are whole on every rank, and the weight itself is never written. Here they meet, piece by piece.
+
+`cut` cuts a transformers model, `inside` lets a loss see the weights that no layer holds, `save` and `consolidate` write.
 """
 
 import hashlib
@@ -10,17 +12,20 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zolr.checkpoints import DTYPES, write_text
+from zolr.distributed import Team
 from zolr.engine import Engine
 from zolr.errors import StorageError, UsageError
 from zolr.held import is_sharded
+from zolr.probes import row_blocks
 from zolr.variables import Variable
 
 SHARDS = "shards.json"
@@ -29,6 +34,61 @@ SHARDS = "shards.json"
 def shard_name(rank: int) -> str:
     """File of one rank."""
     return f"shard-{rank:05d}.safetensors"
+
+
+def cut(
+    model: nn.Module, team: Team, device: torch.device | str = "cpu", whole: Sequence[str] = ()
+) -> nn.Module:
+    """Cut the weights of a transformers model into rows over all ranks, and bring to each rank's device the rows that are its own.
+
+    A layer of the model (what transformers call modules that are not split) comes together in its own forward, everything
+    else in that of the model. Tied weights belong to the model.
+
+    Args:
+        model: whole, in host memory if it is larger than a device; cut in place.
+        team: its ranks; one alone has the model on its device and nothing is cut.
+        device: of this rank.
+        whole: names of modules that stay whole on every rank, such as a fresh head, whose weights can be written.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if team.size == 1:
+        return model.to(device)
+    kept = {p for name in whole for p in model.get_submodule(name).parameters()}
+    for parameter in kept:
+        parameter.data = parameter.data.to(device)
+    mesh = init_device_mesh(torch.device(device).type, (team.size,))
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    layers, done = set(getattr(model, "_no_split_modules", None) or ()), [""]
+    for name, module in model.named_modules():
+        own = list(module.parameters())
+        alone = all(uses[id(p)] == 1 and p not in kept for p in own)
+        inner = any(name.startswith(f"{outer}.") for outer in done[1:])
+        if own and type(module).__name__ in layers and alone and not inner:
+            fully_shard(module, mesh=mesh)
+            done.append(name)
+    fully_shard(model, mesh=mesh, ignored_params=kept or None)
+    return model
+
+
+def inside(function: Callable[[nn.Module, Any], Any]) -> Callable[[nn.Module, Any], Any]:
+    """`function(model, batch)` in the place of the model's forward, so that the weights of embedding and head are together in it.
+
+    For one that calls parts of the model and never the model itself.
+    """
+
+    def called(model: nn.Module, batch: Any) -> Any:
+        before = vars(model).get("forward")
+        vars(model)["forward"] = lambda: function(model, batch)
+        try:
+            return model()
+        finally:
+            del vars(model)["forward"]
+            if before is not None:
+                vars(model)["forward"] = before
+
+    return called
 
 
 @torch.no_grad()
@@ -111,7 +171,14 @@ def _trained(variable: Variable, local: Tensor, first: int) -> Tensor:
     left, right = variable.moved_by()
     if variable.transposed:
         left, right = right, left
-    return (local.to(left.dtype) + left[rows] @ right.mT).to(local.dtype)
+    left, result = left[rows], torch.empty_like(local)
+    # in float64 and one rank after the other: the bits do not depend on where the weight was cut
+    for some in row_blocks(tuple(local.shape)):
+        block = local[some].double()
+        for column in range(left.shape[1]):
+            block.addcmul_(left[some, column, None].double(), right[:, column].double())
+        result[some] = block.to(local.dtype)
+    return result
 
 
 def consolidate(folder: str | Path, target: str | Path) -> Path:

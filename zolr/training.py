@@ -22,7 +22,7 @@ import zolr
 from zolr import checkpoints, journal
 from zolr.checkpoints import Found
 from zolr.engine import Engine, Info, Made
-from zolr.errors import DataError, NonFiniteError, PeerLostError, StorageError, ZolrError
+from zolr.errors import DataError, NonFiniteError, PeerLostError, StorageError, UsageError, ZolrError
 
 Batch = Mapping[str, Tensor]
 
@@ -174,13 +174,15 @@ def train(
         eval_every: steps between evaluations; 0 evaluates at both ends only.
         metric: the key of `evaluate` that decides; among equals the smaller `"loss"` wins.
         best: whether more or less of it is better; None keeps the last weights.
-        patience: evaluations in a row without a better one after which the run stops.
+        patience: evaluations in a row without a better one after which the run stops; the first, of the untrained weights, is
+            not counted.
         folder: where to write; None keeps everything in memory.
         save_every: steps between checkpoints, and the last step; 0 saves on signals only.
         keep_last: checkpoints that stay, the newest ones; what they call the best weights stays too.
         resume: go on from the newest good checkpoint of `folder` and its journal, or start where there is none; a path
             goes on from that checkpoint.
-        about: what else the journal says of the run, numbers and strings.
+        about: what else the journal says of the run, numbers and strings; `base`, the fingerprint of the first weights, where
+            the model is cut into pieces.
         device: where batches are moved after their tokens have been counted.
         meter: who measures the memory of steps.
         reporter: who watches.
@@ -189,6 +191,7 @@ def train(
         check_every: steps between comparisons of the weights of all ranks; they are also compared at both ends.
 
     Raises:
+        UsageError: patience where nothing says what is better.
         NonFiniteError: the loss was not finite in 20 steps in a row, or weights to be saved are not.
         PeerLostError: another rank is gone; the weights before the step are saved first, unless an engine with undo=False
             was cut short while it wrote.
@@ -196,6 +199,10 @@ def train(
         Interrupted: by a signal, after saving.
         StorageError: a checkpoint cannot be written, or none that is there can be read.
     """
+    if patience is not None and (best is None or evaluate is None):
+        raise UsageError(
+            f"patience = {patience} goes by evaluations; give evaluate, and best as 'max' or 'min'"
+        )
     reporter = reporter or Silent()
     team = engine.team
     run = _Run(engine, folder, metric, best, reporter, keep_last)
@@ -331,7 +338,8 @@ class _Run:
         if (
             self.engine.method.paradigm != "fo"
         ):  # before weights are loaded: it names those that the run began with
-            header = {"zolr": zolr.__version__, **about, **journal.described(self.engine)}
+            # of a model in pieces its maker has said what it was as a whole
+            header = {"zolr": zolr.__version__, **journal.described(self.engine), **about}
             if (why := self.engine.repeatable) is not None:
                 header["unrepeatable"] = why
         book = self._read_journal(header) if resume and header else None
@@ -404,7 +412,8 @@ class _Run:
     def survived(self) -> Iterator[None]:
         """Save before the run ends because another rank is gone, unless a step was applied in part."""
         try:
-            yield
+            with self.engine.team.exchanging("gathering weights"):
+                yield
         except PeerLostError as error:
             if self.folder is None or self.engine.torn:
                 raise

@@ -78,8 +78,8 @@ class Undo:
             self._aside.failed = str(error)
             if self.wanted:
                 raise StorageError(
-                    f"cannot keep the weights of a step aside: {error}; make room in the folder that TMPDIR names, or use "
-                    "undo=False"
+                    f"cannot keep the weights of a step aside: {error}; make room in the folder that TMPDIR names, or leave "
+                    "undo out"
                 ) from error
             if not self._told:
                 self._told = True

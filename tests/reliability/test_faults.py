@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import signal
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -461,6 +462,34 @@ def test_auto_begins_or_goes_on_and_replay_gives_the_model(zolr: Run, tmp_path: 
     assert code == 2 and "steps 1 to 6, and no step 7" in err
     code, _, err = zolr("finetune", "--resume", run, "--output", tmp_path / "other")
     assert code == 2 and "is not of the run in --output" in err
+
+
+def test_what_a_step_keeps_aside_is_the_users_to_say(
+    zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk that takes nothing: asked for, it ends the run; by default it is said; refused, nothing is tried."""
+    from zolr.cli.finetune import Job
+
+    monkeypatch.setattr(Job, "predicted", None)
+    monkeypatch.setattr(os, "pwrite", full)
+    asked = [None, "--undo", "--no-undo"]
+    said: dict[str | None, tuple[int, list[str]]] = {}
+    for number, how in enumerate(asked):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            code, _, err = zolr(*TINY, *([how] if how else []), "--output", tmp_path / str(number))
+        said[how] = code, [str(w.message) for w in caught if "kept aside" in str(w.message)] or [err]
+    assert said[None][0] == 0 and "No space left" in said[None][1][0]
+    assert (
+        said["--undo"][0] == 4
+        and "make room in the folder that TMPDIR names, or leave undo out" in said["--undo"][1][0]
+    )
+    assert said["--no-undo"] == (0, [""])
+    assert "undo = false" in (tmp_path / "2" / "config.toml").read_text()
+    monkeypatch.undo()  # it is no part of what a run is: another one may be chosen to go on
+    (tmp_path / "2" / "result.json").unlink()
+    code, _, err = zolr("finetune", "--resume", "--output", tmp_path / "2", "--undo", "--quiet")
+    assert code == 0, err
 
 
 def test_out_of_memory_says_what_fits(zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import cos, pi, prod
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import typer
@@ -81,6 +82,8 @@ RANK = 64  # `held.RANK`, without torch, which --help must not import
 EVEN = 16  # tokens that lengths are rounded up to for a compiled loss, which wants few shapes
 DELTA = 1e-5  # at which the epsilon of a private run is told
 
+Realization = Literal["auto", "side", "rebuild", "inplace"]
+
 OBJECTIVES = ("loss", "accuracy", "f1")
 MAY_CHANGE = (
     "steps",
@@ -90,6 +93,7 @@ MAY_CHANGE = (
     "check_every",
     "diagnose_every",
     "diagnose_draws",
+    "undo",
 )  # on --resume; anything else would make it another run
 
 
@@ -217,8 +221,15 @@ class Composition(TablePolicy):
         "shows what a part has). May be repeated.",
         "Method",
     )
-    realization: Literal["auto", "side", "rebuild", "inplace"] = flag(
+    realization: Realization = flag(
         "auto", "How a perturbation reaches a weight: auto, side, rebuild, inplace.", "Method"
+    )
+    undo: bool | None = flag(
+        None,
+        "Keep what a step overwrites aside (TMPDIR; of a card: pinned host memory), so that one that fails changes nothing; --no-undo: "
+        "keep nothing.",
+        "Memory",
+        shown="on, but not for matrices on a card that one call updates (adamw), nor --realization inplace",
     )
     train: str | None = flag(
         None,
@@ -287,7 +298,11 @@ class Schedule(Settings):
         shown=", ".join(f"{p} {n.eval_every}" for p, n in DEFAULTS.items()),
     )
     patience: Annotated[int, Ge(1)] | None = flag(
-        None, "Stop after so many evaluations without a better one.", "Training", shown="never"
+        None,
+        "Stop after so many evaluations in a row without a better one; the best weights are kept.",
+        "Training",
+        shown="never",
+        aliases=("early_stopping_patience",),
     )
     seed: int = flag(0, "Seed of directions, subspaces and a fresh head.", "Training")
     data_seed: int = flag(0, "Seed of splits and order of the data.", "Training")
@@ -342,10 +357,17 @@ class Holding(Settings):
         shown=f"four times --rank, at least {RANK}",
     )
 
+    shard: bool = flag(
+        False,
+        "Cut the weights over all ranks of torchrun (fully_shard), for a model larger than a card (zo, fo); the run folder "
+        "holds a plain model. While it lasts they are not written, as with --hold.",
+        "Ranks",
+    )
+
     @property
     def holds(self) -> bool:
         """Whether the model's weights stay as they are."""
-        return self.hold or self.quantize is not None or self.device_map is not None
+        return self.hold or self.shard or self.quantize is not None or self.device_map is not None
 
 
 @dataclass(frozen=True)
@@ -488,7 +510,7 @@ class Finetune(Writing, Inspection, Holding, Ranks, Machine, Schedule, Compositi
             )
         if self.adapter is not None and self.holds:
             raise UsageError(
-                f"method '{self.method}' trains an adapter of its own beside plain weights; leave out --quantize, --hold and "
+                f"method '{self.method}' trains an adapter of its own beside plain weights; leave out --quantize, --hold, --shard and "
                 "--device-map, or use --method stiefel, which ends in an adapter too"
             )
         if self.device_map is not None and method.paradigm != "zo":
@@ -496,6 +518,8 @@ class Finetune(Writing, Inspection, Holding, Ranks, Machine, Schedule, Compositi
                 f"--device-map {self.device_map} is for forward passes; paradigm '{method.paradigm}' needs the weights "
                 "again on the way back, use --paradigm zo"
             )
+        if self.shard:
+            self._check_shard(method)
         if self.device_map == "disk" and self.offload_folder is None:
             raise UsageError("--device-map disk needs a place for the weights; give --offload-folder")
         if self.offload_folder is not None and self.device_map not in ("disk", "auto"):
@@ -533,6 +557,29 @@ class Finetune(Writing, Inspection, Holding, Ranks, Machine, Schedule, Compositi
             steps=self.steps if self.steps or self.epochs else numbers.steps,
             eval_every=self.eval_every or min(numbers.eval_every, self.steps or numbers.eval_every),
         )
+
+    def _check_shard(self, method: Method) -> None:
+        """Refuse what cannot be done with weights in pieces."""
+        flags = {
+            "--quantize": self.quantize,
+            "--device-map": self.device_map,
+            "--hold": self.hold or None,
+            "--compile": self.compile or None,
+            "--memory-budget": self.memory_budget,
+            "--diagnose-every": self.diagnose_every,
+        }
+        for name, value in flags.items():
+            if value is not None:
+                raise UsageError(
+                    f"{name} does not go with --shard, whose weights are in pieces; leave one of them out"
+                )
+        if method.paradigm == "fwd":
+            raise UsageError("--shard is for zo and fo; use --paradigm zo, or leave --shard out")
+
+    @property
+    def realized(self) -> Realization:
+        """How a perturbation reaches a weight: of weights in pieces beside them, on one rank too."""
+        return "side" if self.shard and self.realization == "auto" else self.realization
 
     def composed(self) -> Method:
         """The method these settings describe."""
@@ -715,6 +762,7 @@ class Job:
         from zolr.cli.workload import device_of, set_threads, splits_of, task_of, width_of, words_of
         from zolr.distributed import Team
         from zolr.engine import Engine
+        from zolr.journal import fingerprint
         from zolr.tasks import TrainingBatches, own_task, truncation_share
 
         self.team = team or Team()
@@ -748,6 +796,7 @@ class Job:
             quantize=settings.quantize,
             device_map=settings.device_map,
             offload_folder=settings.offload_folder,
+            apart=settings.shard,
             team=self.team,
             trust_remote_code=settings.trust_remote_code,
         )
@@ -769,6 +818,10 @@ class Job:
             pad_id=self.work.pad_id,
         )
         models.checkpoint_activations(self.work.model, settings.checkpointing or False)
+        whole: dict[str, str] = {}
+        if settings.shard:
+            whole = {"base": fingerprint(self.work.model)}
+            self.work.cut(self.own_modules)
         method = settings.composed()
         self.metric = "f1" if settings.objective == "f1" else task.metric
         self.engine: Engine = Engine(
@@ -781,10 +834,11 @@ class Job:
             weight_decay=settings.weight_decay,
             schedule=schedule or schedule_of(settings.schedule, settings.warmup, settings.steps or 1),
             clip=settings.clip,
-            realization=settings.realization,
+            realization=settings.realized,
             hold=self._hold if settings.holds else False,
             hold_rank=settings.held_rank,
             compile=settings.compile,
+            undo=settings.undo,
             # families whose forward we know need no proof that the coordinates reach the loss; it costs a pass per weight
             check=None if models.splits(self.work.model) else self._moved(self.batches(0)[0]),
             team=self.team,
@@ -800,6 +854,7 @@ class Job:
         self.about = about(
             "finetune", settings, self.work.model, self.engine.base_lr, self.own_classes, task=self.told_task
         )
+        self.about |= whole
 
     @property
     def told_task(self) -> dict[str, Any]:
@@ -839,8 +894,14 @@ class Job:
         ranks = self.team.size if self.team.spread == "batches" else 1
         if settings.batch_size is None and settings.accumulate is None and parts < ranks <= size * parts:
             total = size * parts  # as many examples, in batches enough for all ranks
-            parts = next(p for p in range(ranks, total + 1) if total % p == 0)
+            fits = lambda p: total % p == 0 and not (settings.shard and p % ranks)  # noqa: E731
+            parts = next((p for p in range(ranks, total + 1) if fits(p)), parts)
             size = total // parts
+        if settings.shard and parts % ranks:
+            raise UsageError(
+                f"the {parts} batches of a step do not go evenly into {ranks} ranks, which put the weights together in step; "
+                f"give --accumulate {ranks * -(-parts // ranks)}, and a --batch-size for as many examples"
+            )
         if parts < ranks:
             self.notes.append(
                 f"note: the {parts} batches of a step keep {parts} of {ranks} ranks busy; give --accumulate {ranks}, and "
@@ -920,6 +981,15 @@ class Job:
         """Examples of a step."""
         return self.batch_size * (self.settings.accumulate or 1)
 
+    def _write_shards(self, folder: Path) -> None:
+        """Write the trained model, every rank its rows; those of a run that did not come to its end are replaced."""
+        from zolr import sharded
+
+        with self.team.in_turn():
+            if self.team.first:
+                rmtree(folder, ignore_errors=True)
+        sharded.save(folder, self.engine)
+
     def _moved(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {name: part.to(self.work.device) for name, part in batch.items()}
 
@@ -946,6 +1016,9 @@ class Job:
     @cached_property
     def predicted(self) -> int | None:
         """Peak bytes of a step on the longest examples, as predicted without running one; None where that fails."""
+        if self.settings.shard:
+            self.notes.append("note: no memory prediction for weights in pieces")
+            return None
         if self.settings.device_map is not None:
             self.notes.append("note: no memory prediction for weights that are away between two uses")
             return None
@@ -1039,6 +1112,8 @@ class Job:
             self.settings = replace(settings, steps=outcome.progress.step)
         after = work.evaluate(self.test, self.batch_size)
         result = record.result_of(self, outcome, before, after, meter)
+        if settings.shard:
+            self._write_shards(place.work / runs.SHARDS)
         if not self.team.first:
             return result
         record.complete(self, place, result, meter)

@@ -210,6 +210,13 @@ class Course(Settings):
     eval_rows: Annotated[int, Ge(1)] = flag(
         256, "Held-out rows of an evaluation, spread over all of them.", "Training"
     )
+    patience: Annotated[int, Ge(1)] | None = flag(
+        None,
+        "Stop after so many evaluations in a row without a lower loss, and keep the weights of the lowest.",
+        "Training",
+        shown="never; the last weights are kept",
+        aliases=("early_stopping_patience",),
+    )
     seed: int = flag(0, "Seed of the weights, of the rows of each step and of directions.", "Training")
     compute: Literal["float32", "bfloat16"] = flag(
         "float32", "Precision of matrix products; weights keep --dtype, losses are float32.", "Memory"
@@ -471,6 +478,7 @@ def pretrain(
         clip=settings.clip,
         realization=settings.realization,
         compile=settings.compile,
+        undo=settings.undo,
         team=team,
     )
     if settings.parts < team.size and team.spread == "batches":
@@ -525,7 +533,9 @@ def pretrain(
             evaluate=evaluate,
             eval_every=settings.eval_every or 0,
             metric="loss",
-            best=None,  # the last weights: a schedule that ends at zero leaves the best ones there
+            # the last weights, where nobody asked: a schedule that ends at zero leaves the best ones there
+            best="min" if settings.patience else None,
+            patience=settings.patience,
             folder=place.work,
             save_every=settings.save_every or max(1, settings.steps // 20),
             keep_last=settings.keep_last,
@@ -559,6 +569,8 @@ def pretrain(
         "before": outcome.before["loss"],
         "after": outcome.after["loss"],
         "steps": progress.step,
+        "kept_step": outcome.kept_step,
+        "stopped_early": outcome.stopped_early,
         "skipped": progress.skipped,
         "forwards": progress.forwards,
         "tokens": progress.tokens,

@@ -43,6 +43,10 @@ class Meter:
         self.counter, self.shape, self._peak = "live tensors of a step", (0, 0), 0
         self.counting = False
         self._times, self._opened = 0, False  # steps counted of the largest batch; whether a new window was
+        # fully_shard gives memory back by emptying tensors that live on, which no count of them sees
+        self._blind = any(v.sharded for v in engine.variables)
+        if self._blind:
+            self.counter = "not counted for weights in pieces"
         if device.type == "cuda":
             self.counter = "cuda allocated"
             torch.cuda.reset_peak_memory_stats(device)
@@ -72,7 +76,7 @@ class Meter:
         )
         if self._device.type == "cuda":
             self.shape = max(shape, self.shape, key=lambda s: s[0] * s[1])
-        self.counting = due and not tuning and self._device.type != "cuda"
+        self.counting = due and not tuning and self._device.type != "cuda" and not self._blind
         if not self.counting:
             yield
             return
@@ -206,7 +210,9 @@ def complete(job: Job, place: runs.RunFolder, result: dict[str, Any], meter: Met
     task = job.told_task
 
     def fill(folder: Path) -> None:
-        if settings.holds:
+        if settings.shard:
+            runs.write_sharded(folder, place.work / runs.SHARDS, work.model, work.tokenizer)
+        elif settings.holds:
             adapters.write(folder, work.model, job.engine.variables, settings.model, keep=job.own_modules)
             runs.write_tokenizer(folder, work.tokenizer)
         else:
@@ -241,7 +247,11 @@ def card(job: Job, result: Mapping[str, Any], memory: Mapping[str, Any]) -> str:
     )
     lines = [
         "---",
-        *(["library_name: peft", f"base_model: {s.model}"] if s.holds else ["library_name: transformers"]),
+        *(
+            ["library_name: peft", f"base_model: {s.model}"]
+            if s.holds and not s.shard
+            else ["library_name: transformers"]
+        ),
         f"pipeline_tag: {pipeline}",
         "tags: [zolr]",
         "---",
@@ -283,6 +293,11 @@ def _held_lines(job: Job, result: Mapping[str, Any]) -> list[str]:
     s = job.settings
     if not s.holds:
         return []
+    if s.shard:
+        lost = f"{result['held']['lost']:.2%}"
+        return [
+            f"| sharded | changes of rank {s.held_rank} at most beside weights that were not written; {lost} of their squared norm dropped |"
+        ]
     lines = [
         f"| base | `{s.model}`, {s.quantize or s.dtype}, not written |",
         f"| adapter | rank {s.held_rank} at most, {result['held']['lost']:.2%} of the squared norm of the change dropped |",

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from zolr.journal import Read
 
 # settings of a run that its steps depend on, apart from the base model and the rate
-KEPT = ("method", "paradigm", "seed", "dtype", "weight_decay", "clip", "realization", "hold", "quantize")
+KEPT = (
+    "method", "paradigm", "seed", "dtype", "weight_decay", "clip", "realization", "hold", "quantize", "shard",
+)  # fmt: skip
 
 PROMISES = {
     True: "on every machine that draws these subspaces (their hashes were compared)",
@@ -223,7 +225,7 @@ class Rebuilt:
             seed=settings.seed,
             weight_decay=settings.weight_decay,
             clip=settings.clip,
-            realization=settings.realization,
+            realization=settings.realized,
             hold=(lambda name, _: not any(name.startswith(f"{own}.") for own in self.own))
             if settings.holds
             else False,
@@ -236,7 +238,7 @@ class Rebuilt:
         Args:
             run: folder of the run, which knows more than its journal.
         """
-        from zolr import adapters, lora
+        from zolr import adapters, lora, sharded
 
         def fill(aside: Path) -> None:
             told = self._header.get("task")  # journals of earlier versions do not say
@@ -248,6 +250,10 @@ class Rebuilt:
                 shutil.copyfile(run / runs.CONFIG, aside / runs.CONFIG)
             if self.tokenizer is None and run is not None:
                 self.tokenizer = _tokenizer_of(run)
+            if self.settings.shard:
+                shards = sharded.save(aside / runs.SHARDS, self.engine)
+                runs.write_sharded(aside, shards, self.model, self.tokenizer)
+                return
             if self.settings.holds:
                 adapters.write(aside, self.model, self.engine.variables, str(self.base), keep=self.own)
                 runs.write_tokenizer(aside, self.tokenizer)

@@ -39,6 +39,27 @@ def write_model(folder: Path, model: Any, tokenizer: Any) -> None:
             logging.enable_progress_bar()
 
 
+def write_sharded(folder: Path, shards: Path, model: Any, tokenizer: Any) -> None:
+    """Put the shards of a model together as plain transformers load it; the shards are removed.
+
+    Args:
+        shards: folder that `sharded.save` has written.
+        model: for its config.
+    """
+    from zolr.sharded import consolidate
+
+    consolidate(shards, folder / "model.safetensors")
+    model.config.architectures = [
+        type(model).__name__.removeprefix("FSDP")
+    ]  # the class that fully_shard makes
+    model.config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    shutil.rmtree(shards, ignore_errors=True)
+
+
 def write_tokenizer(folder: Path, tokenizer: Any) -> None:
     """Write a tokenizer alone, beside an adapter."""
     tokenizer.save_pretrained(folder)
@@ -53,6 +74,7 @@ CONFIG, RESULT, TASK, METRICS, MEMORY, CARD = (
     "README.md",
 )
 CHECKPOINTS = "checkpoints"
+SHARDS = "shards"  # of a model that no rank has as a whole, until they are put together
 ADAPTER = "adapter"
 JOURNAL = "journal"
 OF_A_MODEL = (

@@ -291,6 +291,7 @@ class Workload:
         seed: of a fresh classification head, and of an adapter.
         team: who shares the evaluation.
         adapter: what the model is wrapped in, in place; None for nothing.
+        apart: load into host memory, for `cut` to bring each rank its part.
         trust_remote_code: run Python code that comes with the model.
         loading: further settings of `models.load_model`: quantize, device_map, offload_folder.
 
@@ -310,6 +311,7 @@ class Workload:
         seed: int = 0,
         adapter: Adapter | None = None,
         team: Team | None = None,
+        apart: bool = False,
         trust_remote_code: bool = False,
         **loading: Any,
     ) -> None:
@@ -326,7 +328,7 @@ class Workload:
                 kind="classes" if head == "classes" else "lm",
                 num_labels=len(task.classes) if head == "classes" else None,
                 dtype=getattr(torch, dtype),
-                device=device,
+                device="cpu" if apart else device,
                 seed=seed,
                 trust_remote_code=trust_remote_code,
                 **loading,
@@ -356,6 +358,19 @@ class Workload:
             self.model, adapter, classifier=head == "classes", seed=seed
         )
 
+    def cut(self, whole: Sequence[str]) -> None:
+        """Cut the weights over the ranks of the team.
+
+        Args:
+            whole: modules that stay whole on every rank.
+        """
+        from zolr import models, sharded
+        from zolr.distributed import Team
+
+        sharded.cut(self.model, self.team or Team(), self.device, whole)
+        if self.head == "prompt" and models.splits(self.model):  # which calls parts of the model
+            self.loss, self.logits = sharded.inside(self.loss), sharded.inside(self.logits)
+
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         """Examples as token ids."""
         return self.input.encode(examples)
@@ -375,6 +390,7 @@ class Workload:
         import torch
 
         from zolr.distributed import Share
+        from zolr.held import is_sharded
         from zolr.tasks import evaluation_batches
 
         out = torch.empty(len(encoded), len(self.task.classes))
@@ -387,6 +403,10 @@ class Workload:
                 for _, batch in share:
                     moved = {key: part.to(self.device) for key, part in batch.items()}
                     seen.append(self.logits(self.model, moved).float().cpu())
+                if any(map(is_sharded, self.model.parameters())):  # all ranks gather weights, or none
+                    for _ in range(max(share.lengths) - len(share)):
+                        moved = {key: part.to(self.device) for key, part in batches[0][1].items()}
+                        self.logits(self.model, moved)
         finally:
             self.model.train(training)
         out[[row for rows, _ in batches for row in rows]] = share.rows(torch.cat(seen).mT, "evaluation").mT
