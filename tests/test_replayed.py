@@ -115,3 +115,13 @@ def test_a_pretrained_run_is_made_again_from_its_first_numbers(zolr: Run, tmp_pa
     assert (again / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
     code, _, err = zolr(*("replay", run, "--base", "demo"))
     assert code in (2, 3) and "journal" in err
+
+
+def test_a_journal_that_was_put_aside_is_named(zolr: Run, tmp_path: Path) -> None:
+    for words in ("was damaged, and is", "is no run without backprop"):
+        for line in (("replay", tmp_path), ("export", tmp_path, "--journal", tmp_path / "given")):
+            (tmp_path / "journal.damaged").write_text("")
+            if "damaged" not in words:
+                (tmp_path / "journal.damaged").unlink()
+            code, _, err = zolr(*line)
+            assert code == 3 and words in err, err

@@ -34,7 +34,7 @@ def run(settings: Export) -> None:
         raise UsageError("nothing to export; give a run folder and --journal FILE")
     source, target = Path(settings.source), Path(settings.journal)
     if not (source / NAME).is_file():
-        raise DataError(f"{source} has no {NAME}: it is no run without backprop; give one of zo or fwd")
+        raise DataError(runs.without_journal(source))
     found = read(source / NAME)
     if (why := found.header.get("unrepeatable")) is not None:
         raise UsageError(f"this journal cannot be replayed: {why}; give the model itself away")

@@ -67,7 +67,7 @@ def run(settings: Replay) -> None:
     source = Path(settings.source)
     path = source / NAME if source.is_dir() else source
     if source.is_dir() and not path.exists():
-        raise DataError(f"{source} has no {NAME}: it is no run without backprop; give one of zo or fwd")
+        raise DataError(runs.without_journal(source))
     found = read(path)
     to = settings.to if settings.to is not None else kept_step(source, found)
     if settings.output is not None:

@@ -122,6 +122,14 @@ def check_free(folder: Path, *, overwrite: bool, resume: bool) -> None:
         )
 
 
+def without_journal(folder: Path) -> str:
+    """Why a folder has no journal."""
+    put_aside = folder / f"{JOURNAL}.damaged"
+    if put_aside.is_file():
+        return f"{folder} has no {JOURNAL}: it was damaged, and is {put_aside}; use the model or a checkpoint itself"
+    return f"{folder} has no {JOURNAL}: it is no run without backprop; give one of zo or fwd"
+
+
 def finished(folder: Path) -> bool:
     """Whether the run in a folder is done; one whose checkpoints stay can still be given more steps."""
     return (folder / RESULT).is_file() and not (folder / CHECKPOINTS).is_dir()
