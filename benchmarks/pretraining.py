@@ -134,7 +134,12 @@ ROWS = {"adamw": FULL["adamw"], "muon": FULL["muon"], **DRAWN, **TAKEN, "adalomo
 
 
 def method_of(
-    name: str, rank: int, refresh_every: int, factor: float = 1.0, optimizer: str | None = None
+    name: str,
+    rank: int,
+    refresh_every: int,
+    factor: float = 1.0,
+    optimizer: str | None = None,
+    transport: str | None = None,
 ) -> Any:
     """The method of a row, whose matrices are trained at `factor` of the rate, times the factor that the row has anyway."""
     from zolr.methods import METHODS, compose
@@ -146,8 +151,8 @@ def method_of(
         settings |= {"refresh_every": refresh_every}
     if name not in RELATIVE:
         settings |= {"scale": usual.scale * factor}
-    if optimizer is not None:
-        settings |= {"optimizer": optimizer}
+    changed = {"optimizer": optimizer, "transport": transport}
+    settings |= {part: value for part, value in changed.items() if value is not None}
     return compose(paradigm="fo", tables="full", **{**settings, **given})
 
 
@@ -287,7 +292,14 @@ def one(case: dict[str, Any]) -> dict[str, Any]:
     rate = case["lr"] if case["row"] in RELATIVE else TABLES_RATE
     engine = Engine(
         model,
-        method_of(case["row"], case["rank"], case["refresh_every"], case["lr"] / rate, case.get("optimizer")),
+        method_of(
+            case["row"],
+            case["rank"],
+            case["refresh_every"],
+            case["lr"] / rate,
+            case.get("optimizer"),
+            case.get("transport"),
+        ),
         lr=rate,
         loss=loss,
         seed=seeds["subspaces"],
@@ -432,10 +444,10 @@ def traced(case: dict[str, Any], seeds: Sequence[str], found: dict[str, Any], wi
     for mix in seeds:
         own = dict(zip(("weights", "rows", "subspaces"), map(int, mix), strict=True))
         run = ran({**case, "seeds": own}, None)
-        clip = f", clip {case['clip']:g}" if "clip" in case else ""
-        found[f"{case['row']}/{case['lr']:g}/{mix}{clip}"] = run
+        changed = "".join(f", {name} {case[name]}" for name in ("clip", "transport") if name in case)
+        found[f"{case['row']}/{case['lr']:g}/{mix}{changed}"] = run
         if "failed" in run:
-            print(f"{mix}{clip}: {run['failed']}", flush=True)
+            print(f"{mix}{changed}: {run['failed']}", flush=True)
             continue
         losses = run["trained"]
         means = [statistics.mean(losses[i : i + window]) for i in range(0, len(losses) - window + 1, window)]
@@ -446,7 +458,7 @@ def traced(case: dict[str, Any], seeds: Sequence[str], found: dict[str, Any], wi
         ]
         held_out = ", ".join(f"{value:.3f}" for _, value in run["curve"])
         print(
-            f"{mix}{clip}: held-out {held_out}; windows {' '.join(f'{m:.2f}' for m in means)}; "
+            f"{mix}{changed}: held-out {held_out}; windows {' '.join(f'{m:.2f}' for m in means)}; "
             f"jumps at their ends {' '.join(f'{j:+.2f}' for j in jumps)}",
             flush=True,
         )
@@ -650,6 +662,7 @@ def main() -> None:
         "--seeds", default="000,111,222", help="of traces: a digit for weights, for rows, for subspaces"
     )
     parser.add_argument("--clip", type=float, help="of traces: largest norm of a gradient")
+    parser.add_argument("--transport", help="of traces: what becomes of moments at a new subspace")
     parser.add_argument("--prepare", action="store_true", help="pack the text and stop")
     parser.add_argument("--table", action="store_true", help="print what there is and stop")
     parser.add_argument("--markdown", type=Path, help="write the table there too")
@@ -701,6 +714,7 @@ def main() -> None:
         )  # fmt: skip
         case |= {} if options.optimizer is None else {"optimizer": options.optimizer}
         case |= {} if options.clip is None else {"clip": options.clip}
+        case |= {} if options.transport is None else {"transport": options.transport}
         traced(case, options.seeds.split(","), found.setdefault("traces", {}), protocol.refresh_every)
         written(results, output)
         return

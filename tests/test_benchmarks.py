@@ -173,6 +173,33 @@ def test_the_pretraining_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert "adamw" in told and page.read_text().count("\n") == 4 and picture.stat().st_size > 20_000
 
 
+def test_recipes_that_were_predicted_are_those_that_there_are(tmp_path: Path) -> None:
+    kept = json.loads((BENCHMARKS / "results" / "recipes.json").read_text())["cuda"]
+    recipes = {
+        f"{path.parent.name}/{path.stem}" for path in (BENCHMARKS.parent / "recipes").glob("llama-*/*.toml")
+    }
+    assert kept.keys() <= recipes
+    for name, found in kept.items():
+        assert sum(found["parts"].values()) == found["peak_bytes"] > found["forward_peak_bytes"], name
+        micro, parts, length = found["batch"]
+        assert (micro * parts, length) == (512, 256)
+    told = ran("recipes.py", "--table", "--only", "llama-130m/stiefel")
+    row = kept["llama-130m/stiefel"]
+    assert f"| 130m/stiefel | 8 x 64 x 256 | {row['peak_bytes'] / 1e9:.2f} |" in told
+
+
+@pytest.mark.slow
+def test_a_recipe_is_predicted_as_it_was(tmp_path: Path) -> None:
+    output = tmp_path / "found.json"
+    ran("recipes.py", "--only", "llama-20m/stiefel", "--output", output)
+    found, kept = (
+        json.loads(path.read_text())["cuda"]["llama-20m/stiefel"]
+        for path in (output, BENCHMARKS / "results" / "recipes.json")
+    )
+    assert found["peak_bytes"] == pytest.approx(kept["peak_bytes"], rel=0.02)
+    assert found["parts"]["optimizer"] == pytest.approx(kept["parts"]["optimizer"], rel=0.02)
+
+
 def test_the_page_on_scaling_shows_what_its_script_prints() -> None:
     page = (BENCHMARKS.parent / "docs" / "scaling.md").read_text()
     assert ran("scaling.py").strip() in page

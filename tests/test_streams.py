@@ -484,6 +484,33 @@ def test_rows_of_every_kind_pretrain_with_clipping_decay_and_accumulation(corpus
 
 
 @pytest.mark.slow
+def test_laws_of_subspaces_are_compared_by_one_flag(corpus, tmp_path, capsys):
+    losses = {}
+    for law in ("stiefel", "dependent", "gaussian", "coordinate", "plumage"):
+        given = [
+            "--method",
+            "galore",
+            "--projector",
+            law,
+            "--rank",
+            "4",
+            "--refresh-every",
+            "2",
+            "--steps",
+            "5",
+        ]
+        code = pretrained(tmp_path / law, corpus, *given, "--diagnose-every", "5", "--diagnose-draws", "4")
+        out, err = capsys.readouterr()
+        assert code == 0, (law, err)
+        losses[law] = json.loads(out)["after"]
+        lines = map(json.loads, (tmp_path / law / "metrics.jsonl").read_text().splitlines())
+        (found,) = (line["diagnosis"]["projected"] for line in lines if "diagnosis" in line)
+        assert 0 < found["energy"] < 1 and found["variance"] > 0
+        assert abs(found["gain"] - 1) < 6 * found["gain_error"] + 1e-6, law  # all of them are unbiased
+    assert len(set(losses.values())) == 5
+
+
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(corpus, tmp_path):
     from zolr.cli import main
 
