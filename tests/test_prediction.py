@@ -107,6 +107,32 @@ def test_every_method_is_predicted_to_the_percent(family: str, name: str, paradi
     agrees(config(family), short(row.build(paradigm), 2 if learns else 3), settings, 13 if learns else 5)
 
 
+@pytest.mark.parametrize(("name", "checkpointing"), [("stiefel", False), ("stiefel", True), ("adamw", False)])
+def test_dropout_is_predicted_as_it_is_trained(name: str, checkpointing: bool) -> None:
+    """Masks are kept for the way back, and attention with dropout is not fused on the host."""
+    shape = config(
+        "roberta", hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2, num_attention_heads=4
+    )
+    model = build(shape)
+    if checkpointing:
+        checkpoint_activations(model)
+    data = batches("prompt", 16, 31, 1)
+    with LiveBytes() as live:
+        live.track(model, *data)
+        engine = Engine(model, short(compose(name, "fo")), lr=1e-3, loss=prompt_loss((3, 4)), guard=False)
+        for _ in range(5):
+            engine.step(data)
+    size = dict(batch_size=16, max_length=31, checkpointing=checkpointing)
+    own = predict(shape, short(compose(name, "fo")), dropout=None, **size)
+    assert own.peak_bytes == pytest.approx(live.peak, rel=0.01)
+    assert any("hidden_dropout_prob 0.1" in line for line in own.assumptions)
+    without, card = (
+        predict(shape, short(compose(name, "fo")), **size, **more)
+        for more in ({}, dict(device="cuda", dropout=None))
+    )
+    assert without.peak_bytes < card.peak_bytes < own.peak_bytes  # on a card attention is fused all the same
+
+
 @pytest.mark.parametrize(("family", "select"), [("roberta", "norm"), ("llama", "attention"), ("gpt2", "all")])
 def test_forward_mode_is_predicted_whatever_is_trained(family: str, select: str) -> None:
     """Tangents of weights that are not trained are zeros which nobody writes down."""

@@ -46,9 +46,11 @@ from zolr.models import (
     class_loss,
     code,
     coded_maps,
+    dropouts,
     lm_loss,
     load_config,
     prompt_loss,
+    set_dropout,
 )
 from zolr.spectra import Spectrum
 from zolr.subspaces import Left, Right
@@ -411,6 +413,7 @@ def predict(
     hold: bool = False,
     hold_rank: int = RANK,
     device: torch.device | str = "cpu",
+    dropout: float | None = 0.0,
     profile: bool = False,
 ) -> Prediction:
     """Predict the peak memory of a training step by running that very step on tensors without data.
@@ -434,6 +437,8 @@ def predict(
         quantize: as for `load_model`.
         adapter: what the model is wrapped in, which is then trained instead of `select`.
         device: where the step is to run; a card that is there adds cuBLAS's workspaces to peak and forward (see `workspace`).
+        dropout: of training steps (fo); None leaves the probabilities of the config. Masks are kept for the way back, and on the
+            host attention is not fused where it has any; on a card it is.
         profile: list the live storages at the peak, add them up by what they are, and name the module.
 
     Raises:
@@ -449,7 +454,10 @@ def predict(
     plain: Any = copy.deepcopy(config)
     if hasattr(plain, "quantization_config"):  # of a model that was quantized while it was loaded
         del plain.quantization_config
+    if dropout is None and torch.device(device).type == "cuda":
+        set_dropout(plain, 0.0, attention=True)
     loss = loss or LOSSES[objective]
+    trains = method is not None and method.paradigm == "fo"  # others evaluate the model as it is used
 
     def fresh(**options: Any) -> Any:
         net = build(
@@ -458,7 +466,7 @@ def predict(
             num_labels=num_labels if objective == "classes" else None,
             dtype=dtype,
             attn_implementation=attn_implementation,
-            dropout=0.0,
+            dropout=dropout,
             **options,
         )
         if quantize == "int8":
@@ -529,7 +537,7 @@ def predict(
                 loss(net, batches[0])
         assumptions = [
             f"{batch_size} x {max_length} tokens a micro-batch, {str(dtype).removeprefix('torch.')} weights",
-            f"{net.config._attn_implementation} attention, fused where the kernel exists; dropout 0",
+            f"{net.config._attn_implementation} attention, fused where the kernel exists; {_dropout(plain, dropout if trains else 0.0)}",
             "rows are padded; the optimizer holds temporaries of one tensor at a time (not foreach)",
             f"bytes of live tensors, each rounded up to {ROUNDING}; what no tensor holds comes on top",
         ]
@@ -792,6 +800,11 @@ def _keep_states(engine: Engine) -> None:
         value = engine.trained(variable)
         if value.numel():
             engine._step_alone(value, torch.zeros_like(value))
+
+
+def _dropout(config: Any, dropout: float | None) -> str:
+    found = dropouts(config) if dropout is None else {}
+    return ", ".join(f"{name} {p:g}" for name, p in found.items() if p) or f"dropout {dropout or 0:g}"
 
 
 def _fill_spectra(engine: Engine) -> None:

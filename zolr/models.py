@@ -589,9 +589,22 @@ def _prepare(config: Any, kind: str, dropout: float | None) -> None:
         eos = config.eos_token_id
         config.pad_token_id = eos[0] if isinstance(eos, list) else eos
     if dropout is not None:
-        for key, value in list(config.to_dict().items()):
-            if re.search(r"dropout$|pdrop$|dropout_prob$", key) and isinstance(value, (int, float)):
-                setattr(config, key, dropout)
+        set_dropout(config, dropout)
+
+
+def dropouts(config: Any) -> dict[str, float]:
+    """The dropout probabilities of a config, by their names."""
+    pattern = r"dropout$|pdrop$|dropout_prob$"
+    return {
+        k: v for k, v in config.to_dict().items() if re.search(pattern, k) and isinstance(v, (int, float))
+    }
+
+
+def set_dropout(config: Any, probability: float, *, attention: bool = False) -> None:
+    """Set every dropout probability of a config, or those of attention alone."""
+    for key in dropouts(config):
+        if not attention or key.startswith("att"):
+            setattr(config, key, probability)
 
 
 def _nearest(name: str) -> str:

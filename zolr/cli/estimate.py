@@ -262,7 +262,8 @@ def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
             quantize=plan.quantize,
             hold=plan.holds,
             hold_rank=plan.held_rank,
-            device="cuda",  # counts only where there is one
+            device="cuda",  # workspaces count only where there is one
+            dropout=None,
             profile=profile,
         )
 

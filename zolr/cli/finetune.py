@@ -1058,6 +1058,7 @@ class Job:
             hold=settings.holds,
             hold_rank=settings.held_rank,
             device=self.work.device,
+            dropout=None,
         ).peak_bytes
 
     def train(

@@ -949,6 +949,7 @@ def prediction(settings: Pretrain, config: Any, on: device, *, profile: bool = F
         clip=settings.clip,
         realization=settings.realization,
         device=on,
+        dropout=None,
         profile=profile,
     )
 
