@@ -1434,3 +1434,98 @@ def test_each_window_sees_the_inputs_of_its_first_batch(paradigm):
             seen = engine.state_dict()["variables"][variable.name]["spectrum"]
             exact = torch.linalg.eigvalsh(inputs[variable.name].mT @ inputs[variable.name]).flip(0)
             assert torch.allclose(seen["values"][:2], exact[:2], rtol=1e-4)
+
+
+# ---- manners ------------------------------------------------------------------------------------------------------------
+
+
+def simple() -> tuple[nn.Module, Tensor, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+    return model, torch.randn(16, 6), lambda model, x: model(x).square().mean()
+
+
+@pytest.mark.parametrize("paradigm", ["fo", "zo"])
+def test_what_is_frozen_stays_as_it_is(paradigm):
+    model, x, loss = simple()
+    model[0].weight.requires_grad_(False)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    engine = Engine(model, compose("stiefel", paradigm, rank=2), lr=1e-2, loss=loss)
+    engine.step([x])
+    after = dict(engine.detach().named_parameters())
+    moved = {n: not torch.equal(after[n], w) for n, w in before.items()}
+    assert moved == {n: n != "0.weight" for n in before}
+    # a predicate decides alone, and a model that is frozen as a whole has nothing to train by words
+    model.requires_grad_(False)
+    chosen = Engine(model, compose("stiefel", paradigm, rank=2), lr=1e-2, loss=loss, select=lambda n, p: True)
+    assert len(chosen.variables) == 4
+    chosen.detach()
+    with pytest.raises(UsageError, match="no weight is left to train: 4 parameters have requires_grad=False"):
+        Engine(model, compose("stiefel", paradigm, rank=2), lr=1e-2, loss=loss)
+
+
+def test_a_model_that_was_given_back_is_not_trained_on():
+    model, x, loss = simple()
+    engine = Engine(model, compose("stiefel", "fo", rank=2), lr=1e-2, loss=loss)
+    engine.detach()
+    with pytest.raises(UsageError, match="given back by detach"):
+        engine.step([x])
+
+
+@pytest.mark.parametrize(
+    ("other", "part"),
+    [
+        (compose("stiefel", "fo", rank=3), "projector"),
+        (compose("stiefel", "zo", rank=2), "paradigm"),
+        (compose("stiefel", "fo", rank=2, optimizer="sgd"), "optimizer"),
+        (compose("galore", "fo", rank=2), "projector"),
+    ],
+)
+def test_a_state_of_another_method_is_refused(other, part):
+    model, x, loss = simple()
+    engine = Engine(model, compose("stiefel", "fo", rank=2), lr=1e-2, loss=loss)
+    engine.step([x])
+    another = Engine(simple()[0], other, lr=1e-2, loss=loss)
+    before = {n: p.detach().clone() for n, p in another.model.named_parameters()}
+    with pytest.raises(UsageError, match=f"of a method with {part} "):
+        another.load_state_dict(engine.state_dict())
+    assert all(torch.equal(p, before[n]) for n, p in another.model.named_parameters())
+    with pytest.raises(UsageError, match="no state of an engine"):
+        engine.load_state_dict({})
+
+
+def test_a_loss_may_be_a_number_where_none_asks_for_its_derivative():
+    model, x, loss = simple()
+    plain = lambda model, x: float(loss(model, x))  # noqa: E731
+    numbers, tensors = (
+        Engine(simple()[0], compose("stiefel", "zo", rank=2, eps=1e-3), lr=1e-2, loss=one)
+        for one in (plain, loss)
+    )
+    for _ in range(3):
+        assert numbers.step([x]).loss == pytest.approx(tensors.step([x]).loss, rel=1e-5)
+    assert (
+        Engine(simple()[0], compose("stiefel", "zo"), lr=None, loss=plain).step([x]).loss > 0
+    )  # chosen rate
+    backprop = Engine(model, compose("stiefel", "fo", rank=2), lr=1e-2, loss=plain)
+    with pytest.raises(UsageError, match="no derivative in any trained weight; use paradigm 'zo'"):
+        backprop.step([x])
+
+
+def test_mistakes_of_a_script_are_named():
+    model, x, loss = simple()
+    with pytest.raises(UsageError, match=r"method = 'stiefel' is no method; use zolr.compose\('stiefel'"):
+        Engine(model, "stiefel", lr=1e-2, loss=loss)
+    with pytest.raises(UsageError, match="lr = '1e-2' is no number"):
+        Engine(model, compose("stiefel"), lr="1e-2", loss=loss)
+    engine = Engine(model, compose("stiefel", "zo"), lr=1e-2, loss=loss)
+    with pytest.raises(UsageError, match=r"use step\(\[batch\]\)"):
+        engine.step(x)
+    for wrong in ("", 3):
+        with pytest.raises(UsageError, match=f"method '{wrong}' is not known"):
+            compose(wrong)
+
+
+def test_the_public_names_are_listed():
+    import zolr
+
+    assert set(zolr.__all__) <= set(dir(zolr)) and "Engine" in dir(zolr)

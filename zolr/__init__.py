@@ -60,6 +60,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """The public names, which are imported when they are asked for."""
+    return [*__all__]
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name when it is asked for, so that the command line answers without torch."""
     if name not in _HOMES:

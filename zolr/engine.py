@@ -3,11 +3,12 @@
 import copy
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import isfinite, prod, sqrt
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -31,7 +32,7 @@ from zolr.estimators.forward import Forward
 from zolr.estimators.spsa import Spsa
 from zolr.held import RANK, is_sharded, shapes
 from zolr.keys import Key
-from zolr.kinds import TABLES, categories, selection
+from zolr.kinds import TABLES, categories, left_alone, selection
 from zolr.layers import blocks_of
 from zolr.methods import Method
 from zolr.projectors.identity import Identity
@@ -157,7 +158,8 @@ class Engine:
         lr: learning rate, positive. None, under zo, is chosen on the first step, as `eps` is when the method has
             none (see `tuning`).
         loss: of the model and a batch; a scalar mean, a `(sum, count)` pair, or per-example losses.
-        select: which weights to train: "all", categories joined by "+", or a predicate of name and parameter.
+        select: which weights to train: "all", categories joined by "+", or a predicate of name and parameter. By words, parameters
+            with `requires_grad=False` stay as they are (quantized, offloaded and sharded ones have no say); a predicate decides alone.
         seed: of all directions and subspaces.
         weight_decay: decoupled decay of matrices (not of biases and norms), exact inside a window.
         schedule: factor on `lr` as a function of the step, or a function of the optimizer that gives a torch
@@ -219,6 +221,13 @@ class Engine:
         undo: bool | None = None,
         team: Team | None = None,
     ) -> None:
+        if not isinstance(method, Method):
+            raise UsageError(
+                f"method = {method!r} is no method; use zolr.compose({str(method)!r}, 'zo') or the like"
+            )
+        for name, value in {"lr": lr, "weight_decay": weight_decay, "clip": clip}.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+                raise UsageError(f"{name} = {value!r} is no number; use one such as 1e-3")
         if lr is not None and not 0 < lr < float("inf"):
             raise UsageError(f"lr = {lr} is no learning rate; use a positive number")
         if lr is None and (method.paradigm != "zo" or method.private):
@@ -250,6 +259,7 @@ class Engine:
         self._repeated: Made | None = None  # the step that is made again
         self._told_ahead: dict[str, Any] = {}  # what was chosen on this step, for `ahead`
         self._torn = ""  # why the weights are between two steps
+        self._left = False  # the model has been given back
         self._writing = False  # weights or state are being written
         self._loss = loss
         self._tune = _eps(method) is not _NO_EPS and (lr is None or _eps(method) is None)
@@ -258,7 +268,15 @@ class Engine:
         chosen, kinds = selection(model, select), categories(model)
         tables = {name for name, kind in kinds.items() if kind in TABLES}
         frozen = tables if method.tables == "frozen" else set()
-        predicate = lambda name, p: name in self._blocks and name not in frozen and chosen(name, p)  # noqa: E731
+        alone = set() if callable(select) else left_alone(model)
+        predicate = lambda name, p: (  # noqa: E731
+            name in self._blocks and name not in frozen | alone and chosen(name, p)
+        )
+        if alone and not any(predicate(name, p) for name, p in model.named_parameters()):
+            raise UsageError(
+                f"no weight is left to train: {len(alone)} parameters have requires_grad=False; unfreeze what is to be trained, or "
+                "name it by a predicate, such as select=lambda name, parameter: True"
+            )
         total = sum(map(prod, shapes(model).values()))
         projected = selection(model, method.projects)
         own = tables if method.tables is not None else set()
@@ -454,8 +472,12 @@ class Engine:
         """One optimizer step on the mean loss over the micro-batches.
 
         Raises:
-            UsageError: no batch.
+            UsageError: no batch, or a model that has been given back by `detach`.
         """
+        if self._left:
+            raise UsageError("the model has been given back by detach; make a new Engine to train on")
+        if isinstance(batches, Tensor | Mapping | str):
+            raise UsageError("a step takes a list of micro-batches; use step([batch])")
         if not batches:
             raise UsageError("a step needs at least one batch")
         if self.team.spread == "batches" and len(batches) % self.team.size and self._sharded:
@@ -860,7 +882,13 @@ class Engine:
         return self.model.training
 
     def _loss_of(self, batch: Any) -> Any:
-        return self._loss(self.model, batch)
+        loss = self._loss(self.model, batch)
+        # a number is a loss like any other where none asks for its derivative
+        return (
+            torch.tensor(float(loss), device=self.variables[0].value.device)
+            if isinstance(loss, Real)
+            else loss
+        )
 
     def _open_windows_due(self, loss: Any, batches: Share, key: Key) -> None:
         """Open the windows that the first micro-batch of a step would open, on every rank from that very micro-batch."""
@@ -1116,6 +1144,7 @@ class Engine:
         self._check_whole()
         return {
             "version": 1,
+            "method": _lasting(self.method),
             "step": self.step_count,
             "refreshed_at": self._refreshed_at,
             "period": self._period,
@@ -1134,8 +1163,17 @@ class Engine:
         """Continue from a saved state of the same model and method.
 
         Raises:
-            UsageError: the state is of other variables, another seed, or of weights that were held where these are not.
+            UsageError: the state is of another method, other variables, another seed, or of weights that were held where these are
+                not.
         """
+        if "variables" not in state:
+            raise UsageError("this is no state of an engine; give what state_dict returned")
+        own = _lasting(self.method)
+        for part, said in state.get("method", own).items():
+            if said != own.get(part):
+                raise UsageError(
+                    f"the saved state is of a method with {part} {said}, and this one has {own.get(part)}; use the same method"
+                )
         names = {v.name for v in self.variables}
         if set(state["variables"]) != names:
             different = sorted(set(state["variables"]) ^ names)
@@ -1173,6 +1211,7 @@ class Engine:
         Held weights are as they were: take their adapter first (`adapters.write`).
         """
         self.fold()
+        self._left = True
         return detach(self.model, self._trainable)
 
     def export(self) -> nn.Module:
@@ -1210,6 +1249,15 @@ _NO_EPS = object()
 def _eps(method: Method) -> Any:
     """Probe radius of a method: a number, None when it is to be chosen, `_NO_EPS` where there is none."""
     return setting(method.estimator, "eps", _NO_EPS)
+
+
+def _lasting(method: Method) -> dict[str, str]:
+    """What of a method no step changes, part by part."""
+    parts = {
+        name: getattr(method, name) for name in ("projector", "optimizer", "transport", "residual", "layers")
+    }
+    numbers = {name: getattr(method, name) for name in ("paradigm", "refresh_every", "ranks", "dense")}
+    return {name: repr(part) for name, part in (parts | numbers).items()}
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

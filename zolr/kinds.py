@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 from zolr.errors import UsageError
 from zolr.held import shapes
@@ -56,3 +56,15 @@ def selection(model: nn.Module, select: str | Callable[[str, nn.Parameter], bool
         wanted.add("attention")
     kinds = categories(model)
     return lambda name, _: kinds.get(name) in wanted
+
+
+def left_alone(model: nn.Module) -> set[str]:
+    """Names of plain parameters that the model's owner has frozen; codes, sharded and offloaded weights say nothing by that."""
+    return {
+        name
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if not p.requires_grad
+        and p.is_floating_point()
+        and type(p.data) is Tensor
+        and p.device.type != "meta"
+    }

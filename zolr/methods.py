@@ -946,7 +946,7 @@ def nearest(kind: str, name: str, known: Sequence[str]) -> UsageError:
 
 def _lookup(kind: str, registry: Mapping[str, Any], name: str) -> Any:
     if name not in registry:
-        raise nearest(kind, name, list(registry))
+        raise nearest(kind, str(name), list(registry))
     return registry[name]
 
 
@@ -1001,7 +1001,7 @@ def compose(
     Raises:
         UsageError: an unknown name (with the nearest known one), or a setting that the part does not have.
     """
-    row: Row = _lookup("method", METHODS, method or "stiefel")
+    row: Row = _lookup("method", METHODS, "stiefel" if method is None else method)
     if paradigm is not None:
         _lookup("paradigm", PARADIGMS, paradigm)
     result = row.build(paradigm)

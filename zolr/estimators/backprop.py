@@ -90,7 +90,7 @@ class Backprop:
                 total, count = share.sums(values[0].new_zeros((), dtype=torch.float64), 0.0)
             elif not differentiable and float(count) > 0:  # a batch without labels has no derivative either
                 raise UsageError(
-                    "the loss has no derivative in any trained weight; use --paradigm zo, or another loss"
+                    "the loss has no derivative in any trained weight; use paradigm 'zo' (--paradigm zo), or another loss"
                 )
             for variable in list(pending.values()):  # no path to the loss in the last micro-batch
                 if variable.value.grad is None:
