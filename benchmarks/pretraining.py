@@ -21,8 +21,9 @@ subspaces.
 State is what a run holds from step to step beside the weights, with that of embeddings and head; peak is that of live tensors
 over a step that opens a window (CUDA: `max_memory_allocated`); both are taken after training. Every run is a process of its own
 on one thread, and its tokens a second are of that thread's processor time (CUDA: of wall-clock time). Results are merged into `benchmarks/results/pretraining.json` (and `pretraining-MODEL.json`), with the settings
-and versions they were made with. `--rank` and `--steps` other than the usual ones are groups of their own in the same file, and so is
-`--optimizer`: drawn rows whose coordinates are trained by another rule than Adam, with all that has no subspace by Adam as ever.
+and versions they were made with. `--rank` and `--steps` other than the usual ones are groups of their own in the same file, and so are
+`--optimizer`: drawn rows whose coordinates are trained by another rule than Adam, with all that has no subspace by Adam as ever, and
+`--transport`: drawn rows whose moments at a new subspace are kept, or turned, and do not begin at zero.
 """
 
 import argparse
@@ -444,7 +445,9 @@ def traced(case: dict[str, Any], seeds: Sequence[str], found: dict[str, Any], wi
     for mix in seeds:
         own = dict(zip(("weights", "rows", "subspaces"), map(int, mix), strict=True))
         run = ran({**case, "seeds": own}, None)
-        changed = "".join(f", {name} {case[name]}" for name in ("clip", "transport") if name in case)
+        changed = "".join(
+            f", {name} {case[name]}" for name in ("optimizer", "clip", "transport") if name in case
+        )
         found[f"{case['row']}/{case['lr']:g}/{mix}{changed}"] = run
         if "failed" in run:
             print(f"{mix}{changed}: {run['failed']}", flush=True)
@@ -662,7 +665,11 @@ def main() -> None:
         "--seeds", default="000,111,222", help="of traces: a digit for weights, for rows, for subspaces"
     )
     parser.add_argument("--clip", type=float, help="of traces: largest norm of a gradient")
-    parser.add_argument("--transport", help="of traces: what becomes of moments at a new subspace")
+    parser.add_argument(
+        "--transport",
+        choices=("reset", "keep", "align", "aware"),
+        help="what becomes of moments at a new subspace, drawn rows alone: a group of its own",
+    )
     parser.add_argument("--prepare", action="store_true", help="pack the text and stop")
     parser.add_argument("--table", action="store_true", help="print what there is and stop")
     parser.add_argument("--markdown", type=Path, help="write the table there too")
@@ -674,7 +681,7 @@ def main() -> None:
         case = json.loads(options.one)
         print(json.dumps((estimates if case.get("estimates") else one)(case)))
         return
-    known = DRAWN if options.optimizer else ROWS
+    known = DRAWN if options.optimizer or options.transport else ROWS
     rows = list(known) if options.rows is None else options.rows.split(",")
     if unknown := [row for row in rows if row not in known]:
         parser.error(f"--rows {unknown[0]}: no such row; use some of {', '.join(known)}")
@@ -690,8 +697,9 @@ def main() -> None:
     group = f"rank {rank}, {steps} steps, {compute}, {options.device.split(':')[0]}"
     grid, first = OPTIMIZERS.get(options.optimizer, (GRID, None))
     search = Search(grid, first, SEEDS[: options.most_seeds])
-    if options.optimizer:
-        group += f", {options.optimizer}"
+    changes = {name: value for name in ("optimizer", "transport") if (value := getattr(options, name))}
+    if not options.trace:
+        group += "".join(f", {name} {value}" for name, value in changes.items())
     found = results["groups"].setdefault(group, {"runs": {}})
     runs = found["runs"]
     begun = time.monotonic()
@@ -712,9 +720,7 @@ def main() -> None:
             model=options.model, device=options.device, compute=compute, row=row, lr=float(rate), seed=0,
             steps=steps, rank=rank, refresh_every=protocol.refresh_every, until=options.until,
         )  # fmt: skip
-        case |= {} if options.optimizer is None else {"optimizer": options.optimizer}
-        case |= {} if options.clip is None else {"clip": options.clip}
-        case |= {} if options.transport is None else {"transport": options.transport}
+        case |= changes | ({} if options.clip is None else {"clip": options.clip})
         traced(case, options.seeds.split(","), found.setdefault("traces", {}), protocol.refresh_every)
         written(results, output)
         return
@@ -732,7 +738,7 @@ def main() -> None:
             case |= dict(
                 steps=steps, rank=1 if row == "apollo-mini" else rank, refresh_every=protocol.refresh_every
             )
-            case |= {} if options.optimizer is None else {"optimizer": options.optimizer}
+            case |= changes
             run = ran(case, left)
             if run.get("failed") == "out of time":
                 break
