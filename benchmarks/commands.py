@@ -247,7 +247,7 @@ def signals(count: int, where: Path) -> dict[str, Any]:
 # ---- the disk ---------------------------------------------------------------------------------------------------------
 
 
-def disk(where: Path, shares: Sequence[float] = (0.0, 0.15, 0.35, 0.5, 0.7, 0.9)) -> dict[str, Any]:
+def disk(where: Path, shares: Sequence[float] = (0.0, 0.35, 0.7)) -> dict[str, Any]:
     """Fill the disk at every stage of a run, make it read-only, take the folder away, take the terminal away.
 
     Args:
