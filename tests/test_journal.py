@@ -1,6 +1,7 @@
 """The journal: a run without backprop is its base model and some numbers a step, and nothing of that is lost or bent."""
 
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,21 @@ def test_a_resumed_run_takes_its_steps_from_the_journal(name: str, tmp_path: Pat
     assert equal(whole.model.state_dict(), second.model.state_dict())
     assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
     assert (tmp_path / "whole" / journal.NAME).read_bytes() == (tmp_path / "cut" / journal.NAME).read_bytes()
+
+
+def test_steps_that_are_made_otherwise_have_hashes_of_their_own(tmp_path: Path) -> None:
+    """Gone on with under other settings, the journal drops the steps after the checkpoint, and what it said of them."""
+    engine = begin()
+    with pytest.raises(Interrupted):
+        train(engine, batches, folder=tmp_path, reporter=Stopper(9), about={"lr": 1}, **SETTINGS)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-9")
+    assert set(journal.read(tmp_path / journal.NAME).hashes) == {7, 9}
+    for steps, marked in ((9, {7, 9}), (STEPS, {7, 9, 14, 21, STEPS})):
+        settings = {**SETTINGS, "steps": steps}
+        train(begin(), batches, folder=tmp_path, about={"lr": (2, steps)}, resume=True, **settings)
+        found = journal.read(tmp_path / journal.NAME)
+        assert set(found.hashes) == marked and found.steps == steps
+    assert journal.replay(begin(), found) == len(found.hashes)
 
 
 def test_without_a_checkpoint_the_journal_begins_at_the_base_model(tmp_path: Path) -> None:

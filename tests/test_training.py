@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Run
 from torch import Tensor, nn
 
 from zolr import Engine, compose
@@ -361,3 +362,36 @@ def test_scores() -> None:
     assert score("f1", predicted, labels, 3) == pytest.approx((4 / 5 + 2 / 3 + 1 / 2) / 3, abs=1e-6)
     # R_K = (c s - sum p t) / sqrt((s^2 - sum p^2)(s^2 - sum t^2)) with c = 4, s = 6, p = (2, 2, 2), t = (3, 1, 2)
     assert score("matthews", predicted, labels, 3) == pytest.approx((24 - 12) / (24 * 22) ** 0.5, abs=1e-6)
+
+
+def test_pretraining_stops_early_and_keeps_the_lowest_loss(zolr: Run, tmp_path: Path) -> None:
+    """At a rate that undoes what it has learned; gone on with, it is over."""
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("".join(f"The {i} mice of house {i % 7} met {i * i % 11} cats.\n\n" for i in range(300)))
+    shape = ("--hidden-size", 16, "--layers", 1, "--heads", 2, "--vocab-size", 280, "--length", 16)
+    course = ("--method", "adamw", "--lr", 3.0, "--schedule", "constant", "--steps", 40, "--eval-every", 1)
+    line = (
+        "pretrain",
+        "--data",
+        text,
+        "--train-tokenizer",
+        *shape,
+        *course,
+        "--batch-size",
+        4,
+        "--eval-rows",
+        4,
+    )
+    code, _, err = zolr(*line, "--early-stopping-patience", 2, "--save-every", 50, "--quiet", "--output", run)
+    assert code == 0, err
+    result = json.loads((run / "result.json").read_text())
+    losses = {line["step"]: line["eval"]["loss"] for line in rows(run) if "eval" in line and line["step"]}
+    best = min(losses, key=losses.__getitem__)
+    assert result["stopped_early"] and result["kept_step"] == best and result["steps"] == best + 2 < 40
+    assert result["after"] == losses[best] == min(losses.values())
+    weights_before = (run / "model.safetensors").read_bytes()
+    (run / "result.json").unlink()
+    code, _, err = zolr("pretrain", "--resume", "--quiet", "--output", run)
+    assert code == 0, err
+    assert json.loads((run / "result.json").read_text())["steps"] == best + 2
+    assert (run / "model.safetensors").read_bytes() == weights_before

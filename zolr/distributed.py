@@ -10,6 +10,7 @@ No object is pickled; host tensors travel by gloo and device tensors by nccl, wh
 """
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -292,16 +293,23 @@ class Processes(Team):
         try:
             self._store.set(f"zolr/alive/{self.rank}", "")
             self.abandon()  # wakes the ranks that wait for this one, so that they answer
-            missing, end = [], time.monotonic() + ROLL_CALL
-            for rank in range(self.size):
-                try:
-                    left = max(0.05, end - time.monotonic())
-                    self._store.wait([f"zolr/alive/{rank}"], timedelta(seconds=left))
-                except RuntimeError:
-                    missing.append(rank)
-            return missing
         except (AttributeError, RuntimeError, OSError):  # no store of our own, or it went with its rank
             return []
+        # a store whose own process stands still answers no second question, and is not waited for
+        missing: list[int] = []
+        roll = threading.Thread(target=self._call_roll, args=(missing,), daemon=True)
+        roll.start()
+        roll.join(ROLL_CALL + 1.0)
+        return list(missing)
+
+    def _call_roll(self, missing: list[int]) -> None:
+        """Add the ranks that do not answer to those that are missing."""
+        end = time.monotonic() + ROLL_CALL
+        for rank in range(self.size):
+            try:
+                self._store.wait([f"zolr/alive/{rank}"], timedelta(seconds=max(0.05, end - time.monotonic())))
+            except (RuntimeError, OSError):
+                missing.append(rank)
 
 
 class Share(Sequence[Any]):

@@ -342,6 +342,7 @@ class _Run:
             header = {"zolr": zolr.__version__, **journal.described(self.engine), **about}
             if (why := self.engine.repeatable) is not None:
                 header["unrepeatable"] = why
+            header = json.loads(json.dumps(header))  # as it will be read: a file has lists and no tuples
         book = self._read_journal(header) if resume and header else None
         if resume:
             self._restore(resume, book)
@@ -353,10 +354,11 @@ class _Run:
         elif book is not None and book.steps >= done:
             # other settings, such as more steps: the steps up to here stand, those after it would be others now
             same = resume is True and book.header == header
-            self.hashes = book.hashes
+            stands = book.steps if same else done
+            self.hashes = {step: digest for step, digest in book.hashes.items() if step <= stands}
             self.recorded = {n: book.made[n - 1] for n in range(done + 1, book.steps + 1)} if same else {}
             if self.writes:
-                self.book = journal.Journal(path, header, (book, book.steps if same else done))
+                self.book = journal.Journal(path, header, (book, stands))
         if self.book is not None and "unrepeatable" not in header:
             self.engine.ahead = self.book.append
 

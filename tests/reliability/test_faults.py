@@ -2,9 +2,11 @@
 
 import errno
 import gc
+import io
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -480,6 +482,59 @@ def test_auto_begins_or_goes_on_and_replay_gives_the_model(zolr: Run, tmp_path: 
     assert code == 2 and "steps 1 to 6, and no step 7" in err
     code, _, err = zolr("finetune", "--resume", run, "--output", tmp_path / "other")
     assert code == 2 and "is not of the run in --output" in err
+
+
+def test_steps_after_the_last_checkpoint_are_taken_from_the_journal(
+    zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a command as people give it, whose journal says much of the run; no step is made by forward passes again."""
+    from zolr.cli.finetune import Job
+
+    monkeypatch.setattr(Job, "predicted", None)
+    run = tmp_path / "run"
+    code, _, err = zolr(*TINY, "--output", run)
+    assert code == 0, err
+    before = {name: (run / name).read_bytes() for name in ("model.safetensors", "journal")}
+    shutil.rmtree(run / "checkpoints" / "step-6")  # as if it had been killed on the way to it
+    (run / "result.json").unlink()
+    made: list[int] = []
+    again = Engine.again
+
+    def counted(self: Engine, step: Any) -> Any:
+        made.append(self.step_count + 1)
+        return again(self, step)
+
+    monkeypatch.setattr(Engine, "again", counted)
+    monkeypatch.setattr(Engine, "step", raising)
+    code, _, err = zolr("finetune", "--resume", "--output", run, "--quiet")
+    assert code == 0 and made == [5, 6], err
+    assert before == {name: (run / name).read_bytes() for name in before}
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EPIPE])
+def test_a_reader_that_has_left_and_a_full_log_do_not_end_a_run(
+    zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int
+) -> None:
+    from zolr.cli import main
+    from zolr.cli.finetune import Job
+
+    class Deaf(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(reason, os.strerror(reason))
+
+        def fileno(self) -> int:
+            return nowhere
+
+    monkeypatch.setattr(Job, "predicted", None)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    line = [str(part) for part in (*TINY[:-1], "--output", tmp_path / "run")]  # not quiet
+    assert TINY[-1] == "--quiet"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Deaf())
+        patch.setattr(sys, "stderr", Deaf())
+        code = main(line)
+    os.close(nowhere)
+    assert code == (4 if reason == errno.ENOSPC else 0) and (tmp_path / "run" / "result.json").exists()
 
 
 def test_what_a_step_keeps_aside_is_the_users_to_say(

@@ -3,6 +3,7 @@
 A verb `name` is the file `name.py` with `register(app)`, which adds one command to a typer app.
 """
 
+import errno
 import gc
 import logging
 import os
@@ -10,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 
 import typer
@@ -78,20 +80,36 @@ def _main(arguments: list[str]) -> int:
         code = command.main(args=arguments, prog_name="zolr", standalone_mode=False)
         sys.stdout.flush()
         if code == INTERRUPTED + signal.SIGINT:  # what typer makes of a KeyboardInterrupt
-            print("interrupted by SIGINT; nothing was begun that could be saved", file=sys.stderr)
+            _say("interrupted by SIGINT; nothing was begun that could be saved")
         return code if isinstance(code, int) else 0
-    except BrokenPipeError:  # the reader of our output has left (`zolr methods | head`): nothing is wrong
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (BrokenPipeError, SystemExit):  # the latter is what rich makes of it
+        _say_no_more()  # the reader of our output has left (`zolr methods | head`): nothing is wrong
         return 0
     except _Ended as ended:
-        print("interrupted by SIGTERM; nothing was begun that could be saved", file=sys.stderr)
+        _say("interrupted by SIGTERM; nothing was begun that could be saved")
         return ended.code
     except Exception as error:
         if os.environ.get("ZOLR_DEBUG", "0") not in ("", "0"):
             raise
         code, text = explained(error)
-        print(f"{_rank()}{' '.join(text.split())}", file=sys.stderr)
+        _say(f"{_rank()}{' '.join(text.split())}")
+        with suppress(OSError):  # what is left of our output may be what the disk did not take
+            sys.stdout.flush()
+            return code
+        _say_no_more()
         return code
+
+
+def _say(text: str) -> None:
+    """A line on stderr, if somebody takes it."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _say_no_more() -> None:
+    """Have nothing of our output left that Python would try to write once more at its end."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Ended(BaseException):
@@ -166,4 +184,6 @@ def explained(error: Exception) -> tuple[int, str]:
         return 7, f"error: out of memory; {advice} ({error})"
     if isinstance(error, OSError) and error.filename is not None:
         return 4, f"error: {error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of a file that was open: our output
+        return 4, f"error: the output of this program cannot be written: {error.strerror}; make room for it"
     return 1, f"error: unexpected {type(error).__name__}: {error} (set ZOLR_DEBUG=1 for the traceback)"

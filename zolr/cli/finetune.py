@@ -228,7 +228,7 @@ class Composition(TablePolicy):
         None,
         "Keep what a step overwrites aside (TMPDIR; of a card: pinned host memory), so that one that fails changes nothing; --no-undo: "
         "keep nothing.",
-        "Memory",
+        "Method",
         shown="on, but not for matrices on a card that one call updates (adamw), nor --realization inplace",
     )
     train: str | None = flag(

@@ -1,9 +1,10 @@
 """What a person sees: one progress line while a run lasts, tables at its end. All of it goes to stderr; stdout is for results."""
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, suppress
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -18,9 +19,25 @@ if TYPE_CHECKING:
 REFRESH = 4  # progress lines a second: more would be felt in a run whose step takes milliseconds
 
 
+class _Stderr:
+    """stderr, of which a run does not depend: its reader may have left (`2>&1 | head`), the disk with the log may be full."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
+
+
 def console(quiet: bool = False) -> Console:
     """A console on stderr."""
-    return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+    return Console(file=cast(IO[str], _Stderr()), quiet=quiet, highlight=False, soft_wrap=True)
 
 
 def size(count: float | None) -> str:
