@@ -1257,7 +1257,7 @@ def _lasting(method: Method) -> dict[str, str]:
         name: getattr(method, name) for name in ("projector", "optimizer", "transport", "residual", "layers")
     }
     numbers = {name: getattr(method, name) for name in ("paradigm", "refresh_every", "ranks", "dense")}
-    return {name: repr(part) for name, part in (parts | numbers).items()}
+    return {name: repr(part) for name, part in (numbers | parts).items()}
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
