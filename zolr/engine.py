@@ -39,7 +39,7 @@ from zolr.projectors.identity import Identity
 from zolr.subspaces import Subspace
 from zolr.tuning import Caution, Tuning, tune
 from zolr.undo import Undo
-from zolr.variables import Gathered, Realization, Variable, Variables, attach, detach
+from zolr.variables import Gathered, Realization, Variable, Variables, attach, detach, is_attached
 from zolr.verify import verify
 from zolr.windows import Windows
 
@@ -268,7 +268,7 @@ class Engine:
         chosen, kinds = selection(model, select), categories(model)
         tables = {name for name, kind in kinds.items() if kind in TABLES}
         frozen = tables if method.tables == "frozen" else set()
-        alone = set() if callable(select) else left_alone(model)
+        alone = set() if callable(select) or is_attached(model) else left_alone(model)
         predicate = lambda name, p: (  # noqa: E731
             name in self._blocks and name not in frozen | alone and chosen(name, p)
         )

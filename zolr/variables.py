@@ -807,6 +807,11 @@ def _readable(module: nn.Module, parameter: str) -> bool:
     return weight.device.type != "meta"
 
 
+def is_attached(model: nn.Module) -> bool:
+    """Whether some module computes with the variables of a run."""
+    return any(_BINDINGS in module.__dict__ for module in model.modules())
+
+
 def attach(
     model: nn.Module,
     select: Callable[[str, nn.Parameter], bool],
