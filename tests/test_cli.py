@@ -243,6 +243,9 @@ def failed(outcome: tuple[int, str, str], code: int, message: str) -> None:
         (["finetune", "--resume"], 2, "--resume needs the run to go on with; give --output"),
         (["finetune", "--resume", "--output", "absent"], 4, "run folder absent does not exist"),
         (["evaluate", "absent/run", "--task", "sst5", "--data-dir", "."], 3, "train.tsv"),
+        (["evaluate", "/absent"], 3, "model folder '/absent' does not exist"),
+        (["evaluate", "hub/name"], 2, "nothing to evaluate on; give --task"),
+        (["finetune", "--model", "/absent", "--steps", 2], 3, "model folder '/absent' does not exist"),
         (["predict"], 2, "needs a run folder"),
         (["predict", "absent"], 3, "absent is no finished run"),
         (["compare"], 2, "nothing to compare; give --methods"),
@@ -543,6 +546,11 @@ def test_stopped_and_resumed_equals_uninterrupted(
     said = f"interrupted by SIGTERM after step 5; saved, go on with --resume --output {cut}"
     assert code == 143 and err.splitlines()[-1] == said
     failed(zolr(*learn, *numbers, "--output", cut), 4, "not empty")
+    peak = json.loads((cut / "memory.json").read_text())["peak_bytes_measured"]  # of the steps that were done
+    assert peak > 0
+    failed(
+        zolr("finetune", "--resume", "--output", cut, "--steps", 3), 2, "--steps 3: .* has done 5 .*give 5 or"
+    )
     failed(
         zolr("finetune", "--resume", "--output", cut, "--batch-size", 3),
         2,
@@ -553,6 +561,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert same(tmp_path / "run", cut)
     whole, resumed = (json.loads((p / "result.json").read_text()) for p in (tmp_path / "run", cut))
     unequal = ("seconds", "peak_bytes_measured")
+    assert resumed["peak_bytes_measured"] and "batch 0 x 0" not in (cut / "README.md").read_text()
     assert {k: v for k, v in whole.items() if k not in unequal} == {
         k: v for k, v in resumed.items() if k not in unequal
     }
@@ -560,6 +569,18 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert (
         code == 0 and "is finished; nothing to resume" in err and json.loads(out)["after"] == resumed["after"]
     )
+
+
+def test_a_run_that_is_given_more_steps_says_so(zolr: Run, learn: list[object], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert zolr(*learn, *FO[:4], "--steps", 2, "--lr", 1e-3, "--eval-rows", 7, "--save-every", 2)[0] == 0
+    was = json.loads((run / "result.json").read_text())
+    code, out, _ = zolr("evaluate", run, "--json")  # on the rows of the run
+    assert code == 0 and json.loads(out)["rows"] == 7 and json.loads(out)["accuracy"] == was["after"]
+    code, _, err = zolr("finetune", "--resume", "--output", run, "--steps", 3)
+    assert code == 0 and "from here on the rate follows the linear course of 3 steps" in err, err
+    is_now = json.loads((run / "result.json").read_text())
+    assert is_now["steps"] == 3 and is_now["peak_bytes_measured"] >= was["peak_bytes_measured"] > 0
 
 
 def test_replacing_a_run(
@@ -575,6 +596,13 @@ def test_replacing_a_run(
     ]
     (run / "notes.txt").write_text("mine")
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    for asked, said in (
+        ((), "it has done 6 steps, and --steps 6 asks for no more"),
+        (("--steps", 4), "--steps 4 asks for no more"),
+    ):
+        code, _, err = zolr("finetune", "--resume", "--output", run, *asked)
+        assert code == 0 and "is finished; nothing to resume" in err and said in err, err
+        assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
     def fails(*_: object) -> str:
         raise OSError(28, "No space left on device")

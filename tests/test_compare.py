@@ -162,6 +162,8 @@ def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
         (["adamw", "--equal", "seconds=inf"], 2, "gives no amount"),
         (["adamw", "--equal", "forwards=1e999"], 2, "gives no amount"),
         (["mezo,adamw", "--equal", "forwards=3"], 2, "pays for no step of 'mezo:zo', which takes 4"),
+        (["adamw,stiefel:zo", "--equal", "forwards=60"], 2, "does not pay for choosing the learning rate of 'stiefel:zo', which takes 98"),
+        (["stiefel:zo@lr=1e-3", "--equal", "forwards=60"], 2, "does not pay for choosing"),
         (["adamw", "--equal", "seconds=9", "--steps", 9], 2, "--equal seconds=9 and --steps 9 both"),
         (["adamw", "--equal", "steps=9", "--epochs", 9], 2, "--epochs 9.0 both"),
         (["adamw", "--equal", "forwards=90", "--patience", 2], 2, "--patience 2 both"),

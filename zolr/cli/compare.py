@@ -18,8 +18,9 @@ import typer
 from zolr.cli import runs
 from zolr.cli.config import Settings, add, flag, nearest, spelled
 from zolr.cli.finetune import Finetune, Schedule, TablePolicy
+from zolr.cli.race import choosing, unpaid
 from zolr.cli.variants import variant
-from zolr.cli.workload import DEMO_TASK, DataChoice, Machine, ModelChoice
+from zolr.cli.workload import DEMO_TASK, REFERENCE_WIDTH, DataChoice, Machine, ModelChoice
 from zolr.errors import BudgetError, StorageError, UsageError, ZolrError
 
 UNITS = ("forwards", "seconds", "steps")
@@ -254,11 +255,16 @@ def _plans(
 
 def _check_pays(name: str, plan: Any, amount: float) -> None:
     """Whether so many forwards pay for a step."""
-    each = plan.composed().estimator.forwards(plan.accumulate or plan.usual_accumulation)
+    method = plan.composed()
+    each = method.estimator.forwards(plan.accumulate or plan.usual_accumulation)
     if each > amount:
         raise UsageError(
             f"--equal forwards={amount:g} pays for no step of '{name}', which takes {each}; give more"
         )
+    rate = plan.learning_rate(method, REFERENCE_WIDTH)
+    # few rows may make the step of one batch where it would else have two: this is the least it can take
+    if (least := choosing(method, rate, plan.accumulate or 1)) and least + each > amount:
+        raise UsageError(unpaid(amount, name, least))
 
 
 def _check_places(settings: Compare, root: Path) -> None:

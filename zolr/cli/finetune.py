@@ -427,6 +427,16 @@ class Writing(Settings):
                     f"{Path(self.output or '') / runs.CONFIG}); leave it out, or start a new run"
                 )
 
+    def left(self, folder: Path, shown: Any) -> str | None:
+        """Why nothing is left to do for --resume, None where something is; says where the rate takes another course."""
+        steps, schedule = getattr(self, "steps", None), getattr(self, "schedule", "constant")
+        if not self.resume:
+            return None
+        done = runs.done(folder, steps) if self.resume == "on" else None  # an earlier checkpoint is asked for
+        if done is None and (note := runs.new_course(folder, steps, schedule)) is not None:
+            shown.print(note, markup=False)
+        return done
+
     @property
     def resumed_from(self) -> bool | Path:
         """What `training.train` goes on from."""
@@ -655,13 +665,13 @@ def _run(settings: Finetune, dry_run: bool, team: Team) -> None:
 
     shown = console(settings.quiet or not team.first)
     folder = Path(settings.output) if settings.output else runs.free_folder(settings.name)
-    finished = False
+    done = None
     if not dry_run and team.first:
         runs.check_free(folder, overwrite=settings.overwrite, resume=bool(settings.resume))
-        finished = bool(settings.resume) and runs.finished(folder)
+        done = settings.left(folder, shown)
     folder = Path(team.told(str(folder)))
-    if team.largest(finished):
-        shown.print(f"the run in {folder} is finished; nothing to resume")
+    if team.largest(done is not None):
+        shown.print(done or "", markup=False)
         if team.first:
             _present(runs.read_json(folder / runs.RESULT), settings)
         return
@@ -775,7 +785,7 @@ class Job:
         device = device_of(settings.device)
         if settings.adapter is not None:
             lora.check_installed(settings.adapter)
-        task = task_of(settings, settings.model == "demo")
+        task = task_of(settings, settings.model)
         files = {"validation_data": settings.validation, "test_data": settings.test}
         self.splits: Splits = splits_of(
             settings, task, seed=settings.data_seed, k=settings.k, train_rows=settings.train_rows, more=files
@@ -1074,13 +1084,16 @@ class Job:
         from zolr.training import train
 
         settings, work = self.settings, self.work
-        meter = record.Meter(self.engine, work.device)
+        meter = record.Meter(self.engine, work.device, place.path if settings.resume else None)
         if not settings.resume and self.team.first:
             runs.write_text(place.work / runs.CONFIG, toml(settings))
         try:
             # on resume too: the engine still has the first weights, and the model's answer to them does not change
             before = work.evaluate(self.test, self.batch_size)
-            with watching(shown, lambda: resident(work.device), 0, settings.steps or 0) as screen:
+            with (
+                watching(shown, lambda: resident(work.device), 0, settings.steps or 0) as screen,
+                meter.kept(place.work, self.team.first),
+            ):
                 outcome = train(
                     self.engine,
                     self.batches,

@@ -367,9 +367,9 @@ def _run(settings: Pretrain, team: Team) -> None:
     shown = console(settings.quiet or not team.first)
     folder = Path(settings.output) if settings.output else runs.free_folder("pretrain")
     folder = Path(team.told(str(folder)))
-    finished = team.first and bool(settings.resume) and runs.finished(folder)
-    if team.largest(finished):
-        shown.print(f"the run in {folder} is finished; nothing to resume")
+    done = settings.left(folder, shown) if team.first else None
+    if team.largest(done is not None):
+        shown.print(done or "", markup=False)
         if team.first:
             _present(runs.read_json(folder / runs.RESULT), settings, folder)
         return
@@ -516,7 +516,7 @@ def pretrain(
         mean = float(mean_of(share, parts))
         return {"loss": mean, "perplexity": exp(min(mean, 700.0))}
 
-    meter = record.Meter(engine, on)
+    meter = record.Meter(engine, on, place.path if settings.resume else None)
     low = settings.compute == "bfloat16" or settings.dtype != "float32"
     speed = Throughput(flops, peak_flops(on, low, settings.peak_flops))
     if team.first:
@@ -525,6 +525,7 @@ def pretrain(
         watching(shown, lambda: resident(on), 0, settings.steps, speed.line) as screen,
         ahead(batches, settings.workers, settings.steps) as made,
         _advised(settings, model, on, peaks),
+        meter.kept(place.work, team.first),
     ):
         outcome = train(
             engine,

@@ -6,12 +6,13 @@ import fcntl
 import json
 import os
 import shutil
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zolr.errors import DataError, StorageError
+from zolr.errors import DataError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from zolr.distributed import Team
@@ -130,9 +131,45 @@ def without_journal(folder: Path) -> str:
     return f"{folder} has no {JOURNAL}: it is no run without backprop; give one of zo or fwd"
 
 
-def finished(folder: Path) -> bool:
-    """Whether the run in a folder is done; one whose checkpoints stay can still be given more steps."""
-    return (folder / RESULT).is_file() and not (folder / CHECKPOINTS).is_dir()
+def done(folder: Path, steps: int | None) -> str | None:
+    """Why there is nothing to resume in a folder, None where there is; a run whose checkpoints stay can be given more steps.
+
+    Args:
+        steps: of the run as it is asked for now; None where that is not known yet.
+
+    Raises:
+        UsageError: a run that has not ended is beyond these steps.
+    """
+    if not (folder / RESULT).is_file():
+        at = max(
+            (int(p.name[5:]) for p in (folder / CHECKPOINTS).glob("step-*") if p.name[5:].isdigit()),
+            default=0,
+        )
+        if steps is not None and at > steps:
+            raise UsageError(
+                f"--steps {steps}: the run in {folder} has done {at} and is not finished; give {at} or more, or leave --steps out"
+            )
+        return None
+    result = read_json(folder / RESULT)
+    text = f"the run in {folder} is finished; nothing to resume"
+    if result.get("stopped_early"):
+        return f"{text}: it ended by --patience after step {result['steps']}"
+    if steps is not None and steps <= result["steps"]:
+        return f"{text}: it has done {result['steps']} steps, and --steps {steps} asks for no more"
+    if not (folder / CHECKPOINTS).is_dir():
+        return f"{text}: its checkpoints are gone (--save-every keeps them)"
+    return None
+
+
+def new_course(folder: Path, steps: int | None, schedule: str) -> str | None:
+    """A note where a run goes on with another number of steps, and with it on another course of the rate."""
+    before = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8")).get("steps")
+    if schedule == "constant" or steps is None or before in (None, steps):
+        return None
+    return (
+        f"note: --steps {steps} where the run began with {before}: from here on the rate follows the {schedule} course of "
+        f"{steps} steps, so the run is not the one that {steps} steps from the beginning would have been"
+    )
 
 
 class RunFolder:

@@ -27,6 +27,8 @@ DEMO_TASK = "questions"  # the task that comes with the package, as the demo mod
 
 REFERENCE_WIDTH = 768  # of the model that default rates of backprop are stated for
 
+EVAL_ROWS = 500
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -81,7 +83,7 @@ class DataChoice(Settings):
         None, "Tokens of an example at most.", "Data", shown="the task's"
     )
     eval_rows: Annotated[int, Ge(1)] = flag(
-        500, "Rows of the validation and of the test set at most.", "Data"
+        EVAL_ROWS, "Rows of the validation and of the test set at most.", "Data"
     )
 
 
@@ -184,21 +186,27 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def task_of(choice: DataChoice, demo: bool) -> Task | None:
-    """The task that is asked for; None for own files with classes of their own."""
+def task_of(choice: DataChoice, model: str, what: str = "to train on") -> Task | None:
+    """The task that is asked for; None for own files with classes of their own.
+
+    Args:
+        choice: of the user.
+        model: its name; the demo model has a task, and one that does not exist is a nearer mistake than a task that is missing.
+        what: for the error.
+    """
     from zolr.tasks import find_task
 
     if choice.task is not None:
         return find_task(choice.task)
     if choice.data is not None:
         return None
-    if demo:
+    if model == "demo":
         return find_task(DEMO_TASK)
+    from zolr.models import located
     from zolr.tasks import TASKS
 
-    raise UsageError(
-        f"nothing to train on; give --task ({', '.join(TASKS)}), or a file of your own as --data"
-    )
+    located(model)
+    raise UsageError(f"nothing {what}; give --task ({', '.join(TASKS)}), or a file of your own as --data")
 
 
 def splits_of(
