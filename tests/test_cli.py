@@ -246,6 +246,8 @@ def failed(outcome: tuple[int, str, str], code: int, message: str) -> None:
         (["evaluate", "/absent"], 3, "model folder '/absent' does not exist"),
         (["evaluate", "hub/name"], 2, "nothing to evaluate on; give --task"),
         (["finetune", "--model", "/absent", "--steps", 2], 3, "model folder '/absent' does not exist"),
+        (["finetune", "--device", "cuda:99"], 2, "--device 'cuda:99' is not there; .*(without CUDA|no GPU|cuda:0)"),
+        (["finetune", "--device", "meta"], 2, "holds no numbers"),
         (["predict"], 2, "needs a run folder"),
         (["predict", "absent"], 3, "absent is no finished run"),
         (["compare"], 2, "nothing to compare; give --methods"),
@@ -354,6 +356,34 @@ def test_a_residual_is_refused_without_gradients(zolr: Run) -> None:
     failed(
         zolr("finetune", "--residual", "recovr"), 2, "residual 'recovr' is not known; did you mean 'recover'"
     )
+
+
+def test_where_to_write_is_checked_before_anything_is_loaded(zolr: Run, tmp_path: Path) -> None:
+    from zolr.cli.runs import check_free
+    from zolr.errors import StorageError
+
+    failed(
+        zolr("finetune", "--model", "/absent", "--output", "/proc/zolr-run"),
+        4,
+        "output folder /proc/zolr-run",
+    )
+    (tmp_path / "taken.txt").write_text("mine")
+    with pytest.raises(
+        StorageError, match="is not empty; choose another --output$"
+    ):  # replay has no other way
+        check_free(tmp_path, overwrite=False, resume=False, way_out="")
+    check_free(tmp_path / "deep" / "run", overwrite=False, resume=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["taken.txt"]
+
+
+def test_folders_that_name_nothing_to_evaluate_on(zolr: Run, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text('{"verb": "pretrain"}')
+    failed(
+        zolr("evaluate", tmp_path), 2, "is a run of zolr pretrain, whose held-out loss is in .*give --task"
+    )
+    (tmp_path / "result.json").unlink()
+    (tmp_path / "config.toml").write_text("")
+    failed(zolr("evaluate", tmp_path), 3, "is no finished run: .*--resume --output")
 
 
 def test_a_folder_in_use_is_left_alone(zolr: Run, learn: list[object], tmp_path: Path) -> None:
@@ -682,6 +712,7 @@ def test_methods(zolr: Run) -> None:
     rows = json.loads(out)
     assert code == 0 and [row["name"] for row in rows] == list(METHODS)
     for row in rows:
+        assert all(f"{p}: learning rate " in row["fine-tuning"] for p in row["paradigms"])
         assert (
             list(row["composition"]) == row["paradigms"]
             and row["equation"]

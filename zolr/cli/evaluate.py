@@ -35,7 +35,7 @@ class Subject(Trust):
 class Evaluate(Machine, DataChoice, Subject):
     """Settings of `zolr evaluate`."""
 
-    eval_rows: Annotated[int, Ge(1)] | None = flag(
+    eval_rows: Annotated[int, Ge(1)] | None = flag(  # pyright: ignore[reportIncompatibleVariableOverride]
         None, "Rows at most.", "Data", shown=f"those of the run, else {EVAL_ROWS}"
     )
     data_seed: int = flag(0, "Seed of the splits of an own file without --task.", "Data")

@@ -675,7 +675,7 @@ def _run(settings: Finetune, dry_run: bool, team: Team) -> None:
         if team.first:
             _present(runs.read_json(folder / runs.RESULT), settings)
         return
-    job = Job(settings, team=team)
+    job = Job(settings, team=team, shown=shown)
     for note in job.notes:
         shown.print(note, markup=False)
     shown.print(job.summary(), markup=False)
@@ -759,6 +759,7 @@ class Job:
         settings: what to do.
         schedule: factor on the learning rate by step, instead of the one that the settings describe.
         team: the processes of the run; None for this one alone.
+        shown: a rich console, told what takes long; None for silence.
     """
 
     def __init__(
@@ -766,6 +767,7 @@ class Job:
         settings: Finetune,
         schedule: Callable[[int], float] | None = None,
         team: Team | None = None,
+        shown: Any = None,
     ) -> None:
         from zolr import adapters, lora, models
         from zolr.cli.replay import about
@@ -775,7 +777,7 @@ class Job:
         from zolr.journal import fingerprint
         from zolr.tasks import TrainingBatches, own_task, truncation_share
 
-        self.team = team or Team()
+        self.team, self._shown = team or Team(), shown
         if adapters.is_adapter(Path(settings.model)):
             raise UsageError(
                 f"--model {settings.model} is an adapter, whose base is {adapters.base_of(Path(settings.model))}; "
@@ -1040,8 +1042,11 @@ class Job:
 
     def _peak(self, settings: Finetune) -> int:
         """Predicted peak bytes of a step with these settings; seconds the first time, and remembered."""
+        from zolr.cli.screen import predicting
+
         if settings not in self._peaks:
-            self._peaks[settings] = self._predict(settings)
+            with predicting(self._shown, self._ways(settings)[0].flags(settings.paradigm or "zo")):
+                self._peaks[settings] = self._predict(settings)
         return self._peaks[settings]
 
     def _predict(self, settings: Finetune) -> int:

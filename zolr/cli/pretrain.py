@@ -954,10 +954,13 @@ def prediction(settings: Pretrain, config: Any, on: device, *, profile: bool = F
     )
 
 
-def _peak(settings: Pretrain, model: Any, on: device, known: dict[Pretrain, int]) -> int:
+def _peak(settings: Pretrain, model: Any, on: device, known: dict[Pretrain, int], shown: Any = None) -> int:
     """Predicted peak bytes of a step, seconds the first time."""
+    from zolr.cli.screen import predicting
+
     if settings not in known:
-        known[settings] = prediction(settings, model.config, on).peak_bytes
+        with predicting(shown, _ways(settings)[0].flags(settings.paradigm or "fo")):
+            known[settings] = prediction(settings, model.config, on).peak_bytes
     return known[settings]
 
 
@@ -966,7 +969,7 @@ def _predicted(
 ) -> int | None:
     """Peak bytes of a step as predicted without running one; None where that cannot be known."""
     try:
-        return _peak(settings, model, on, known)
+        return _peak(settings, model, on, known, shown)
     except Exception as error:  # an operation that fake tensors cannot run must not stop a run that works
         shown.print(f"note: no memory prediction ({type(error).__name__}: {error})", markup=False)
         return None
@@ -985,7 +988,8 @@ def _within_budget(
         free |= set(SIZE)
     if settings.realization == "auto":
         free.add("realization")
-    found = plan(lambda way: _peak(chosen(way), model, on, known), asked, method.paradigm, free, budget)
+    peak = lambda way: _peak(chosen(way), model, on, known, shown)  # noqa: E731
+    found = plan(peak, asked, method.paradigm, free, budget)
     for line in told(found, method.paradigm, budget):
         shown.print(line, markup=False)
     return chosen(found.way)

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -95,8 +96,15 @@ def free_folder(name: str, root: Path = Path("runs")) -> Path:
     return folder
 
 
-def check_free(folder: Path, *, overwrite: bool, resume: bool) -> None:
-    """Refuse a folder that cannot or must not be written; nothing is created.
+def check_free(
+    folder: Path, *, overwrite: bool, resume: bool, way_out: str = "--overwrite, or --resume"
+) -> None:
+    """Refuse a folder that cannot or must not be written; nothing stays there.
+
+    Args:
+        folder: where a verb wants to write.
+        overwrite, resume: as its flags.
+        way_out: flags of the verb for a folder that is not empty; "" for none.
 
     Raises:
         StorageError: it is not empty, is a file, or lies where nothing can be written.
@@ -108,7 +116,7 @@ def check_free(folder: Path, *, overwrite: bool, resume: bool) -> None:
     try:
         if not (overwrite or resume) and folder.is_dir() and any(folder.iterdir()):
             raise StorageError(
-                f"output folder {folder} is not empty; choose another --output, or --overwrite, or --resume"
+                f"output folder {folder} is not empty; choose another --output{', or ' * bool(way_out)}{way_out}"
             )
         ancestor = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     except OSError as error:
@@ -121,6 +129,11 @@ def check_free(folder: Path, *, overwrite: bool, resume: bool) -> None:
         raise StorageError(
             f"output folder {folder} cannot be written: no permission in {ancestor}; choose another --output"
         )
+    try:  # permissions do not say all: a file system can be read-only, full, or none to make folders in
+        probe = tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=ancestor)
+        os.rmdir(probe)
+    except OSError as error:
+        raise _refused(folder, error) from error
 
 
 def without_journal(folder: Path) -> str:

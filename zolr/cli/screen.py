@@ -1,8 +1,9 @@
 """What a person sees: one progress line while a run lasts, tables at its end. All of it goes to stderr; stdout is for results."""
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -77,6 +78,25 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     for row in rows:
         made.add_row(*(escape(number(cell)) for cell in row))  # "[...]" in a cell is text, not markup
     return made
+
+
+@contextmanager
+def predicting(shown: Console | None, what: str) -> Iterator[None]:
+    """Say on a terminal what is predicted for as long as that takes, seconds or minutes.
+
+    Args:
+        shown: where to; None for nowhere.
+        what: of which the peak is wanted.
+    """
+    from zolr.cli.workload import SLOW_VMAP
+
+    looked_at = shown is not None and shown.is_terminal and not shown.quiet
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", SLOW_VMAP)
+        with (
+            shown.status(f"predicting the peak memory of {escape(what)} ...") if looked_at else nullcontext()
+        ):
+            yield
 
 
 class Screen:

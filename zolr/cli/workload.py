@@ -29,6 +29,8 @@ REFERENCE_WIDTH = 768  # of the model that default rates of backprop are stated 
 
 EVAL_ROWS = 500
 
+SLOW_VMAP = "There is a performance drop"  # torch, of masks that a prediction makes on tensors without data
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -170,12 +172,27 @@ def device_of(name: str) -> torch.device:
         torch.empty(0, device=device)
     except Exception as error:  # an unknown type is a RuntimeError, a missing one an AssertionError, ...
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise UsageError(f"--device '{name}' is not there; {nearest(name, there)}") from error
+        raise UsageError(
+            f"--device '{name}' is not there; {_without(name) or nearest(name, there)}"
+        ) from error
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # nccl asks for it
     if device.type == "meta":
         raise UsageError("--device 'meta' holds no numbers; use cpu or cuda")
     return device
+
+
+def _without(name: str) -> str:
+    """Why there is no such GPU, where the name is that of one."""
+    import torch
+
+    if not name.startswith("cuda"):
+        return ""
+    if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
+        return f"this torch ({torch.__version__}) was built without CUDA; install one with it, or use cpu"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU, or no driver that fits it (see nvidia-smi and zolr doctor); use cpu"
+    return ""
 
 
 def set_threads(threads: int | None) -> None:
@@ -484,6 +501,7 @@ def noted() -> Iterator[list[str]]:
     notes: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default", UserWarning)
+        warnings.filterwarnings("ignore", SLOW_VMAP)
         yield notes
     notes += [
         f"note: {' '.join(str(w.message).split())}" for w in caught if issubclass(w.category, UserWarning)
