@@ -210,7 +210,7 @@ def failed(outcome: tuple[int, str, str], code: int, message: str) -> None:
         (["finetune", "--optimizer", "adamW2"], 2, "optimizer 'adamW2' is not known"),
         (["finetune", "--transport", "kep"], 2, "transport 'kep' is not known.*keep"),
         (["finetune", "--paradigm", "first"], 2, "--paradigm 'first': .*fo"),
-        (["finetune", "--method", "mezo", "--paradigm", "fo"], 2, "method 'mezo' runs under zo.*stiefel"),
+        (["finetune", "--method", "mezo", "--paradigm", "fo"], 2, "method 'mezo' runs under zo.*stiefel, dependent.*zolr methods lists"),
         (["finetune", "--method", "mezo", "--rank", 4], 2, "identity'? has no setting 'rank'; leave it out"),
         (["finetune", "--dtype", "float8"], 2, "--dtype 'float8': did you mean 'float"),
         (["finetune", "--device", "gpu"], 2, "--device 'gpu' is not there; .*cpu"),
@@ -517,8 +517,8 @@ def test_a_run_from_end_to_end(
     monkeypatch.setattr(finetune.Job, "predicted", None)
     monkeypatch.chdir(tmp_path)
     code, out, err = zolr("finetune", "--config", run / "config.toml", "--quiet")
-    again = tmp_path / "runs" / "reviews-stiefel-0"
-    assert code == 0 and err == "" and "run folder: runs/reviews-stiefel-0" in out
+    again = tmp_path / "runs" / f"reviews-stiefel-{paradigm}-0"
+    assert code == 0 and err == "" and f"run folder: runs/reviews-stiefel-{paradigm}-0" in out
     assert same(run, again) and (run / "config.toml").read_text() == (again / "config.toml").read_text()
 
 
@@ -791,3 +791,36 @@ def test_a_switch_goes_with_and_without_a_word(
     (tmp_path / "run.toml").write_text(out)
     code, again, err = zolr("finetune", "--config", tmp_path / "run.toml", "--print-config")
     assert code == 0 and again == out, err
+
+
+def test_help_names_every_part_that_a_flag_takes(zolr: Run) -> None:
+    from zolr.cli.finetune import Composition
+    from zolr.methods import PROJECTORS, RESIDUALS, TRANSPORTS
+
+    told = {field.name: field.metadata["flag"].help for field in dataclasses.fields(Composition)}
+    for flag, registry in (("projector", PROJECTORS), ("transport", TRANSPORTS), ("residual", RESIDUALS)):
+        assert all(name in told[flag] for name in registry), (flag, told[flag])
+
+
+def test_a_log_that_nobody_watches_has_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    from zolr.cli import screen
+
+    info: Any = SimpleNamespace(loss=2.0, skipped=False, slope=None, lr=1e-3)
+    monkeypatch.setattr(screen, "SECONDS", 0.0)
+    with screen.watching(screen.console(), lambda: (1, 2), 0, 9, rows="validation") as shown:
+        progress: Any = SimpleNamespace(step=1, seconds=1.0, skipped=0, best_step=1)
+        shown.stepped(progress, info)
+        shown.evaluated(progress, {"accuracy": 0.5})
+    said = capsys.readouterr().err
+    assert "step 1/9 loss 2.0000" in said and "step 1, validation rows: accuracy 0.5000 (best so far)" in said
+
+
+def test_the_printed_settings_say_what_is_chosen_later(zolr: Run, tmp_path: Path) -> None:
+    code, out, _ = zolr("finetune", "--accumulate", 3, "--print-config")
+    assert code == 0 and "\n# batch-size = 32, or less where" in out and "zolr methods stiefel" in out
+    (tmp_path / "again.toml").write_text(out)  # comments are no settings
+    assert zolr("finetune", "--config", tmp_path / "again.toml", "--print-config")[1] == out

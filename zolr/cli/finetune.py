@@ -121,7 +121,11 @@ class Composition(TablePolicy):
         shown="the method's first",
     )
     projector: str | None = flag(
-        None, "How subspaces are drawn: stiefel, gaussian, identity, ...", "Method", shown="the method's"
+        None,
+        "How subspaces are drawn: stiefel, dependent, gaussian, coordinate, srht, two_sided, svd, power_iteration, tracking, walk, jump, "
+        "lazy_svd, plumage, viewed, range_finder, identity.",
+        "Method",
+        shown="the method's",
     )
     rank: int | None = flag(None, "Rank of the subspaces.", "Method", shown="the method's")
     ranks: str | None = flag(
@@ -135,11 +139,14 @@ class Composition(TablePolicy):
         None, "sgd, momentum, adamw, muon, ..., or a class of torch.optim.", "Method", shown="the method's"
     )
     transport: str | None = flag(
-        None, "Optimizer state at a refresh: reset, keep, align, aware.", "Method", shown="the method's"
+        None,
+        "Optimizer state at a refresh: reset, keep, align, aware, reproject.",
+        "Method",
+        shown="the method's",
     )
     residual: str | None = flag(
         None,
-        "The gradient outside its subspace: drop, recover, replace, error_feedback (fo).",
+        "The gradient outside its subspace: drop, recover, replace, error_feedback, compensate, precondition, projfactor (fo).",
         "Method",
         shown="the method's",
     )
@@ -375,7 +382,12 @@ class Writing(Settings):
     """Where to."""
 
     output: str | None = flag(
-        None, "Run folder.", "Output", shown="runs/TASK-METHOD-SEED", aliases=("output_dir",), saved=False
+        None,
+        "Run folder.",
+        "Output",
+        shown="runs/TASK-METHOD-PARADIGM-SEED",
+        aliases=("output_dir",),
+        saved=False,
     )
     overwrite: bool = flag(False, "Replace a run that is there.", "Output", saved=False)
     save_every: Annotated[int, Ge(1)] | None = flag(
@@ -500,6 +512,22 @@ class Finetune(Writing, Inspection, Holding, Ranks, Machine, Schedule, Compositi
         if settings.resume:
             settings.check_same(resolve(cls, {}, Path(settings.output or "") / runs.CONFIG))
         return settings
+
+    @property
+    def chosen_later(self) -> list[str]:
+        """What hangs on the rows of the data, and what the method says of its parts."""
+        numbers = DEFAULTS[self.paradigm or "zo"]
+        sizes = {"batch-size": numbers.batch_size, "accumulate": self.usual_accumulation}
+        usual = [
+            f"{name} = {most}"
+            for name, most in sizes.items()
+            if getattr(self, name.replace("-", "_")) is None
+        ]
+        by_rows = (
+            f"{', '.join(usual)}, or less where the data have fewer rows, or the budget asks" if usual else ""
+        )
+        parts = f"projector, rank, optimizer, transport, ...: as `zolr methods {self.method}` has them, unless they are given"
+        return [line for line in (by_rows, parts) if line]
 
     def filled(self) -> Self:
         """The settings with every number that depends on the method, and checked as far as names go."""
@@ -648,10 +676,10 @@ class Finetune(Writing, Inspection, Holding, Ranks, Machine, Schedule, Compositi
 
     @property
     def name(self) -> str:
-        """What the run is called: task, method and seed."""
+        """What the run is called: task, method, paradigm and seed."""
         task = self.task or Path(self.data or "data").stem
         method = self.projector if self.projector and self.method in (None, "stiefel") else self.method
-        return f"{task}-{method}-{self.seed}"
+        return f"{task}-{method}-{self.paradigm}-{self.seed}"
 
 
 def run(settings: Finetune, dry_run: bool) -> None:
@@ -1096,7 +1124,9 @@ class Job:
             # on resume too: the engine still has the first weights, and the model's answer to them does not change
             before = work.evaluate(self.test, self.batch_size)
             with (
-                watching(shown, lambda: resident(work.device), 0, settings.steps or 0) as screen,
+                watching(
+                    shown, lambda: resident(work.device), 0, settings.steps or 0, rows="validation"
+                ) as screen,
                 meter.kept(place.work, self.team.first),
             ):
                 outcome = train(

@@ -396,7 +396,16 @@ def _present(result: dict[str, Any], settings: Pretrain, folder: Path) -> None:
 
     from zolr.cli.screen import size, table
 
-    columns = ["loss before", "after", "steps", "tokens", "tokens/s", "worst step", "peak", "predicted"]
+    columns = [
+        "loss before",
+        "after",
+        "steps",
+        "tokens",
+        "tokens/s",
+        "worst step / median",
+        "peak",
+        "predicted",
+    ]
     row = [result[key] for key in ("before", "after", "steps", "tokens_seen")]
     row += [
         round(result["speed"]["tokens_per_second"]),
@@ -412,7 +421,7 @@ def _present(result: dict[str, Any], settings: Pretrain, folder: Path) -> None:
 
 def _worst(seconds: Mapping[str, Any]) -> str:
     """The slowest step for a person."""
-    return f"{seconds['worst_over_median']:.2f} x" if seconds["timed"] else "-"
+    return f"{seconds['worst_over_median']:.2f}" if seconds["timed"] else "-"
 
 
 def pretrain(
