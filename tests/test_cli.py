@@ -455,7 +455,11 @@ def test_a_run_from_end_to_end(
     run = tmp_path / "run"
     code, out, err = zolr(*learn, *numbers, "--json")
     assert code == 0, err
-    assert err.count("prompt  ") == 2 and "0.0% of the training rows cut" in err and "step 6: accuracy" in err
+    assert (
+        err.count("prompt  ") == 2
+        and "0.0% of the training rows cut" in err
+        and "step 6, validation rows: accuracy" in err
+    )
 
     files = {p.name for p in run.iterdir()}
     expected = {
