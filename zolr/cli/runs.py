@@ -179,10 +179,10 @@ def new_course(folder: Path, steps: int | None, schedule: str) -> str | None:
     before = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8")).get("steps")
     if schedule == "constant" or steps is None or before in (None, steps):
         return None
-    return (
-        f"note: --steps {steps} where the run began with {before}: from here on the rate follows the {schedule} course of "
-        f"{steps} steps, so the run is not the one that {steps} steps from the beginning would have been"
-    )
+    text = f"note: --steps {steps} where the run began with {before}: from here on the rate follows the {schedule} course of {steps} steps"
+    if schedule == "wsd":  # up to its fall it is the same for any number of steps
+        return text
+    return f"{text}, so the run is not the one that {steps} steps from the beginning would have been"
 
 
 class RunFolder:
