@@ -210,7 +210,7 @@ def failed(outcome: tuple[int, str, str], code: int, message: str) -> None:
         (["finetune", "--optimizer", "adamW2"], 2, "optimizer 'adamW2' is not known"),
         (["finetune", "--transport", "kep"], 2, "transport 'kep' is not known.*keep"),
         (["finetune", "--paradigm", "first"], 2, "--paradigm 'first': .*fo"),
-        (["finetune", "--method", "mezo", "--paradigm", "fo"], 2, "method 'mezo' runs under zo.*stiefel"),
+        (["finetune", "--method", "mezo", "--paradigm", "fo"], 2, "method 'mezo' runs under zo.*stiefel, dependent.*zolr methods lists"),
         (["finetune", "--method", "mezo", "--rank", 4], 2, "identity'? has no setting 'rank'; leave it out"),
         (["finetune", "--dtype", "float8"], 2, "--dtype 'float8': did you mean 'float"),
         (["finetune", "--device", "gpu"], 2, "--device 'gpu' is not there; .*cpu"),
@@ -243,6 +243,11 @@ def failed(outcome: tuple[int, str, str], code: int, message: str) -> None:
         (["finetune", "--resume"], 2, "--resume needs the run to go on with; give --output"),
         (["finetune", "--resume", "--output", "absent"], 4, "run folder absent does not exist"),
         (["evaluate", "absent/run", "--task", "sst5", "--data-dir", "."], 3, "train.tsv"),
+        (["evaluate", "/absent"], 3, "model folder '/absent' does not exist"),
+        (["evaluate", "hub/name"], 2, "nothing to evaluate on; give --task"),
+        (["finetune", "--model", "/absent", "--steps", 2], 3, "model folder '/absent' does not exist"),
+        (["finetune", "--device", "cuda:99"], 2, "--device 'cuda:99' is not there; .*(without CUDA|no GPU|cuda:0)"),
+        (["finetune", "--device", "meta"], 2, "holds no numbers"),
         (["predict"], 2, "needs a run folder"),
         (["predict", "absent"], 3, "absent is no finished run"),
         (["compare"], 2, "nothing to compare; give --methods"),
@@ -353,6 +358,34 @@ def test_a_residual_is_refused_without_gradients(zolr: Run) -> None:
     )
 
 
+def test_where_to_write_is_checked_before_anything_is_loaded(zolr: Run, tmp_path: Path) -> None:
+    from zolr.cli.runs import check_free
+    from zolr.errors import StorageError
+
+    failed(
+        zolr("finetune", "--model", "/absent", "--output", "/proc/zolr-run"),
+        4,
+        "output folder /proc/zolr-run",
+    )
+    (tmp_path / "taken.txt").write_text("mine")
+    with pytest.raises(
+        StorageError, match="is not empty; choose another --output$"
+    ):  # replay has no other way
+        check_free(tmp_path, overwrite=False, resume=False, way_out="")
+    check_free(tmp_path / "deep" / "run", overwrite=False, resume=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["taken.txt"]
+
+
+def test_folders_that_name_nothing_to_evaluate_on(zolr: Run, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text('{"verb": "pretrain"}')
+    failed(
+        zolr("evaluate", tmp_path), 2, "is a run of zolr pretrain, whose held-out loss is in .*give --task"
+    )
+    (tmp_path / "result.json").unlink()
+    (tmp_path / "config.toml").write_text("")
+    failed(zolr("evaluate", tmp_path), 3, "is no finished run: .*--resume --output")
+
+
 def test_a_folder_in_use_is_left_alone(zolr: Run, learn: list[object], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
@@ -422,7 +455,11 @@ def test_a_run_from_end_to_end(
     run = tmp_path / "run"
     code, out, err = zolr(*learn, *numbers, "--json")
     assert code == 0, err
-    assert err.count("prompt  ") == 2 and "0.0% of the training rows cut" in err and "step 6: accuracy" in err
+    assert (
+        err.count("prompt  ") == 2
+        and "0.0% of the training rows cut" in err
+        and "step 6, validation rows: accuracy" in err
+    )
 
     files = {p.name for p in run.iterdir()}
     expected = {
@@ -484,8 +521,8 @@ def test_a_run_from_end_to_end(
     monkeypatch.setattr(finetune.Job, "predicted", None)
     monkeypatch.chdir(tmp_path)
     code, out, err = zolr("finetune", "--config", run / "config.toml", "--quiet")
-    again = tmp_path / "runs" / "reviews-stiefel-0"
-    assert code == 0 and err == "" and "run folder: runs/reviews-stiefel-0" in out
+    again = tmp_path / "runs" / f"reviews-stiefel-{paradigm}-0"
+    assert code == 0 and err == "" and f"run folder: runs/reviews-stiefel-{paradigm}-0" in out
     assert same(run, again) and (run / "config.toml").read_text() == (again / "config.toml").read_text()
 
 
@@ -543,6 +580,11 @@ def test_stopped_and_resumed_equals_uninterrupted(
     said = f"interrupted by SIGTERM after step 5; saved, go on with --resume --output {cut}"
     assert code == 143 and err.splitlines()[-1] == said
     failed(zolr(*learn, *numbers, "--output", cut), 4, "not empty")
+    peak = json.loads((cut / "memory.json").read_text())["peak_bytes_measured"]  # of the steps that were done
+    assert peak > 0
+    failed(
+        zolr("finetune", "--resume", "--output", cut, "--steps", 3), 2, "--steps 3: .* has done 5 .*give 5 or"
+    )
     failed(
         zolr("finetune", "--resume", "--output", cut, "--batch-size", 3),
         2,
@@ -553,6 +595,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert same(tmp_path / "run", cut)
     whole, resumed = (json.loads((p / "result.json").read_text()) for p in (tmp_path / "run", cut))
     unequal = ("seconds", "peak_bytes_measured")
+    assert resumed["peak_bytes_measured"] and "batch 0 x 0" not in (cut / "README.md").read_text()
     assert {k: v for k, v in whole.items() if k not in unequal} == {
         k: v for k, v in resumed.items() if k not in unequal
     }
@@ -560,6 +603,18 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert (
         code == 0 and "is finished; nothing to resume" in err and json.loads(out)["after"] == resumed["after"]
     )
+
+
+def test_a_run_that_is_given_more_steps_says_so(zolr: Run, learn: list[object], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert zolr(*learn, *FO[:4], "--steps", 2, "--lr", 1e-3, "--eval-rows", 7, "--save-every", 2)[0] == 0
+    was = json.loads((run / "result.json").read_text())
+    code, out, _ = zolr("evaluate", run, "--json")  # on the rows of the run
+    assert code == 0 and json.loads(out)["rows"] == 7 and json.loads(out)["accuracy"] == was["after"]
+    code, _, err = zolr("finetune", "--resume", "--output", run, "--steps", 3)
+    assert code == 0 and "from here on the rate follows the linear course of 3 steps" in err, err
+    is_now = json.loads((run / "result.json").read_text())
+    assert is_now["steps"] == 3 and is_now["peak_bytes_measured"] >= was["peak_bytes_measured"] > 0
 
 
 def test_replacing_a_run(
@@ -575,6 +630,13 @@ def test_replacing_a_run(
     ]
     (run / "notes.txt").write_text("mine")
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    for asked, said in (
+        ((), "it has done 6 steps, and --steps 6 asks for no more"),
+        (("--steps", 4), "--steps 4 asks for no more"),
+    ):
+        code, _, err = zolr("finetune", "--resume", "--output", run, *asked)
+        assert code == 0 and "is finished; nothing to resume" in err and said in err, err
+        assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
     def fails(*_: object) -> str:
         raise OSError(28, "No space left on device")
@@ -654,6 +716,7 @@ def test_methods(zolr: Run) -> None:
     rows = json.loads(out)
     assert code == 0 and [row["name"] for row in rows] == list(METHODS)
     for row in rows:
+        assert all(f"{p}: learning rate " in row["fine-tuning"] for p in row["paradigms"])
         assert (
             list(row["composition"]) == row["paradigms"]
             and row["equation"]
@@ -732,3 +795,36 @@ def test_a_switch_goes_with_and_without_a_word(
     (tmp_path / "run.toml").write_text(out)
     code, again, err = zolr("finetune", "--config", tmp_path / "run.toml", "--print-config")
     assert code == 0 and again == out, err
+
+
+def test_help_names_every_part_that_a_flag_takes(zolr: Run) -> None:
+    from zolr.cli.finetune import Composition
+    from zolr.methods import PROJECTORS, RESIDUALS, TRANSPORTS
+
+    told = {field.name: field.metadata["flag"].help for field in dataclasses.fields(Composition)}
+    for flag, registry in (("projector", PROJECTORS), ("transport", TRANSPORTS), ("residual", RESIDUALS)):
+        assert all(name in told[flag] for name in registry), (flag, told[flag])
+
+
+def test_a_log_that_nobody_watches_has_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    from zolr.cli import screen
+
+    info: Any = SimpleNamespace(loss=2.0, skipped=False, slope=None, lr=1e-3)
+    monkeypatch.setattr(screen, "SECONDS", 0.0)
+    with screen.watching(screen.console(), lambda: (1, 2), 0, 9, rows="validation") as shown:
+        progress: Any = SimpleNamespace(step=1, seconds=1.0, skipped=0, best_step=1)
+        shown.stepped(progress, info)
+        shown.evaluated(progress, {"accuracy": 0.5})
+    said = capsys.readouterr().err
+    assert "step 1/9 loss 2.0000" in said and "step 1, validation rows: accuracy 0.5000 (best so far)" in said
+
+
+def test_the_printed_settings_say_what_is_chosen_later(zolr: Run, tmp_path: Path) -> None:
+    code, out, _ = zolr("finetune", "--accumulate", 3, "--print-config")
+    assert code == 0 and "\n# batch-size = 32, or less where" in out and "zolr methods stiefel" in out
+    (tmp_path / "again.toml").write_text(out)  # comments are no settings
+    assert zolr("finetune", "--config", tmp_path / "again.toml", "--print-config")[1] == out

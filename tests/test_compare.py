@@ -149,6 +149,25 @@ def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
     assert (folder / "metrics.jsonl").stat().st_size == size and list((folder / "checkpoints").glob("step-*"))
 
 
+def test_what_was_run_is_shown_when_the_rest_is_interrupted(
+    zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raced(plan: Any, terms: Terms) -> dict[str, Any]:
+        if plan.method == "mezo":
+            raise KeyboardInterrupt
+        Path(plan.output).mkdir(parents=True)
+        return {"status": FAILED, "error": "error: as it happens", "exit_code": 5, "folder": plan.output}
+
+    monkeypatch.setattr(compare, "_raced", raced)
+    root, table = tmp_path / "all", tmp_path / "all.md"
+    given = ("compare", "--methods", "sgd,mezo,adamw", "--output", root)
+    code, out, err = zolr(*given, "--markdown", table)
+    assert code == 130 and "1 of 3 methods were run" in err and "as it happens" in out
+    assert "| `sgd` | failed |" in table.read_text()
+    assert len(json.loads((root / "compare.json").read_text())["methods"]) == 1
+    failed(zolr(*given), 4, "is not empty; choose another --output$")
+
+
 # ---- mistakes -----------------------------------------------------------------------------------------------------
 
 
@@ -162,6 +181,8 @@ def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
         (["adamw", "--equal", "seconds=inf"], 2, "gives no amount"),
         (["adamw", "--equal", "forwards=1e999"], 2, "gives no amount"),
         (["mezo,adamw", "--equal", "forwards=3"], 2, "pays for no step of 'mezo:zo', which takes 4"),
+        (["adamw,stiefel:zo", "--equal", "forwards=60"], 2, "does not pay for choosing the learning rate of 'stiefel:zo', which takes 98"),
+        (["stiefel:zo@lr=1e-3", "--equal", "forwards=60"], 2, "does not pay for choosing"),
         (["adamw", "--equal", "seconds=9", "--steps", 9], 2, "--equal seconds=9 and --steps 9 both"),
         (["adamw", "--equal", "steps=9", "--epochs", 9], 2, "--epochs 9.0 both"),
         (["adamw", "--equal", "forwards=90", "--patience", 2], 2, "--patience 2 both"),

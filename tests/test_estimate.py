@@ -242,6 +242,21 @@ def test_the_tables(zolr: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "trains attention, prompt loss, accumulates 1 (stiefel:zo)" in out
 
 
+def test_the_tables_break_no_word_where_there_is_little_room(
+    zolr: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    methods = ",".join(f"stiefel:zo@eps=1e-{i}@rank={i}" for i in range(2, 6))
+    code, out, err = zolr("estimate", "--model", folder, *SMALL, "--method", methods, "--quiet")
+    assert (code, err) == (0, "")
+    turned = out.split("what the peak is made of")
+    assert len(turned) > 2  # in parts, one below the other
+    for part in PARTS[:-1]:
+        assert all(re.search(rf"^ {part} .*\d", each, re.MULTILINE) for each in turned[1:]), part
+    for i in range(2, 6):
+        assert len(re.findall(rf"stiefel:zo@eps=1e-{i}@rank={i}\s", out)) >= 3
+
+
 def test_assumptions_that_differ_name_their_methods() -> None:
     shared = dict(assumptions=["rows are padded"], head="prompt", accumulate=1, checkpointing=False)
     lines = assumed([{"name": "a", "train": "all", **shared}, {"name": "b", "train": "bias", **shared}])

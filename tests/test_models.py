@@ -455,3 +455,17 @@ def test_losses_of_rows_add_up_to_the_loss_of_the_batch(name, counted):
     numbers = (labels != -100).sum(1)
     assert each.shape == (4,) and float(each[2]) == 0.0
     torch.testing.assert_close((each * numbers).sum() / count, total / count, rtol=1e-6, atol=0)
+
+
+def test_folders_with_half_of_a_model_say_which_half_is_missing(tmp_path):
+    tokenizer = load_tokenizer("demo")
+    AutoConfig.for_model("llama", hidden_size=8, num_attention_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match=r"model folder '.*' has no tokenizer; put the tokenizer.json"):
+        load_tokenizer(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert len(load_tokenizer(tmp_path)) == len(tokenizer)
+    with pytest.raises(DataError, match="has no weights; give one with a model.safetensors"):
+        load_model(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(DataError, match="has no safetensors; .*--trust-remote-code"):
+        load_model(tmp_path)

@@ -57,9 +57,52 @@ def made(tmp_path: Path) -> Callable[..., Path]:
 def test_runs_are_named_by_the_settings_in_which_they_differ(made: Callable[..., Path]) -> None:
     folders = [made("a"), made("b", lr=0.003, threads=2), made("c", method="galore", rank=8), made("d")]
     traces = [traced(folder) for folder in folders]
-    assert labels(traces[:3]) == ["stiefel, lr 0.001", "stiefel, lr 0.003", "galore, lr 0.001, rank 8"]
-    assert labels(traces[:1]) == ["a"] and labels([traces[0], traces[3]]) == ["a", "d"]
-    assert labels([traces[0], traces[3], traces[1]]) == ["lr 0.001 (a)", "lr 0.001 (d)", "lr 0.003"]
+    assert labels(traces[:3]) == [
+        "a: stiefel, lr 0.001",
+        "b: stiefel, lr 0.003",
+        "c: galore, lr 0.001, rank 8",
+    ]
+    assert labels(traces[:1]) == ["a"]
+    assert labels([traces[0], traces[3]]) == ["a: stiefel", "d: stiefel"]
+
+
+def figure_of(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are drawn from here on."""
+    found, canvas = [], plot._canvas
+    monkeypatch.setattr(plot, "_canvas", lambda *size: found.append(canvas(*size)) or found[-1])
+    return found
+
+
+def test_what_has_cost_nothing_is_drawn_on_a_wide_axis(
+    zolr: Run, made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    found = figure_of(monkeypatch)
+    folders = made("a"), made("b", speed=100.0, lr=0.003)
+    assert zolr("plot", *folders, "--x", "seconds", "--output", tmp_path / "p.png")[0] == 0
+    (panel,) = found[0].axes
+    assert panel.get_xscale() == "symlog"
+    left, right = panel.get_xlim()
+    for line in panel.get_lines():
+        if line.get_marker() not in ("None", ""):
+            pixels = panel.transData.transform(line.get_xydata())[:, 0]
+            assert line.get_xdata()[0] == left == 0 and 20 < pixels[1] - pixels[0] < panel.bbox.width
+
+
+def test_a_map_lies_under_its_curve_and_has_a_name_of_its_own(
+    zolr: Run, made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    found = figure_of(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    folder = made("a")
+    for what, name in (("energy", "plot-energy.png"), ("loss", "plot.png")):
+        code, out, err = zolr("plot", folder, "--what", what)
+        assert code == 0 and out.strip() == str(tmp_path / name) and (tmp_path / name).is_file(), err
+    above, below = found[0].axes[:2]
+    assert above.get_xlim() == below.get_xlim()
+    assert above.get_position().x0 == pytest.approx(below.get_position().x0, abs=1e-6)
+    assert above.get_position().x1 == pytest.approx(below.get_position().x1, abs=1e-6)
 
 
 def test_costs_are_those_of_the_step(made: Callable[..., Path]) -> None:

@@ -1001,7 +1001,7 @@ def test_paths_that_are_no_files_are_refused(tmp_path):
         ("pipe.csv", "not a regular file"),
         ("loop.csv", "cannot be read"),
         ("a\0b.csv", "cannot be read"),
-        ("no/such.csv", "no such file"),
+        ("no/such.csv", "no such file; check the path$"),
     ):
         with pytest.raises(DataError, match=message):
             load_file(tmp_path / name, ["text"], "label")

@@ -15,7 +15,7 @@ from zolr.errors import NonFiniteError, UsageError
 from zolr.estimators.backprop import Backprop
 from zolr.keys import Key
 from zolr.methods import compose
-from zolr.tuning import LADDER, LARGEST_STEP, PROBES, SMALLEST_STEP, share, tune
+from zolr.tuning import FORWARDS, LADDER, LARGEST_STEP, PROBES, SMALLEST_STEP, share, tune
 from zolr.variables import attach, layout, shifted
 
 Problem = tuple[nn.Module, tuple[Tensor, Tensor], Callable[[nn.Module, Any], Tensor]]
@@ -141,6 +141,7 @@ def test_a_rate_given_is_kept_where_eps_is_chosen():
     assert info.lr == 0.0123 and engine.base_lr == 0.0123 and engine.tuning is not None
     assert engine.method.estimator.eps == engine.tuning.eps  # type: ignore[attr-defined]
     assert info.forwards == engine.tuning.forwards + 1 + 2  # rows are counted in a forward of their own
+    assert info.forwards == (FORWARDS + 1) + 2
 
 
 def test_nothing_is_tuned_where_both_are_given():

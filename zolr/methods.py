@@ -287,9 +287,10 @@ class Row:
         if paradigm not in PARADIGMS:
             raise UsageError(f"paradigm '{paradigm}' is not known; use one of {', '.join(PARADIGMS)}")
         if paradigm not in self.methods:
+            others = [row.name for row in METHODS.values() if paradigm in row.methods][:4]
             raise UsageError(
-                f"method '{self.name}' runs under {', '.join(self.paradigms)}, not under '{paradigm}'; "
-                "use method 'stiefel', or another paradigm"
+                f"method '{self.name}' runs under {', '.join(self.paradigms)}, not under '{paradigm}'; use another paradigm, or a "
+                f"method that does: {', '.join(others)} (zolr methods lists them all)"
             )
         return self.methods[paradigm]
 

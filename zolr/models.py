@@ -60,6 +60,9 @@ CHUNK_ENTRIES = 1 << 24  # logits alive at once in `lm_loss`, and widest states 
 
 DEMO = Path(__file__).parent / "demo" / "model"
 
+# one of these at least is in every folder with a tokenizer; without any transformers makes one that knows no word
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+
 
 # --- presets ------------------------------------------------------------------------------------------------
 
@@ -212,7 +215,7 @@ def load_model(
         if quantize is not None:
             code(built, quantize)
         return built if device_map is None else _offloaded(built, device_map, device, offload_folder)
-    source, remote = _locate(label)
+    source, remote = located(label)
     options: dict[str, Any] = dict(
         trust_remote_code=trust_remote_code, local_files_only=remote and not _hub_answers()
     )
@@ -398,7 +401,7 @@ def load_config(name: str | os.PathLike[str], *, trust_remote_code: bool = False
     label = os.fspath(name)
     if label in PRESETS and not Path(label).is_dir():
         return PRESETS[label].config()
-    source, remote = _locate(label)
+    source, remote = located(label)
     with _plain_errors(label, remote):
         return AutoConfig.from_pretrained(
             source, trust_remote_code=trust_remote_code, local_files_only=remote and not _hub_answers()
@@ -481,7 +484,11 @@ def load_tokenizer(name: str | os.PathLike[str], *, trust_remote_code: bool = Fa
         raise UsageError(
             f"preset '{label}' has no tokenizer; pass one: a folder, or a hub name such as '{hub}'"
         )
-    source, remote = _locate(label, "tokenizer")
+    source, remote = located(label, "tokenizer")
+    if not remote and not any(found for name in TOKENIZER_FILES for found in Path(source).glob(name)):
+        raise DataError(
+            f"model folder '{label}' has no tokenizer; put the tokenizer.json and tokenizer_config.json of its model into it"
+        )
     with _plain_errors(label, remote, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             source, trust_remote_code=trust_remote_code, local_files_only=remote and not _hub_answers()
@@ -613,8 +620,12 @@ def _nearest(name: str) -> str:
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
-def _locate(name: str, kind: str = "model") -> tuple[str, bool]:
-    """The folder or hub name behind `name`, and whether it is on the hub."""
+def located(name: str, kind: str = "model") -> tuple[str, bool]:
+    """The folder or hub name behind `name`, and whether it is on the hub.
+
+    Raises:
+        DataError: it is a path, and there is no folder.
+    """
     if name == "demo" and not Path(name).is_dir():
         if not DEMO.is_dir():
             raise DataError(
@@ -631,6 +642,13 @@ def _locate(name: str, kind: str = "model") -> tuple[str, bool]:
         )
         raise DataError(f"{kind} folder '{name}' {what}; give {way_out} or a hub name")
     return name, True
+
+
+def _has_pickles(folder: str) -> bool:
+    """Whether a folder has weights in a format other than safetensors."""
+    return any(
+        found for name in ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack") for found in Path(folder).glob(name)
+    )
 
 
 @contextmanager
@@ -651,18 +669,22 @@ def _plain_errors(name: str, remote: bool, kind: str = "model") -> Iterator[None
         reason = str(error).strip().split("\n")[0]
         if "trust_remote_code" in str(error):
             raise UsageError(
-                f"{kind} '{name}' brings Python code of its own; read it, then allow it with trust_remote_code"
+                f"{kind} '{name}' brings Python code of its own; read it, then allow it with trust_remote_code (--trust-remote-code)"
+            ) from error
+        if ".safetensors" in reason and not remote and not _has_pickles(name):
+            raise DataError(
+                f"{kind} folder '{name}' has no weights; give one with a model.safetensors beside its config.json"
             ) from error
         if ".safetensors" in reason:
             raise DataError(
                 f"{kind} '{name}' has no safetensors; its weights are in a format that can run code: convert them, or allow "
-                f"it with trust_remote_code ({reason})"
+                f"it with trust_remote_code (--trust-remote-code; {reason})"
             ) from error
         if not remote:
             if "backend tokenizer" in reason:
                 reason = "nothing in it says what kind it is; add a tokenizer.json, or a tokenizer_config.json with tokenizer_class"
             raise DataError(f"{kind} folder '{name}' cannot be read: {reason}") from error
-        presets = f", a preset ({', '.join(PRESETS)})" if kind == "model" else ""
+        presets = f", a preset, with random weights ({', '.join(PRESETS)})," if kind == "model" else ""
         way_out = f"use a folder{presets} or 'demo'"
         if {"LocalEntryNotFoundError", "OfflineModeIsEnabled"} & set(causes) or "connect" in reason:
             what = f"is not a folder{' or preset' * bool(presets)}{_nearest(name)}, and the hub cannot be reached"

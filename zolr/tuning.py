@@ -47,6 +47,7 @@ USUAL_ROWS = 30.0  # of a loss that does not say how many it averages
 # half of the best step diverged on two models: curvature grows while a model learns a task
 LARGEST_SHARE = 0.4
 LARGEST_STEP, SMALLEST_STEP = 1e-1, 1e-6
+FORWARDS = 1 + 2 * (len(LADDER) * DIRECTIONS + PROBES)  # that choosing takes, per batch of the step
 FIRST_STEPS, RUNNING_STEPS = 100, 50  # of the squared slopes that a rate is held against
 
 

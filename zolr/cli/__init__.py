@@ -46,8 +46,8 @@ _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-# on a machine without CUDA torchao, where it is installed, says at every start what it cannot load
-_QUIET_LOGGERS = ("torchao", "torch.utils._pytree")
+# where they are installed, torchao (without CUDA) and bitsandbytes say at every start what they cannot load
+_QUIET_LOGGERS = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,8 +18,9 @@ import typer
 from zolr.cli import runs
 from zolr.cli.config import Settings, add, flag, nearest, spelled
 from zolr.cli.finetune import Finetune, Schedule, TablePolicy
+from zolr.cli.race import choosing, unpaid
 from zolr.cli.variants import variant
-from zolr.cli.workload import DEMO_TASK, DataChoice, Machine, ModelChoice
+from zolr.cli.workload import DEMO_TASK, REFERENCE_WIDTH, DataChoice, Machine, ModelChoice
 from zolr.errors import BudgetError, StorageError, UsageError, ZolrError
 
 UNITS = ("forwards", "seconds", "steps")
@@ -116,8 +117,29 @@ def run(settings: Compare) -> None:
     signal.signal(
         signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
     )  # so that the child is told, too
+    rows: list[dict[str, Any]] = []
+    try:
+        _run_all(settings, competitors, terms, plans, root, rows, shown)
+    except (KeyboardInterrupt, SystemExit) as end:
+        if rows:
+            _report(settings, rows, terms)
+        raise _interrupted(end, len(rows), len(plans), root) from None
+    _report(settings, rows, terms)
+    if not any(row["status"] == DONE for row in rows):
+        raise _none_left(rows)
+
+
+def _run_all(
+    settings: Compare,
+    competitors: Mapping[str, Mapping[str, Any]],
+    terms: Terms,
+    plans: Mapping[str, Finetune | ZolrError],
+    root: Path,
+    rows: list[dict[str, Any]],
+    shown: Any,
+) -> None:
+    """Run one after the other; every row is added to `rows` as soon as it is known."""
     names = labels(competitors)
-    rows = []
     for number, (name, plan) in enumerate(plans.items(), start=1):
         shown.print(f"{number}/{len(plans)} {names[name]} ...", markup=False)
         row: dict[str, Any] = {"name": name, "label": names[name]}
@@ -133,6 +155,10 @@ def run(settings: Compare) -> None:
         if root.is_dir():  # after every row: what is done stays if the next one is interrupted
             runs.write_json(root / RESULTS, {**asdict(terms), "methods": rows})
         shown.print(f"    {_said(row)}", markup=False)
+
+
+def _report(settings: Compare, rows: Sequence[dict[str, Any]], terms: Terms) -> None:
+    """Table, files and picture of the rows that there are."""
     if settings.json:
         print(runs.as_json(rows))
     else:
@@ -144,8 +170,19 @@ def run(settings: Compare) -> None:
 
         Path(settings.plot).parent.mkdir(parents=True, exist_ok=True)
         draw(rows, terms.budget, Path(settings.plot), title=f"{terms.task}, {terms.model}")
-    if not any(row["status"] == DONE for row in rows):
-        raise _none_left(rows)
+
+
+def _interrupted(end: BaseException, done: int, of: int, root: Path) -> ZolrError:
+    """The end of a comparison that was cut short."""
+    code = end.code if isinstance(end, SystemExit) and isinstance(end.code, int) else 128 + signal.SIGINT
+    error = ZolrError(
+        f"interrupted by {signal.Signals(code - 128).name}: {done} of {of} methods were run, and their rows are in "
+        f"{root / RESULTS}; start again with another --output"
+        if done
+        else f"interrupted by {signal.Signals(code - 128).name} before a method was done; what there is lies in {root}"
+    )
+    error.exit_code = code
+    return error
 
 
 def register(app: typer.Typer) -> None:
@@ -254,11 +291,16 @@ def _plans(
 
 def _check_pays(name: str, plan: Any, amount: float) -> None:
     """Whether so many forwards pay for a step."""
-    each = plan.composed().estimator.forwards(plan.accumulate or plan.usual_accumulation)
+    method = plan.composed()
+    each = method.estimator.forwards(plan.accumulate or plan.usual_accumulation)
     if each > amount:
         raise UsageError(
             f"--equal forwards={amount:g} pays for no step of '{name}', which takes {each}; give more"
         )
+    rate = plan.learning_rate(method, REFERENCE_WIDTH)
+    # few rows may make the step of one batch where it would else have two: this is the least it can take
+    if (least := choosing(method, rate, plan.accumulate or 1)) and least + each > amount:
+        raise UsageError(unpaid(amount, name, least))
 
 
 def _check_places(settings: Compare, root: Path) -> None:

@@ -85,6 +85,11 @@ class Settings:
         """The settings of a command line; a verb with further sources (a run folder to go on with) adds them here."""
         return resolve(cls, given, config)
 
+    @property
+    def chosen_later(self) -> list[str]:
+        """What `--print-config` says of settings that hang on more than the command line, a line each."""
+        return []
+
 
 S = TypeVar("S", bound=Settings)
 
@@ -229,6 +234,8 @@ def _function(kind: type[S], run: Callable[..., None], config: bool, dry_run: bo
         settings = kind.gather(given, file)
         if printing:
             print(toml(settings), end="")
+            for line in settings.chosen_later:
+                print(f"# {line}")
             return
         run(settings, **({"dry_run": rehearsing} if dry_run else {}))
 

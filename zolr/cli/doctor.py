@@ -51,7 +51,9 @@ def run(settings: Doctor) -> None:
             shown = (
                 size(value) if name.endswith("_bytes") else "not installed" if value is None else str(value)
             )
-            rows.append((part, name.removesuffix("_bytes").replace("_", " "), shown))
+            # variables of the environment are spelled as they are set
+            plain = name if name.isupper() else name.removesuffix("_bytes").replace("_", " ")
+            rows.append((part, plain, shown))
     Console(highlight=False).print(table("zolr doctor", ("", "", ""), rows))
 
 

@@ -16,6 +16,8 @@ from zolr.cli.variants import variant
 from zolr.errors import BudgetError, DataError, UsageError, ZolrError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
     from transformers import PreTrainedConfig
 
     from zolr.cli.finetune import Finetune
@@ -302,7 +304,7 @@ def _largest(peak_at: Any, budget: int) -> dict[str, Any]:
 def _print(rows: Sequence[Mapping[str, Any]], settings: Estimate, budget: int | None) -> None:
     from rich.console import Console
 
-    from zolr.cli.screen import size, table
+    from zolr.cli.screen import size
     from zolr.memory import OVERHEAD, PARTS
 
     console = Console(highlight=False)
@@ -316,7 +318,7 @@ def _print(rows: Sequence[Mapping[str, Any]], settings: Estimate, budget: int | 
             continue
         line = [row["name"], f"{row['batch_size']} x {row['max_length']}", size(row["peak_bytes"])]
         lines.append((*line, f"{row['ratio']:.2f}", *([] if budget is None else [_fitting(row)])))
-    console.print(table(f"{settings.model}: predicted peak memory of a step", columns, lines))
+    _put(console, f"{settings.model}: predicted peak memory of a step", columns, lines)
     for row in rows:
         if "error" in row:
             console.print(f"{row['name']} is not predicted: {row['error']}", markup=False, soft_wrap=True)
@@ -325,12 +327,46 @@ def _print(rows: Sequence[Mapping[str, Any]], settings: Estimate, budget: int | 
         return
     there = [part for part in PARTS if part != "workspaces" or any(row["parts"][part] for row in found)]
     parts = [(row["name"], *(size(row["parts"][part]) for part in there)) for row in found]
-    console.print(table("what the peak is made of", ["method", *there], parts))
+    _put(console, "what the peak is made of", ["method", *there], parts)
     places = [(row["name"], row["phase"], row["module"] or None) for row in found]
-    console.print(table("where the peak is", ["method", "phase", "module"], places))
+    _put(console, "where the peak is", ["method", "phase", "module"], places)
     for line in (IN_WORDS, *(f"assumed: {text}" for text in assumed(found))):
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"overhead, in none of the figures: {OVERHEAD}", markup=False, soft_wrap=True)
+
+
+def _put(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table; where there is no room for its columns, with a column a method, as many at a time as fit."""
+    from rich.measure import Measurement
+
+    from zolr.cli.screen import table
+
+    free = console.options.update(max_width=10**4)
+    fits = lambda made: Measurement.get(console, free, made).maximum <= console.width  # noqa: E731
+    if fits(made := table(title, columns, rows)) or len(columns) <= 3:
+        made.columns[0].no_wrap = True  # a long module may be folded, a method's name is what one looks for
+        console.print(made)
+        return
+    turned, rest = list(zip(*rows, strict=True)), len(rows)
+    while rest:
+        first = len(rows) - rest
+        count = next(
+            (n for n in range(rest, 1, -1) if fits(_turned(title, columns, turned, first, first + n))), 1
+        )
+        console.print(_turned(title, columns, turned, first, first + count))
+        rest -= count
+
+
+def _turned(title: str, columns: Sequence[str], turned: Sequence[Sequence[Any]], a: int, b: int) -> Table:
+    """Rows `a` to `b` of a table as columns."""
+    from zolr.cli.screen import table
+
+    names, *values = turned
+    lines = [(column, *cells[a:b]) for column, cells in zip(columns[1:], values, strict=True)]
+    made = table(title, [columns[0], *names[a:b]], lines)
+    for column in made.columns[1:]:
+        column.justify = "right"
+    return made
 
 
 def _fitting(row: Mapping[str, Any]) -> str:

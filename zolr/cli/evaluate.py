@@ -11,7 +11,7 @@ from annotated_types import Ge
 
 from zolr.cli import runs
 from zolr.cli.config import add, flag, resolve
-from zolr.cli.workload import DataChoice, Machine, Trust, Workload
+from zolr.cli.workload import EVAL_ROWS, DataChoice, Machine, Trust, Workload
 from zolr.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ class Subject(Trust):
 class Evaluate(Machine, DataChoice, Subject):
     """Settings of `zolr evaluate`."""
 
+    eval_rows: Annotated[int, Ge(1)] | None = flag(  # pyright: ignore[reportIncompatibleVariableOverride]
+        None, "Rows at most.", "Data", shown=f"those of the run, else {EVAL_ROWS}"
+    )
     data_seed: int = flag(0, "Seed of the splits of an own file without --task.", "Data")
     batch_size: Annotated[int, Ge(1)] = flag(32, "Examples of a forward pass.", "Memory")
     quantize: Literal["int8", "nf4"] | None = flag(
@@ -54,6 +57,8 @@ def run(settings: Evaluate) -> None:
     device = device_of(settings.device)
     folder = Path(settings.model)
     finished = (folder / runs.TASK).is_file()
+    if not finished and settings.task is None and settings.data is None:
+        _check_run(folder)
     task, head, examples = _of_run(settings, folder) if finished else _of_model(settings)
     quantize = settings.quantize
     if finished and quantize is None:  # an adapter fits the codes that it was trained beside
@@ -117,9 +122,10 @@ def _of_run(settings: Evaluate, folder: Path) -> tuple[Task, str, list[Example]]
             )
         label = settings.label_column or trained.label_column or "label"
         examples, _ = load_file(settings.data, columns, label, task.classes)
-        return task, saved["head"], cut(examples, settings.eval_rows)
+        return task, saved["head"], cut(examples, settings.eval_rows or EVAL_ROWS)
     if settings.task is not None:
-        choice = replace(settings, text_column=(), label_column=None)
+        rows = settings.eval_rows or EVAL_ROWS
+        choice = replace(settings, text_column=(), label_column=None, eval_rows=rows)
         other = find_task(settings.task)
         if other.classes != task.classes:
             raise UsageError(
@@ -131,13 +137,28 @@ def _of_run(settings: Evaluate, folder: Path) -> tuple[Task, str, list[Example]]
             saved["head"],
             splits_of(choice, other, seed=trained.data_seed, k=None, train_rows=None, more={}).test,
         )
-    choice = replace(trained, eval_rows=settings.eval_rows, data_dir=settings.data_dir or trained.data_dir)
+    rows = settings.eval_rows or trained.eval_rows
+    choice = replace(trained, eval_rows=rows, data_dir=settings.data_dir or trained.data_dir)
     known = None if trained.task is None else find_task(trained.task)
     files = {"validation_data": trained.validation, "test_data": trained.test}
     splits = splits_of(
         choice, known, seed=trained.data_seed, k=trained.k, train_rows=trained.train_rows, more=files
     )
     return task, saved["head"], splits.test
+
+
+def _check_run(folder: Path) -> None:
+    """Refuse the folder of a run that names no examples to evaluate on."""
+    if (folder / runs.RESULT).is_file() and runs.read_json(folder / runs.RESULT).get("verb") == "pretrain":
+        raise UsageError(
+            f"{folder} is a run of zolr pretrain, whose held-out loss is in {folder / runs.RESULT}; give --task or --data "
+            "to measure it on a task"
+        )
+    if (folder / runs.CONFIG).is_file():
+        raise DataError(
+            f"{folder} is no finished run: it has no {runs.TASK}; go on with zolr finetune --resume --output {folder}, or "
+            "give --task or --data and a model"
+        )
 
 
 def _of_model(settings: Evaluate) -> tuple[Task, str, list[Example]]:
@@ -150,16 +171,17 @@ def _of_model(settings: Evaluate) -> tuple[Task, str, list[Example]]:
         raise UsageError(
             "--head classes would measure a head that was never trained; give a run folder, or use --head prompt"
         )
-    task = task_of(settings, settings.model == "demo")
+    task = task_of(settings, settings.model, "to evaluate on")
     if settings.data is not None:
         columns = settings.text_column or (task.columns if task else ("text",))
         examples, classes = load_file(
             settings.data, columns, settings.label_column or "label", task.classes if task else None
         )
         task = task or own_task(Path(settings.data).stem, columns, classes)
-        examples = cut(examples, settings.eval_rows)
+        examples = cut(examples, settings.eval_rows or EVAL_ROWS)
     else:
         assert task is not None
-        examples = splits_of(settings, task, seed=settings.data_seed, k=None, train_rows=None, more={}).test
+        choice = replace(settings, eval_rows=settings.eval_rows or EVAL_ROWS)
+        examples = splits_of(choice, task, seed=settings.data_seed, k=None, train_rows=None, more={}).test
     words = words_of(settings.label_words, task.classes) if settings.label_words else None
     return task.changed(template=settings.template, words=words), settings.head, examples

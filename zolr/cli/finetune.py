@@ -121,7 +121,11 @@ class Composition(TablePolicy):
         shown="the method's first",
     )
     projector: str | None = flag(
-        None, "How subspaces are drawn: stiefel, gaussian, identity, ...", "Method", shown="the method's"
+        None,
+        "How subspaces are drawn: stiefel, dependent, gaussian, coordinate, srht, two_sided, svd, power_iteration, tracking, walk, jump, "
+        "lazy_svd, plumage, viewed, range_finder, identity.",
+        "Method",
+        shown="the method's",
     )
     rank: int | None = flag(None, "Rank of the subspaces.", "Method", shown="the method's")
     ranks: str | None = flag(
@@ -135,11 +139,14 @@ class Composition(TablePolicy):
         None, "sgd, momentum, adamw, muon, ..., or a class of torch.optim.", "Method", shown="the method's"
     )
     transport: str | None = flag(
-        None, "Optimizer state at a refresh: reset, keep, align, aware.", "Method", shown="the method's"
+        None,
+        "Optimizer state at a refresh: reset, keep, align, aware, reproject.",
+        "Method",
+        shown="the method's",
     )
     residual: str | None = flag(
         None,
-        "The gradient outside its subspace: drop, recover, replace, error_feedback (fo).",
+        "The gradient outside its subspace: drop, recover, replace, error_feedback, compensate, precondition, projfactor (fo).",
         "Method",
         shown="the method's",
     )
@@ -375,7 +382,12 @@ class Writing(Settings):
     """Where to."""
 
     output: str | None = flag(
-        None, "Run folder.", "Output", shown="runs/TASK-METHOD-SEED", aliases=("output_dir",), saved=False
+        None,
+        "Run folder.",
+        "Output",
+        shown="runs/TASK-METHOD-PARADIGM-SEED",
+        aliases=("output_dir",),
+        saved=False,
     )
     overwrite: bool = flag(False, "Replace a run that is there.", "Output", saved=False)
     save_every: Annotated[int, Ge(1)] | None = flag(
@@ -426,6 +438,16 @@ class Writing(Settings):
                     f"--{key} {now.get(key, 'not given')} differs from the run to resume ({was.get(key, 'not given')} in "
                     f"{Path(self.output or '') / runs.CONFIG}); leave it out, or start a new run"
                 )
+
+    def left(self, folder: Path, shown: Any) -> str | None:
+        """Why nothing is left to do for --resume, None where something is; says where the rate takes another course."""
+        steps, schedule = getattr(self, "steps", None), getattr(self, "schedule", "constant")
+        if not self.resume:
+            return None
+        done = runs.done(folder, steps) if self.resume == "on" else None  # an earlier checkpoint is asked for
+        if done is None and (note := runs.new_course(folder, steps, schedule)) is not None:
+            shown.print(note, markup=False)
+        return done
 
     @property
     def resumed_from(self) -> bool | Path:
@@ -490,6 +512,22 @@ class Finetune(Writing, Inspection, Holding, Ranks, Machine, Schedule, Compositi
         if settings.resume:
             settings.check_same(resolve(cls, {}, Path(settings.output or "") / runs.CONFIG))
         return settings
+
+    @property
+    def chosen_later(self) -> list[str]:
+        """What hangs on the rows of the data, and what the method says of its parts."""
+        numbers = DEFAULTS[self.paradigm or "zo"]
+        sizes = {"batch-size": numbers.batch_size, "accumulate": self.usual_accumulation}
+        usual = [
+            f"{name} = {most}"
+            for name, most in sizes.items()
+            if getattr(self, name.replace("-", "_")) is None
+        ]
+        by_rows = (
+            f"{', '.join(usual)}, or less where the data have fewer rows, or the budget asks" if usual else ""
+        )
+        parts = f"projector, rank, optimizer, transport, ...: as `zolr methods {self.method}` has them, unless they are given"
+        return [line for line in (by_rows, parts) if line]
 
     def filled(self) -> Self:
         """The settings with every number that depends on the method, and checked as far as names go."""
@@ -638,10 +676,10 @@ class Finetune(Writing, Inspection, Holding, Ranks, Machine, Schedule, Compositi
 
     @property
     def name(self) -> str:
-        """What the run is called: task, method and seed."""
+        """What the run is called: task, method, paradigm and seed."""
         task = self.task or Path(self.data or "data").stem
         method = self.projector if self.projector and self.method in (None, "stiefel") else self.method
-        return f"{task}-{method}-{self.seed}"
+        return f"{task}-{method}-{self.paradigm}-{self.seed}"
 
 
 def run(settings: Finetune, dry_run: bool) -> None:
@@ -655,17 +693,17 @@ def _run(settings: Finetune, dry_run: bool, team: Team) -> None:
 
     shown = console(settings.quiet or not team.first)
     folder = Path(settings.output) if settings.output else runs.free_folder(settings.name)
-    finished = False
+    done = None
     if not dry_run and team.first:
         runs.check_free(folder, overwrite=settings.overwrite, resume=bool(settings.resume))
-        finished = bool(settings.resume) and runs.finished(folder)
+        done = settings.left(folder, shown)
     folder = Path(team.told(str(folder)))
-    if team.largest(finished):
-        shown.print(f"the run in {folder} is finished; nothing to resume")
+    if team.largest(done is not None):
+        shown.print(done or "", markup=False)
         if team.first:
             _present(runs.read_json(folder / runs.RESULT), settings)
         return
-    job = Job(settings, team=team)
+    job = Job(settings, team=team, shown=shown)
     for note in job.notes:
         shown.print(note, markup=False)
     shown.print(job.summary(), markup=False)
@@ -749,6 +787,7 @@ class Job:
         settings: what to do.
         schedule: factor on the learning rate by step, instead of the one that the settings describe.
         team: the processes of the run; None for this one alone.
+        shown: a rich console, told what takes long; None for silence.
     """
 
     def __init__(
@@ -756,6 +795,7 @@ class Job:
         settings: Finetune,
         schedule: Callable[[int], float] | None = None,
         team: Team | None = None,
+        shown: Any = None,
     ) -> None:
         from zolr import adapters, lora, models
         from zolr.cli.replay import about
@@ -765,7 +805,7 @@ class Job:
         from zolr.journal import fingerprint
         from zolr.tasks import TrainingBatches, own_task, truncation_share
 
-        self.team = team or Team()
+        self.team, self._shown = team or Team(), shown
         if adapters.is_adapter(Path(settings.model)):
             raise UsageError(
                 f"--model {settings.model} is an adapter, whose base is {adapters.base_of(Path(settings.model))}; "
@@ -775,7 +815,7 @@ class Job:
         device = device_of(settings.device)
         if settings.adapter is not None:
             lora.check_installed(settings.adapter)
-        task = task_of(settings, settings.model == "demo")
+        task = task_of(settings, settings.model)
         files = {"validation_data": settings.validation, "test_data": settings.test}
         self.splits: Splits = splits_of(
             settings, task, seed=settings.data_seed, k=settings.k, train_rows=settings.train_rows, more=files
@@ -1030,8 +1070,11 @@ class Job:
 
     def _peak(self, settings: Finetune) -> int:
         """Predicted peak bytes of a step with these settings; seconds the first time, and remembered."""
+        from zolr.cli.screen import predicting
+
         if settings not in self._peaks:
-            self._peaks[settings] = self._predict(settings)
+            with predicting(self._shown, self._ways(settings)[0].flags(settings.paradigm or "zo")):
+                self._peaks[settings] = self._predict(settings)
         return self._peaks[settings]
 
     def _predict(self, settings: Finetune) -> int:
@@ -1075,13 +1118,18 @@ class Job:
         from zolr.training import train
 
         settings, work = self.settings, self.work
-        meter = record.Meter(self.engine, work.device)
+        meter = record.Meter(self.engine, work.device, place.path if settings.resume else None)
         if not settings.resume and self.team.first:
             runs.write_text(place.work / runs.CONFIG, toml(settings))
         try:
             # on resume too: the engine still has the first weights, and the model's answer to them does not change
             before = work.evaluate(self.test, self.batch_size)
-            with watching(shown, lambda: resident(work.device), 0, settings.steps or 0) as screen:
+            with (
+                watching(
+                    shown, lambda: resident(work.device), 0, settings.steps or 0, rows="validation"
+                ) as screen,
+                meter.kept(place.work, self.team.first),
+            ):
                 outcome = train(
                     self.engine,
                     self.batches,

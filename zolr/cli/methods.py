@@ -36,8 +36,11 @@ def run(settings: Methods) -> None:
 
     console = Console(highlight=False)
     if settings.name is None:
-        rows = [(name, ", ".join(row.paradigms), row.summary, row.follows) for name, row in METHODS.items()]
-        console.print(table("methods", ("name", "paradigms", "what it does", "follows"), rows))
+        rows = [(name, ", ".join(row.paradigms), row.summary) for name, row in METHODS.items()]
+        made = table("methods", ("name", "paradigms", "what it does"), rows)
+        for column in made.columns[:2]:
+            column.no_wrap = True
+        console.print(made)
         console.print("`zolr methods NAME` shows one in full; `zolr finetune --method NAME` runs it.")
         return
     described = _described(METHODS[settings.name])
@@ -49,7 +52,7 @@ def run(settings: Methods) -> None:
     ]
     for paradigm, parts in compositions.items():
         lines += [
-            (f"{paradigm}: {part}", _in_words(made)) for part, made in parts.items() if made is not None
+            (f"{paradigm}: {part}", _in_words(made)) for part, made in parts.items() if not _is_empty(made)
         ]
     console.print(table(settings.name, ("", ""), lines))
 
@@ -70,10 +73,27 @@ def _described(row: Any) -> dict[str, Any]:
     return {
         **texts,
         "paradigms": list(row.paradigms),
+        "fine-tuning": "; ".join(f"{paradigm}: {_rate_of(row, paradigm)}" for paradigm in row.paradigms),
         "pretraining": f"learning rate {rate.lr:g} by backprop ({rate.why})" if "fo" in row.paradigms else "",
         **({"adapter": _parts(row.adapter)} if row.adapter else {}),
         "composition": {p: _parts(row.build(p)) for p in row.paradigms},
     }
+
+
+def _rate_of(row: Any, paradigm: str) -> str:
+    """What a method is fine-tuned at where the user gives no rate."""
+    from zolr.cli.workload import REFERENCE_WIDTH
+
+    rate = row.lr.get(paradigm)
+    if rate is None:
+        return "learning rate measured on the first batch"
+    if paradigm == "fo" and row.methods[paradigm].normalizes:
+        return f"learning rate {rate:g} for a model of width {REFERENCE_WIDTH}, going with one over the width"
+    return f"learning rate {rate:g}"
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value in ({}, [], "")
 
 
 def _parts(method: Any) -> dict[str, Any]:
@@ -97,7 +117,9 @@ def _in_words(part: Any) -> str:
     """`Stiefel(rank 8, side right)`."""
     if isinstance(part, dict):
         inner = ", ".join(
-            f"{key} {_in_words(value)}" for key, value in part.items() if key != "part" and value is not None
+            f"{key} {_in_words(value)}"
+            for key, value in part.items()
+            if key != "part" and not _is_empty(value)
         )
         return f"{part['part']}({inner})" if "part" in part else inner
     if isinstance(part, list):

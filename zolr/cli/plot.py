@@ -81,7 +81,12 @@ class Plot(Settings):
     """Settings of `zolr plot`."""
 
     runs: tuple[str, ...] = flag((), "Run folders; unfinished ones too.", "Data", argument=True, path=True)
-    output: str = flag("plot.png", "Picture to write: .png, .pdf, .svg.", "Output")
+    output: str | None = flag(
+        None,
+        "Picture to write: .png, .pdf, .svg.",
+        "Output",
+        shown="plot.png; of another --what than loss plot-WHAT.png",
+    )
     x: Literal["tokens", "seconds", "steps", "forwards"] | None = flag(
         None,
         "What curves are drawn against: tokens, seconds, steps, forwards.",
@@ -146,9 +151,12 @@ def traced(folder: Path) -> Traced:
 
 
 def labels(traces: Sequence[Traced]) -> list[str]:
-    """A name for each run by the settings in which they differ; its folder's where that is none."""
+    """A name for each run: its folder's, and, of several, its method and the settings in which they differ."""
+    if len(traces) == 1:
+        return [traces[0].folder.resolve().name]
     keys = list(dict.fromkeys(key for trace in traces for key in trace.settings if key not in ASIDE))
     differing = [key for key in keys if len({repr(trace.settings.get(key)) for trace in traces}) > 1]
+    differing = ["method", "paradigm", *(key for key in differing if key not in ("method", "paradigm"))]
     names = []
     for trace in traces:
         parts = []
@@ -157,12 +165,10 @@ def labels(traces: Sequence[Traced]) -> list[str]:
             if value is None:
                 continue
             value = f"{value:g}" if isinstance(value, float) else _short(value)
-            parts.append(value if key in ("method", "model", "task", "projector") else f"{key} {value}")
-        names.append(", ".join(parts) or trace.folder.name)
-    return [
-        f"{name} ({trace.folder.name})" if names.count(name) > 1 else name
-        for name, trace in zip(names, traces, strict=True)
-    ]
+            plain = key in ("method", "paradigm", "model", "task", "projector")
+            parts.append(value if plain else f"{key} {value}")
+        names.append(f"{trace.folder.resolve().name}: {', '.join(parts)}" if parts else trace.folder.name)
+    return names
 
 
 def _short(value: Any) -> str:
@@ -213,7 +219,8 @@ def run(settings: Plot) -> None:
         raise UsageError("nothing to plot; give run folders, such as runs/pretrain")
     check_matplotlib("zolr plot")
     traces = [traced(Path(folder)) for folder in settings.runs]
-    output = Path(settings.output)
+    usual = "plot.png" if settings.what == "loss" else f"plot-{settings.what}.png"
+    output = Path(settings.output or usual)
     if output.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise UsageError(f"--output {output}: pictures are .png, .pdf or .svg files")
     metrics = {key for trace in traces for line in trace.evaluations for key in line["eval"]} | {"loss"}
@@ -232,7 +239,7 @@ def run(settings: Plot) -> None:
             settings.smooth,
             output,
         )
-    print(output)
+    print(output.absolute())
 
 
 def check_matplotlib(who: str) -> None:
@@ -314,9 +321,9 @@ def draw_curves(
             else:
                 panel.plot([], [], label=name, **style)
         if ends and max(ends) > SPREAD * min(ends):
-            panel.set_xscale("log")
-        else:
-            panel.set_xlim(left=0)
+            # what was measured before the first step has cost nothing: up to the first cost the axis is linear
+            panel.set_xscale("symlog", linthresh=_first_cost(traces, axis), linscale=0.3)
+        panel.set_xlim(left=0)
         panel.set_xlabel(AXES[axis][1])
         _plain(panel, "both")
         _counts(panel)
@@ -332,11 +339,19 @@ def draw_curves(
     figure.savefig(path, dpi=150)
 
 
+def _first_cost(traces: Sequence[Traced], axis: str) -> float:
+    """The least that is spent after a step of any run."""
+    costs = (float(line.get(AXES[axis][0], 0.0)) for trace in traces for line in trace.steps)
+    return min((cost for cost in costs if cost > 0), default=1.0)
+
+
 def _counts(panel: Any) -> None:
     """Few numbers on the axis of what has been spent, and large ones in short."""
-    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
+    from matplotlib.ticker import EngFormatter, MaxNLocator, SymmetricalLogLocator
 
-    panel.xaxis.set_major_locator(LogLocator() if panel.get_xscale() == "log" else MaxNLocator(5))
+    wide = panel.get_xscale() == "symlog"
+    locator = SymmetricalLogLocator(panel.xaxis.get_transform()) if wide else MaxNLocator(5)
+    panel.xaxis.set_major_locator(locator)
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
@@ -444,6 +459,8 @@ def draw_maps(traces: Sequence[Traced], figure: Figure, axis: str, path: Path) -
         panel.set_title(name if count > 1 else "", fontsize=9)
     if count == 1:
         above.set_title(names[0], fontsize=9)
+    ends = [edge for edges, _, _ in tables for edge in edges]
+    above.set_xlim(min(ends), max(ends))  # one map below it lies under its own points
     above.set_xlabel(AXES[axis][1])
     above.set_ylabel("all projected\nweights" if figure.key != "norm" else "all weights", fontsize=9)
     if wide:
@@ -455,7 +472,7 @@ def draw_maps(traces: Sequence[Traced], figure: Figure, axis: str, path: Path) -
         _legend(canvas, above, above.get_legend_handles_labels()[1], figure.name)
     else:
         canvas.suptitle(figure.name, fontweight="bold", fontsize=11)
-    bar = canvas.colorbar(mesh, ax=panels, fraction=0.05, pad=0.01, aspect=40)
+    bar = canvas.colorbar(mesh, ax=[above, *panels], fraction=0.05, pad=0.01, aspect=40)
     if wide:
         _plain_ticks(bar.ax.yaxis)
     canvas.savefig(path, dpi=150)

@@ -367,9 +367,9 @@ def _run(settings: Pretrain, team: Team) -> None:
     shown = console(settings.quiet or not team.first)
     folder = Path(settings.output) if settings.output else runs.free_folder("pretrain")
     folder = Path(team.told(str(folder)))
-    finished = team.first and bool(settings.resume) and runs.finished(folder)
-    if team.largest(finished):
-        shown.print(f"the run in {folder} is finished; nothing to resume")
+    done = settings.left(folder, shown) if team.first else None
+    if team.largest(done is not None):
+        shown.print(done or "", markup=False)
         if team.first:
             _present(runs.read_json(folder / runs.RESULT), settings, folder)
         return
@@ -396,7 +396,16 @@ def _present(result: dict[str, Any], settings: Pretrain, folder: Path) -> None:
 
     from zolr.cli.screen import size, table
 
-    columns = ["loss before", "after", "steps", "tokens", "tokens/s", "worst step", "peak", "predicted"]
+    columns = [
+        "loss before",
+        "after",
+        "steps",
+        "tokens",
+        "tokens/s",
+        "worst step / median",
+        "peak",
+        "predicted",
+    ]
     row = [result[key] for key in ("before", "after", "steps", "tokens_seen")]
     row += [
         round(result["speed"]["tokens_per_second"]),
@@ -412,7 +421,7 @@ def _present(result: dict[str, Any], settings: Pretrain, folder: Path) -> None:
 
 def _worst(seconds: Mapping[str, Any]) -> str:
     """The slowest step for a person."""
-    return f"{seconds['worst_over_median']:.2f} x" if seconds["timed"] else "-"
+    return f"{seconds['worst_over_median']:.2f}" if seconds["timed"] else "-"
 
 
 def pretrain(
@@ -516,7 +525,7 @@ def pretrain(
         mean = float(mean_of(share, parts))
         return {"loss": mean, "perplexity": exp(min(mean, 700.0))}
 
-    meter = record.Meter(engine, on)
+    meter = record.Meter(engine, on, place.path if settings.resume else None)
     low = settings.compute == "bfloat16" or settings.dtype != "float32"
     speed = Throughput(flops, peak_flops(on, low, settings.peak_flops))
     if team.first:
@@ -525,6 +534,7 @@ def pretrain(
         watching(shown, lambda: resident(on), 0, settings.steps, speed.line) as screen,
         ahead(batches, settings.workers, settings.steps) as made,
         _advised(settings, model, on, peaks),
+        meter.kept(place.work, team.first),
     ):
         outcome = train(
             engine,
@@ -954,10 +964,13 @@ def prediction(settings: Pretrain, config: Any, on: device, *, profile: bool = F
     )
 
 
-def _peak(settings: Pretrain, model: Any, on: device, known: dict[Pretrain, int]) -> int:
+def _peak(settings: Pretrain, model: Any, on: device, known: dict[Pretrain, int], shown: Any = None) -> int:
     """Predicted peak bytes of a step, seconds the first time."""
+    from zolr.cli.screen import predicting
+
     if settings not in known:
-        known[settings] = prediction(settings, model.config, on).peak_bytes
+        with predicting(shown, _ways(settings)[0].flags(settings.paradigm or "fo")):
+            known[settings] = prediction(settings, model.config, on).peak_bytes
     return known[settings]
 
 
@@ -966,7 +979,7 @@ def _predicted(
 ) -> int | None:
     """Peak bytes of a step as predicted without running one; None where that cannot be known."""
     try:
-        return _peak(settings, model, on, known)
+        return _peak(settings, model, on, known, shown)
     except Exception as error:  # an operation that fake tensors cannot run must not stop a run that works
         shown.print(f"note: no memory prediction ({type(error).__name__}: {error})", markup=False)
         return None
@@ -985,7 +998,8 @@ def _within_budget(
         free |= set(SIZE)
     if settings.realization == "auto":
         free.add("realization")
-    found = plan(lambda way: _peak(chosen(way), model, on, known), asked, method.paradigm, free, budget)
+    peak = lambda way: _peak(chosen(way), model, on, known, shown)  # noqa: E731
+    found = plan(peak, asked, method.paradigm, free, budget)
     for line in told(found, method.paradigm, budget):
         shown.print(line, markup=False)
     return chosen(found.way)

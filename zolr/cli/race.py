@@ -21,6 +21,7 @@ from zolr.cli.finetune import Finetune, Job, factor_at
 from zolr.errors import UsageError
 
 if TYPE_CHECKING:
+    from zolr.methods import Method
     from zolr.training import Progress
 
 EVALUATIONS = 8  # of a run, spread over what it spends, where --eval-every does not say otherwise
@@ -119,6 +120,9 @@ def _allow(job: Job, allowance: Allowance, eval_every: int | None) -> None:
                 f"--equal forwards={allowance.amount:g} pays for no step of method '{job.settings.method}', "
                 f"which takes {allowance.forwards}; give more"
             )
+        first = choosing(job.engine.method, job.engine.base_lr, job.settings.accumulate or 1)
+        if first and first + allowance.forwards > allowance.amount:
+            raise UsageError(unpaid(allowance.amount, job.settings.method or "", first))
     else:
         batch = job._moved(job.batches(0)[0])
         with torch.no_grad():  # how far apart evaluations are is all that hangs on this guess
@@ -127,6 +131,29 @@ def _allow(job: Job, allowance: Allowance, eval_every: int | None) -> None:
         expected = int(allowance.amount / (each * allowance.forwards))
     every = eval_every or max(1, expected // EVALUATIONS)
     job.settings = replace(job.settings, steps=bound, eval_every=every)
+
+
+def choosing(method: Method, rate: float | None, batches: int) -> int:
+    """Forward passes that the first step takes to choose what nobody gave: the radius of its probes, and the rate.
+
+    Args:
+        method: of the run.
+        rate: its learning rate, None for one that is to be measured.
+        batches: of a step.
+    """
+    from zolr.estimators import setting
+    from zolr.tuning import FORWARDS
+
+    radius = setting(method.estimator, "eps", 0.0)  # zero: nothing is probed
+    return (FORWARDS + 1) * batches if radius is None or (radius and rate is None) else 0
+
+
+def unpaid(amount: float, name: str, first: int) -> str:
+    """The error for a budget that is gone before the rate is known."""
+    return (
+        f"--equal forwards={amount:g} does not pay for choosing the learning rate of '{name}', which takes {first} before the "
+        "first step; give its --lr and --eps (as @lr=1e-3@eps=1e-3), or more forwards"
+    )
 
 
 def timed(job: Job) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,11 @@ class Meter:
     steps are counted that can set a new peak: whose padded batch is larger than any before, or as large as the largest
     for the second time (the first one may have made the optimizer's state), and the first that opens a new window.
 
+    Args:
+        engine: whose steps they are.
+        device: where it is.
+        folder: of the run that is gone on with, whose earlier steps count too as far as they left a `memory.json`.
+
     Attributes:
         counter: what is counted.
         peak: bytes at most.
@@ -36,12 +41,12 @@ class Meter:
         counting: whether live tensors were counted in the last step, which makes it slower.
     """
 
-    def __init__(self, engine: Engine, device: torch.device) -> None:
+    def __init__(self, engine: Engine, device: torch.device, folder: Path | None = None) -> None:
         import torch
 
         self._engine, self._device = engine, device
         self.counter, self.shape, self._peak = "live tensors of a step", (0, 0), 0
-        self.counting = False
+        self.counting, self._stepped = False, False
         self._times, self._opened = 0, False  # steps counted of the largest batch; whether a new window was
         # fully_shard gives memory back by emptying tensors that live on, which no count of them sees
         self._blind = any(v.sharded for v in engine.variables)
@@ -50,15 +55,37 @@ class Meter:
         if device.type == "cuda":
             self.counter = "cuda allocated"
             torch.cuda.reset_peak_memory_stats(device)
+        if folder is not None and (folder / runs.MEMORY).is_file():
+            known = runs.read_json(folder / runs.MEMORY)
+            if known.get("counter") == self.counter and known.get("peak_bytes_measured"):
+                self._peak, (rows, tokens) = known["peak_bytes_measured"], known["batch"]
+                self.shape = rows, tokens
 
     @property
     def peak(self) -> int:
         """Bytes at most so far."""
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" and self._stepped:
             from zolr.memory import resident
 
-            return resident(self._device).peak
+            return max(self._peak, resident(self._device).peak)
         return self._peak
+
+    @contextmanager
+    def kept(self, folder: Path, writes: bool) -> Iterator[None]:
+        """Write what is known so far where a run is cut short that can be gone on with.
+
+        Args:
+            folder: of the run.
+            writes: whether this process is the one that writes there.
+        """
+        try:
+            yield
+        except BaseException:
+            if writes and self.peak and (folder / runs.CHECKPOINTS).is_dir():
+                found = {"peak_bytes_measured": self.peak, "counter": self.counter, "batch": list(self.shape)}
+                with suppress(OSError):  # a full disk is reported by what was cut short
+                    runs.write_json(folder / runs.MEMORY, found)
+            raise
 
     @contextmanager
     def around(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[None]:
@@ -69,6 +96,7 @@ class Meter:
         tokens, most = shape[0] * shape[1], self.shape[0] * self.shape[1]
         engine, every = self._engine, self._engine.method.refresh_every
         opens = not self._opened and bool(every and engine.step_count and engine.step_count % every == 0)
+        self._stepped = True
         due = tokens > most or (tokens == most and self._times < 2) or opens
         # the first step then makes many forward passes that hold no more than the step itself does
         tuning = engine.tuning is None and (
@@ -274,7 +302,7 @@ def card(job: Job, result: Mapping[str, Any], memory: Mapping[str, Any]) -> str:
         f"| forward passes, tokens through them | {result['forwards']:,}, {result['tokens']:,} |",
         f"| {metric} on {result['rows']['test']} test rows, before | {result['before']:.4f} |",
         f"| {metric} on {result['rows']['test']} test rows, after | {result['after']:.4f} |",
-        f"| peak memory, measured ({memory['counter']}, {memory['dtype']}, batch {memory['batch'][0]} x {memory['batch'][1]}) "
+        f"| peak memory, measured ({memory['counter']}, {memory['dtype']}{_batch(memory)}) "
         f"| {size(memory['peak_bytes_measured'])} |",
         f"| peak memory, predicted | {size(memory['peak_bytes_predicted'])} |",
         *_held_lines(job, result),
@@ -286,6 +314,12 @@ def card(job: Job, result: Mapping[str, Any], memory: Mapping[str, Any]) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _batch(memory: Mapping[str, Any]) -> str:
+    """The batch that took the peak, where one was measured."""
+    rows, tokens = memory["batch"]
+    return f", batch {rows} x {tokens}" if memory["peak_bytes_measured"] else ""
 
 
 def _held_lines(job: Job, result: Mapping[str, Any]) -> list[str]:

@@ -71,7 +71,7 @@ def run(settings: Replay) -> None:
     found = read(path)
     to = settings.to if settings.to is not None else kept_step(source, found)
     if settings.output is not None:
-        runs.check_free(Path(settings.output), overwrite=False, resume=False)
+        runs.check_free(Path(settings.output), overwrite=False, resume=False, way_out="")
     if (why := found.header.get("unrepeatable")) is not None:
         raise UsageError(f"this journal cannot be replayed: {why}")
     made = Rebuilt(found.header, settings.base, on, settings.trust_remote_code)

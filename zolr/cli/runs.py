@@ -6,12 +6,14 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zolr.errors import DataError, StorageError
+from zolr.errors import DataError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from zolr.distributed import Team
@@ -94,8 +96,15 @@ def free_folder(name: str, root: Path = Path("runs")) -> Path:
     return folder
 
 
-def check_free(folder: Path, *, overwrite: bool, resume: bool) -> None:
-    """Refuse a folder that cannot or must not be written; nothing is created.
+def check_free(
+    folder: Path, *, overwrite: bool, resume: bool, way_out: str = "--overwrite, or --resume"
+) -> None:
+    """Refuse a folder that cannot or must not be written; nothing stays there.
+
+    Args:
+        folder: where a verb wants to write.
+        overwrite, resume: as its flags.
+        way_out: flags of the verb for a folder that is not empty; "" for none.
 
     Raises:
         StorageError: it is not empty, is a file, or lies where nothing can be written.
@@ -107,7 +116,7 @@ def check_free(folder: Path, *, overwrite: bool, resume: bool) -> None:
     try:
         if not (overwrite or resume) and folder.is_dir() and any(folder.iterdir()):
             raise StorageError(
-                f"output folder {folder} is not empty; choose another --output, or --overwrite, or --resume"
+                f"output folder {folder} is not empty; choose another --output{', or ' * bool(way_out)}{way_out}"
             )
         ancestor = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     except OSError as error:
@@ -120,6 +129,11 @@ def check_free(folder: Path, *, overwrite: bool, resume: bool) -> None:
         raise StorageError(
             f"output folder {folder} cannot be written: no permission in {ancestor}; choose another --output"
         )
+    try:  # permissions do not say all: a file system can be read-only, full, or none to make folders in
+        probe = tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=ancestor)
+        os.rmdir(probe)
+    except OSError as error:
+        raise _refused(folder, error) from error
 
 
 def without_journal(folder: Path) -> str:
@@ -130,9 +144,45 @@ def without_journal(folder: Path) -> str:
     return f"{folder} has no {JOURNAL}: it is no run without backprop; give one of zo or fwd"
 
 
-def finished(folder: Path) -> bool:
-    """Whether the run in a folder is done; one whose checkpoints stay can still be given more steps."""
-    return (folder / RESULT).is_file() and not (folder / CHECKPOINTS).is_dir()
+def done(folder: Path, steps: int | None) -> str | None:
+    """Why there is nothing to resume in a folder, None where there is; a run whose checkpoints stay can be given more steps.
+
+    Args:
+        steps: of the run as it is asked for now; None where that is not known yet.
+
+    Raises:
+        UsageError: a run that has not ended is beyond these steps.
+    """
+    if not (folder / RESULT).is_file():
+        at = max(
+            (int(p.name[5:]) for p in (folder / CHECKPOINTS).glob("step-*") if p.name[5:].isdigit()),
+            default=0,
+        )
+        if steps is not None and at > steps:
+            raise UsageError(
+                f"--steps {steps}: the run in {folder} has done {at} and is not finished; give {at} or more, or leave --steps out"
+            )
+        return None
+    result = read_json(folder / RESULT)
+    text = f"the run in {folder} is finished; nothing to resume"
+    if result.get("stopped_early"):
+        return f"{text}: it ended by --patience after step {result['steps']}"
+    if steps is not None and steps <= result["steps"]:
+        return f"{text}: it has done {result['steps']} steps, and --steps {steps} asks for no more"
+    if not (folder / CHECKPOINTS).is_dir():
+        return f"{text}: its checkpoints are gone (--save-every keeps them)"
+    return None
+
+
+def new_course(folder: Path, steps: int | None, schedule: str) -> str | None:
+    """A note where a run goes on with another number of steps, and with it on another course of the rate."""
+    before = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8")).get("steps")
+    if schedule == "constant" or steps is None or before in (None, steps):
+        return None
+    text = f"note: --steps {steps} where the run began with {before}: from here on the rate follows the {schedule} course of {steps} steps"
+    if schedule == "wsd":  # up to its fall it is the same for any number of steps
+        return text
+    return f"{text}, so the run is not the one that {steps} steps from the beginning would have been"
 
 
 class RunFolder:

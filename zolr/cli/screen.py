@@ -2,8 +2,9 @@
 
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from rich.box import SIMPLE_HEAD
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from zolr.engine import Info
     from zolr.training import Progress as Counters
 
+SECONDS = 30.0  # between two lines of a log that nobody watches, where no evaluation comes in between
 REFRESH = 4  # progress lines a second: more would be felt in a run whose step takes milliseconds
 
 
@@ -96,10 +98,32 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     return made
 
 
+@contextmanager
+def predicting(shown: Console | None, what: str) -> Iterator[None]:
+    """Say on a terminal what is predicted for as long as that takes, seconds or minutes.
+
+    Args:
+        shown: where to; None for nowhere.
+        what: of which the peak is wanted.
+    """
+    from zolr.cli.workload import SLOW_VMAP
+
+    said: Any = nullcontext()
+    if shown is not None and shown.is_terminal and not shown.quiet:
+        said = shown.status(f"predicting the peak memory of {escape(what)} ...")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", SLOW_VMAP)
+        with said:
+            yield
+
+
 class Screen:
     """A reporter (see `zolr.training`) that draws a progress line and prints each evaluation."""
 
-    def __init__(self, shown: Console, bar: Progress, memory: Any, rates: Any = None) -> None:
+    def __init__(
+        self, shown: Console, bar: Progress, memory: Any, rates: Any = None, rows: str = "held-out"
+    ) -> None:
+        self._rows, self._said = rows, time.monotonic()
         self._console, self._bar, self._memory, self._rates = shown, bar, memory, rates
         self._task: Any = None
         self._steps = 0
@@ -123,18 +147,22 @@ class Screen:
             parts.append(f"slope {info.slope:.2g}")
         speed = f"{progress.step / max(progress.seconds, 1e-9):.1f}/s"
         parts += [f"lr {info.lr:.1e}", self._rates(progress) if self._rates else speed]
-        parts.append(f"{size(live)}, peak {size(peak)}")
+        parts.append(f"{size(live)}, at most {size(peak)}")
         if progress.skipped:
             parts.append(f"skipped {progress.skipped}")
         self._bar.update(self._task, completed=progress.step, text=" ".join(parts))
+        if not self._console.is_terminal and time.monotonic() - self._said > SECONDS:
+            self._said = time.monotonic()
+            self._console.print(f"step {' '.join(parts)}", markup=False)
 
     def evaluated(self, progress: "Counters", metrics: Mapping[str, float]) -> None:
-        """Print the metrics; a star marks the best so far."""
-        star = " *" if progress.best_step == progress.step else ""
+        """Print the metrics, and whether they are the best so far."""
+        self._said = time.monotonic()
+        star = " (best so far)" if progress.best_step == progress.step else ""
         text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         if self._rates and progress.step:  # a log has no progress line
-            text += f"  {self._rates(progress)}, peak {size(self._memory()[1])}"
-        self._console.print(f"step {progress.step}: {text}{star}")
+            text += f"  {self._rates(progress)}, memory at most {size(self._memory()[1])}"
+        self._console.print(f"step {progress.step}, {self._rows} rows: {text}{star}")
 
     def noted(self, text: str) -> None:
         """Print a note."""
@@ -142,13 +170,16 @@ class Screen:
 
 
 @contextmanager
-def watching(shown: Console, memory: Any, step: int, steps: int, rates: Any = None) -> Iterator[Screen]:
+def watching(
+    shown: Console, memory: Any, step: int, steps: int, rates: Any = None, rows: str = "held-out"
+) -> Iterator[Screen]:
     """A screen with its progress line.
 
     Args:
         memory: function giving live and peak bytes.
         step, steps: where the run stands and where it ends.
         rates: function of the counters giving a run's speed in words; None shows steps a second.
+        rows: what evaluations are measured on.
     """
     columns = (
         BarColumn(bar_width=8),
@@ -164,6 +195,6 @@ def watching(shown: Console, memory: Any, step: int, steps: int, rates: Any = No
         disable=shown.quiet or not shown.is_terminal,
     )
     with bar:
-        screen = Screen(shown, bar, memory, rates)
+        screen = Screen(shown, bar, memory, rates, rows)
         screen.begin(step, steps)
         yield screen

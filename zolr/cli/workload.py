@@ -27,6 +27,10 @@ DEMO_TASK = "questions"  # the task that comes with the package, as the demo mod
 
 REFERENCE_WIDTH = 768  # of the model that default rates of backprop are stated for
 
+EVAL_ROWS = 500
+
+SLOW_VMAP = "There is a performance drop"  # torch, of masks that a prediction makes on tensors without data
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -81,7 +85,7 @@ class DataChoice(Settings):
         None, "Tokens of an example at most.", "Data", shown="the task's"
     )
     eval_rows: Annotated[int, Ge(1)] = flag(
-        500, "Rows of the validation and of the test set at most.", "Data"
+        EVAL_ROWS, "Rows of the validation and of the test set at most.", "Data"
     )
 
 
@@ -168,12 +172,27 @@ def device_of(name: str) -> torch.device:
         torch.empty(0, device=device)
     except Exception as error:  # an unknown type is a RuntimeError, a missing one an AssertionError, ...
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise UsageError(f"--device '{name}' is not there; {nearest(name, there)}") from error
+        raise UsageError(
+            f"--device '{name}' is not there; {_without(name) or nearest(name, there)}"
+        ) from error
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # nccl asks for it
     if device.type == "meta":
         raise UsageError("--device 'meta' holds no numbers; use cpu or cuda")
     return device
+
+
+def _without(name: str) -> str:
+    """Why there is no such GPU, where the name is that of one."""
+    import torch
+
+    if not name.startswith("cuda"):
+        return ""
+    if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
+        return f"this torch ({torch.__version__}) was built without CUDA; install one with it, or use cpu"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU, or no driver that fits it (see nvidia-smi and zolr doctor); use cpu"
+    return ""
 
 
 def set_threads(threads: int | None) -> None:
@@ -184,21 +203,27 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def task_of(choice: DataChoice, demo: bool) -> Task | None:
-    """The task that is asked for; None for own files with classes of their own."""
+def task_of(choice: DataChoice, model: str, what: str = "to train on") -> Task | None:
+    """The task that is asked for; None for own files with classes of their own.
+
+    Args:
+        choice: of the user.
+        model: its name; the demo model has a task, and one that does not exist is a nearer mistake than a task that is missing.
+        what: for the error.
+    """
     from zolr.tasks import find_task
 
     if choice.task is not None:
         return find_task(choice.task)
     if choice.data is not None:
         return None
-    if demo:
+    if model == "demo":
         return find_task(DEMO_TASK)
+    from zolr.models import located
     from zolr.tasks import TASKS
 
-    raise UsageError(
-        f"nothing to train on; give --task ({', '.join(TASKS)}), or a file of your own as --data"
-    )
+    located(model)
+    raise UsageError(f"nothing {what}; give --task ({', '.join(TASKS)}), or a file of your own as --data")
 
 
 def splits_of(
@@ -476,6 +501,7 @@ def noted() -> Iterator[list[str]]:
     notes: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default", UserWarning)
+        warnings.filterwarnings("ignore", SLOW_VMAP)
         yield notes
     notes += [
         f"note: {' '.join(str(w.message).split())}" for w in caught if issubclass(w.category, UserWarning)

@@ -16,6 +16,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def read_table(path: str | Path, columns: Sequence[str] | None = None) -> Table:
     return table
 
 
-def _bytes(path: str | Path) -> bytes:
+def _bytes(path: str | Path, wanted: str = "a header and rows") -> bytes:
     """The content of a regular file that is not empty."""
     file = Path(path)
     try:
@@ -103,15 +104,17 @@ def _bytes(path: str | Path) -> bytes:
         data = file.read_bytes()
     except FileNotFoundError:
         beside = sorted(p.name for p in file.parent.iterdir() if p.is_file()) if file.parent.is_dir() else []
-        there = [name for name in beside if Path(name).suffix.lower() in (*_READERS, ".txt")][:20]
-        raise DataError(f"{path}: there is no such file; {nearest(file.name, there)}") from None
+        there = [name for name in beside if Path(name).suffix.lower() in (*_READERS, ".txt")]
+        close = get_close_matches(file.name, there, n=3, cutoff=0.6)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "check the path"
+        raise DataError(f"{path}: there is no such file; {hint}") from None
     except DataError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         cause = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: it cannot be read ({cause}); check its name and its permissions") from None
     if not data.strip():
-        raise DataError(f"{path}: the file is empty; give a file with a header and rows")
+        raise DataError(f"{path}: the file is empty; give a file with {wanted}")
     return data
 
 
@@ -564,7 +567,8 @@ def read_texts(source: str | Path | None, text_columns: Sequence[str]) -> list[t
             raise DataError("standard input is empty; send a text on each line, or name a file")
         return list(_lines("standard input", _text("standard input", data), text_columns))
     if Path(source).suffix.lower() == ".txt":
-        return list(_lines(str(source), _text(str(source), _bytes(source)), text_columns))
+        data = _bytes(source, "a text on each line")
+        return list(_lines(str(source), _text(str(source), data), text_columns))
     table = read_table(source, text_columns)
     _check_columns(table, text_columns)
     return [
