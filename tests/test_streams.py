@@ -461,7 +461,8 @@ def test_pretraining_resumed_is_pretraining_uninterrupted(method, corpus, tmp_pa
     assert pretrained(tmp_path / "whole", corpus, "--steps", "8", *more) == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-6")  # as if it had been stopped in step 5
-    (tmp_path / "resumed" / "model.safetensors").unlink()
+    for name in ("model.safetensors", "result.json"):
+        (tmp_path / "resumed" / name).unlink()
     assert pretrained(tmp_path / "resumed", corpus, "--steps", "8", *more, "--resume") == 0
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
     assert whole.keys() == resumed.keys()
