@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -82,6 +81,7 @@ ZO = (
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
 def test_help_is_instant_and_needs_no_torch(verb: str) -> None:
+    """By what it imports: some 430 modules take 0.3 s of a processor, torch alone has a thousand more."""
     heavy = "{'torch', 'transformers', 'datasets', 'torchmetrics', 'numpy'}"
     others = (
         f"{{'zolr.cli.' + v for v in {list(VERBS)!r} if v != {verb!r}}}"
@@ -92,19 +92,10 @@ def test_help_is_instant_and_needs_no_torch(verb: str) -> None:
         "import sys; from zolr.cli import main; "
         f"code = main({[*([verb] if verb else []), '--help']!r}); "
         f"wrong = ({heavy} | {others}) & set(sys.modules); "
-        "sys.exit(f'imported: {wrong}' if wrong else code)"
+        "sys.exit(f'imported: {wrong}' if wrong else f'{len(sys.modules)} modules' if len(sys.modules) > 500 else code)"
     )
-    spent = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert done.returncode == 0 and "Usage: zolr" in done.stdout, done.stderr
-        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        if spent[-1] < 0.3:
-            break
-    # processor time, so that neighbors do not count, and twice the promise, since they do slow the processor down
-    assert min(spent) < 0.6
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "Usage: zolr" in done.stdout, done.stderr
 
 
 def test_help_is_grouped(zolr: Run) -> None:

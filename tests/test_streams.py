@@ -684,7 +684,7 @@ def test_pretraining_says_what_is_wrong(corpus, tokenizer, tmp_path, capsys, mon
             2,
             "no model config 'none/config.json'",
         ),
-        ([*data, "--tokenizer", str(corpus)], 3, "add a tokenizer.json"),
+        ([*data, "--tokenizer", str(corpus)], 3, "has no tokenizer; put the tokenizer.json"),
         ([*data, "--tokenizer", "./nowhere"], 3, "tokenizer folder './nowhere' does not exist"),
         ([*data, "--objective", "mlm", "--documents", "apart", "--train-tokenizer"], 2, "causal models"),
         (["--data", str(tmp_path / "empty.txt"), "--train-tokenizer"], 3, "no text in"),

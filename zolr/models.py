@@ -487,7 +487,7 @@ def load_tokenizer(name: str | os.PathLike[str], *, trust_remote_code: bool = Fa
     source, remote = located(label, "tokenizer")
     if not remote and not any(found for name in TOKENIZER_FILES for found in Path(source).glob(name)):
         raise DataError(
-            f"model folder '{label}' has no tokenizer; put the tokenizer.json and tokenizer_config.json of its model into it"
+            f"folder '{label}' has no tokenizer; put the tokenizer.json and tokenizer_config.json of its model into it"
         )
     with _plain_errors(label, remote, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
