@@ -31,6 +31,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import zolr
+
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 DATA = Path(os.environ.get("ZOLR_DATA", Path(__file__).parents[2] / "shared" / "data"))
 FACTORS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -345,7 +347,7 @@ def main() -> None:
     if options.markdown:
         shown(results, True)
         return
-    results["conditions"] = {p: version(p) for p in ("zolr", "torch", "transformers")}
+    results["conditions"] = {p: version(p) for p in ("torch", "transformers")} | {"zolr": zolr.__version__}
     results["conditions"] |= {"smoke": options.smoke, "factors": FACTORS, "model": MODEL}
     results["conditions"] |= {"pretraining": [STEPS, ROWS, LENGTH], "forwards": [FORWARDS, FORWARD_EXAMPLES]}
     results["conditions"] |= {"backprop": [TURNS, EXAMPLES]}

@@ -23,7 +23,7 @@ over a step that opens a window (CUDA: `max_memory_allocated`); both are taken a
 on one thread, and its tokens a second are of that thread's processor time (CUDA: of wall-clock time). Results are merged into `benchmarks/results/pretraining.json` (and `pretraining-MODEL.json`), with the settings
 and versions they were made with. `--rank` and `--steps` other than the usual ones are groups of their own in the same file, and so are
 `--optimizer`: drawn rows whose coordinates are trained by another rule than Adam, with all that has no subspace by Adam as ever, and
-`--transport`: drawn rows whose moments at a new subspace are kept, or turned, and do not begin at zero.
+`--transport`: drawn rows whose moments at a new subspace begin at zero, or are turned; here they are kept, as GaLore's are.
 """
 
 import argparse
@@ -41,6 +41,8 @@ from importlib.metadata import version
 from math import cos, exp, isfinite, pi
 from pathlib import Path
 from typing import Any
+
+import zolr
 
 RESULTS = Path(__file__).parent / "results"
 DATA = Path(os.environ.get("ZOLR_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -115,10 +117,10 @@ FULL: dict[str, tuple[dict[str, Any], float]] = {
     "adalomo": ({"method": "adalomo"}, 3e-2),
 }
 DRAWN: dict[str, tuple[dict[str, Any], float]] = {
-    "stiefel": ({"method": "stiefel"}, 1e-3),
-    "dependent": ({"method": "dependent"}, 1e-3),
-    "gaussian": ({"method": "stiefel", "projector": "gaussian"}, 1e-3),
-    "coordinate": ({"method": "stiefel", "projector": "coordinate"}, 1e-3),
+    "stiefel": ({"method": "stiefel", "transport": "keep"}, 3e-3),
+    "dependent": ({"method": "dependent", "transport": "keep"}, 3e-3),
+    "gaussian": ({"method": "stiefel", "projector": "gaussian", "transport": "keep"}, 3e-3),
+    "coordinate": ({"method": "stiefel", "projector": "coordinate", "transport": "keep"}, 3e-3),
 }
 TAKEN: dict[str, tuple[dict[str, Any], float]] = {
     "galore": ({"method": "galore"}, 1e-2),
@@ -152,9 +154,9 @@ def method_of(
         settings |= {"refresh_every": refresh_every}
     if name not in RELATIVE:
         settings |= {"scale": usual.scale * factor}
-    changed = {"optimizer": optimizer, "transport": transport}
-    settings |= {part: value for part, value in changed.items() if value is not None}
-    return compose(paradigm="fo", tables="full", **{**settings, **given})
+    asked = {"optimizer": optimizer, "transport": transport}
+    asked = {part: value for part, value in asked.items() if value is not None}
+    return compose(paradigm="fo", tables="full", **{**settings, **given, **asked})
 
 
 def schedule(steps: int) -> Callable[[int], float]:
@@ -704,7 +706,7 @@ def main() -> None:
     runs = found["runs"]
     begun = time.monotonic()
     if not options.table:
-        found["conditions"] = {p: version(p) for p in ("zolr", "torch", "transformers")}
+        found["conditions"] = {p: version(p) for p in ("torch", "transformers")} | {"zolr": zolr.__version__}
         found["conditions"] |= {**asdict(protocol), "grid": grid, "device": device_name(options.device)}
         found["conditions"] |= {"tables_rate": TABLES_RATE}
     if options.estimates:

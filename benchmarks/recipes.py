@@ -19,6 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import zolr
+
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "recipes"
 OUTPUT = HERE / "results" / "recipes.json"
@@ -112,7 +114,9 @@ def main() -> None:
         except Exception as error:  # one that cannot be predicted is a line of the table
             row = {"failed": f"{type(error).__name__}: {error}"[:300]}
         found[name] = row
-        results["conditions"] = {p: version(p) for p in ("zolr", "torch", "transformers")}
+        results["conditions"] = {p: version(p) for p in ("torch", "transformers")} | {
+            "zolr": zolr.__version__
+        }
         options.output.parent.mkdir(exist_ok=True)
         aside = options.output.with_suffix(".tmp")
         aside.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")

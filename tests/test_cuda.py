@@ -1,5 +1,6 @@
 """The same laws on a CUDA device: the same directions, the same weights as on the host, one wait a step."""
 
+import copy
 import warnings
 from dataclasses import replace
 
@@ -10,8 +11,9 @@ from test_compiled import Net, batch, loss, trained
 from zolr.engine import Engine
 from zolr.estimators import changed, setting
 from zolr.keys import Key
-from zolr.methods import METHODS
-from zolr.probes import counters
+from zolr.methods import METHODS, compose
+from zolr.models import build, lm_loss
+from zolr.probes import Layout, Probe, Space, counters
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,6 +40,63 @@ def run(name: str, paradigm: str, device: str, steps: int = 7) -> tuple[Engine, 
     return engine, [engine.step([data]).loss for _ in range(steps)]
 
 
+@pytest.mark.parametrize("law", ["gaussian", "sphere"])
+def test_normal_directions_are_drawn_by_the_card_and_named(law):
+    spaces = [Space("a", (3000, 700), blocked=True), Space("b", (64, 16), blocked=False)]
+    layout = Layout(spaces, torch.device("cuda"))
+    one, two = Probe(layout, law, Key(1)), Probe(layout, law, Key(2))
+    for name in "ab":
+        whole = one(name)
+        assert whole.is_cuda and torch.equal(whole, Probe(layout, law, Key(1))(name))
+        assert torch.equal(one(name, slice(10, 50)), whole[10:50])
+        assert abs(float((whole * two(name)).mean())) < 5 / whole.numel() ** 0.5
+        assert float(whole.square().mean()) == pytest.approx(1.0, abs=5 * (2 / whole.numel()) ** 0.5)
+
+
+@pytest.mark.parametrize("name", ["roberta-base", "llama-20m"])
+def test_both_signs_in_one_pass_are_those_in_sequence(name):
+    thin = dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=300
+    )
+    net = build(name, **thin, **({"dropout": 0.0} if name == "roberta-base" else {})).cuda()
+    ids = torch.randint(10, 300, (4, 12))
+    data = {"input_ids": ids.cuda(), "attention_mask": torch.ones_like(ids).cuda(), "labels": ids.cuda()}
+    data["attention_mask"][0, -3:] = 0
+    found = {}
+    for signs in ("sequence", "together"):
+        method = compose("stiefel", "zo", rank=4, signs=signs, eps=1e-3)
+        engine = Engine(copy.deepcopy(net), method, lr=1e-3, loss=lm_loss)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="signs are evaluated in sequence")
+            found[signs] = [engine.step([data]).loss for _ in range(3)]
+    assert found["together"] == pytest.approx(found["sequence"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "paradigm"),
+    [("stiefel", "zo"), ("mezo", "zo"), ("stiefel", "fo"), ("galore", "fo"), ("lomo", "fo")],
+)
+def test_a_step_that_raises_leaves_everything_as_it_was(name, paradigm):
+    engine, _ = run(name, paradigm, "cuda", steps=4)
+    x, y = batch()
+    data = (x.double().cuda(), y.cuda())
+    weights = [p.detach().clone() for p in engine.model.parameters()]
+    before = {name: int(number) for name, number in engine.digests().items()}
+
+    def fails(*_):
+        raise RuntimeError("after the update")
+
+    for _ in range(2):  # the second time what is kept goes the way of the first
+        hook = engine.optimizer.register_step_post_hook(fails)
+        with pytest.raises(RuntimeError, match="after the update"):
+            engine.step([data])
+        hook.remove()
+        assert not engine.torn
+        for new, old in zip(engine.model.parameters(), weights, strict=True):
+            assert torch.equal(new, old)
+        assert {name: int(number) for name, number in engine.digests().items()} == before
+
+
 def test_directions_are_the_same_bits_on_every_device():
     own = counters("some weight", 0, 5000, torch.device("cpu"))
     assert torch.equal(Key(5).signs(own), Key(5).signs(own.cuda()).cpu())
@@ -49,10 +108,14 @@ def test_every_row_gives_the_weights_of_the_host(name, paradigm):
     method = METHODS[name].build(paradigm)
     if (name, paradigm) == ("dependent", "zo"):
         pytest.skip("directions of nearly equal energy, which rounding decides, are named by it")
+    if setting(method.estimator, "law", "rademacher") != "rademacher":
+        pytest.skip("a card draws normal numbers of its own")
     steps = 3 if method.dense or name == "dependent" else 7
     (host, expected), (device, found) = run(name, paradigm, "cpu", steps), run(name, paradigm, "cuda", steps)
-    assert found == pytest.approx(expected, rel=1e-3 if "muon" in method.optimizer.name else 1e-6)
-    if "muon" in method.optimizer.name:  # whose steps are bfloat16
+    # muon's steps are bfloat16, and q-galore rounds its bases to codes
+    coarse = "muon" in method.optimizer.name or name == "q-galore"
+    assert found == pytest.approx(expected, rel=2e-3 if coarse else 1e-6)
+    if coarse:
         return
     for a, b in zip(host.detach().parameters(), device.detach().parameters(), strict=True):
         assert b.is_cuda

@@ -118,6 +118,29 @@ def test_steps_are_folded_where_batches_are_long_and_rules_do_not_read_values() 
         assert engine.step([long]).loss > 0
 
 
+def test_recorded_passes_take_no_coordinates_for_zero_and_fold_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A recording runs the choices of its first time again, and what python would note beside them is not noted."""
+    torch.manual_seed(0)
+    batch, zeros = torch.randn(256, 32), []
+    monkeypatch.setattr(torch, "compile", lambda loss: loss)  # as a recording: the same operations
+    linear = merged.linear
+    monkeypatch.setattr(merged, "linear", lambda *args: zeros.append(args[-1]) or linear(*args))
+
+    def losses(compile: bool) -> list[float]:
+        torch.manual_seed(1)
+        method = zolr.compose("stiefel", "fo", rank=4, refresh_every=3)
+        loss = lambda model, batch: (model(batch) - batch).square().mean()  # noqa: E731
+        engine = zolr.Engine(Net(), method, lr=1e-2, loss=loss, compile=compile)
+        return [engine.step([batch]).loss for _ in range(7)]
+
+    plain = losses(False)
+    assert any(zeros)
+    zeros.clear()
+    assert losses(True) == pytest.approx(plain, rel=1e-5) and zeros and not any(zeros)
+
+
 def test_a_run_whose_steps_are_folded_resumes_bit_for_bit() -> None:
     torch.manual_seed(0)
     batches = [torch.randn(rows, 32) for rows in (256, 256, 3, 256, 256, 256)]

@@ -81,12 +81,18 @@ class Key:
         """A host generator seeded by this name; nothing global is touched."""
         return torch.Generator().manual_seed(self.integer() >> 1)
 
-    def normal(self, shape: tuple[int, ...] | torch.Size) -> Tensor:
-        """Standard normal float32 numbers on the host.
+    def normal(self, shape: tuple[int, ...] | torch.Size, device: torch.device | str = "cpu") -> Tensor:
+        """Standard normal float32 numbers.
 
-        Meant for bases: drawn on the CPU so that they do not depend on the device.
+        Args:
+            device: who draws them. The host's are the same beside every device, as those of bases have to be; a CUDA card's
+                are the same for one kind of card and torch version, and take it a thousandth of the time.
         """
-        return torch.randn(shape, generator=self.generator(), dtype=torch.float32)
+        device = torch.device(device)
+        if device.type != "cuda":
+            return torch.randn(shape, generator=self.generator(), dtype=torch.float32)
+        numbers = torch.Generator(device).manual_seed(self.integer() >> 1)
+        return torch.randn(shape, generator=numbers, dtype=torch.float32, device=device)
 
     def uniform(self, shape: tuple[int, ...] | torch.Size = ()) -> Tensor:
         """Uniform float64 numbers in [0, 1) on the host."""

@@ -134,27 +134,33 @@ class Probe:
         elif layout.counters is not None:
             for space in layout.spaces:
                 if not space.blocked:
-                    self._parts[space.name] = self._host_draw(space.name, space.shape)
+                    self._parts[space.name] = self._normal(space.name, space.shape)
 
-    def _host_draw(self, name: str, shape: tuple[int, ...], rows: slice = slice(None)) -> Tensor:
+    def _normal(self, name: str, shape: tuple[int, ...], rows: slice = slice(None)) -> Tensor:
         """Normal numbers of some rows; they are named by fixed blocks of rows, so that no block needs another."""
         start, stop, _ = rows.indices(shape[0]) if shape else (0, 1, 1)
         parts = []
         for block in row_blocks(shape or (1,)):
             if block.stop > start and block.start < stop:
-                z = self.key.fold_in(name, block.start).normal((block.stop - block.start, *shape[1:]))
+                z = self._block(name, shape, block)
                 parts.append(z[max(start - block.start, 0) : stop - block.start])
-        z = torch.cat(parts).to(self.layout.device) if len(parts) > 1 else parts[0].to(self.layout.device)
+        z = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self.layout.device)
         z = z if shape else z[0]
         return z * self._radius(name, shape) if self.law == "sphere" else z
+
+    def _block(self, name: str, shape: tuple[int, ...], block: slice) -> Tensor:
+        """Normal numbers of one of the blocks that name them, by the card that they are for, or by the host."""
+        return self.key.fold_in(name, block.start).normal(
+            (block.stop - block.start, *shape[1:]), self.layout.device
+        )
 
     def _radius(self, name: str, shape: tuple[int, ...]) -> float | Tensor:
         """Factor that puts a Gaussian draw on the sphere of radius sqrt(entries), where E[z zᵀ] = I."""
         if name not in self._radii:
-            squares = torch.zeros((), dtype=torch.float64)
-            for block in row_blocks(shape or (1,)):
-                z = self.key.fold_in(name, block.start).normal((block.stop - block.start, *shape[1:]))
-                squares += z.double().square().sum()
+            squares = sum(
+                self._block(name, shape, b).double().square().sum() for b in row_blocks(shape or (1,))
+            )
+            assert isinstance(squares, Tensor)
             self._radii[name] = (sqrt(prod(shape)) / squares.sqrt()).float().to(self.layout.device)
         return self._radii[name]
 
@@ -165,7 +171,7 @@ class Probe:
             return part if rows == slice(None) or not part.dim() else part[rows]
         shape = self._shapes[name]
         if self.law != "rademacher":
-            return self._host_draw(name, shape, rows)
+            return self._normal(name, shape, rows)
         start, stop, _ = rows.indices(shape[0])
         row = prod(shape[1:])
         first = start * row // SIGNS_PER_COUNTER * SIGNS_PER_COUNTER

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zolr.aside import Aside, Place, fresh, kept, unseen
+from zolr.aside import Aside, Number, Place, Scalar, fresh, gathered, unseen
 from zolr.errors import StorageError
 
 Parts = Callable[[str], Any]  # a part of a weight's state by its name: tensors, numbers and strings
@@ -19,12 +19,13 @@ class Undo:
         wanted: True: what cannot be kept ends the step; None: it is kept where possible; False: nothing is.
 
     Attributes:
-        old: by weight and part, of this step; a `Place` for every tensor.
+        old: by weight and part, of this step; a number for every tensor.
     """
 
     def __init__(self, wanted: bool | None) -> None:
         self.wanted = wanted
         self.old: dict[str, dict[str, Any]] = {}
+        self._places: list[Place] = []  # of the tensors, by their numbers
         self._aside = None if wanted is False else Aside()
         self._told = False  # that nothing can be kept
 
@@ -40,13 +41,13 @@ class Undo:
 
     def begin(self) -> None:
         """A step begins."""
-        self.old = {}
+        self.old, self._places = {}, []
         if self._aside is not None:
             self._aside.begin()
 
     def end(self) -> None:
         """The step is sure, or undone."""
-        self.old = {}
+        self.old, self._places = {}, []
         if self._aside is not None:
             self._aside.end()
 
@@ -65,15 +66,19 @@ class Undo:
             return
         assert self._aside is not None
         new: dict[str, dict[str, Any]] = {}
+        tensors: list[Tensor] = []
         try:
             with unseen():
                 for name, part in weights.items():
                     there = self.old.get(name, {})
-                    missing = [each for each in parts if each not in there]
-                    if missing:
-                        new[name] = {each: part(each) for each in missing}
-                for name, found in kept(self._aside, new).items():
-                    self.old.setdefault(name, {}).update(found)
+                    new[name] = {
+                        each: gathered(part(each), tensors, len(self._places))
+                        for each in parts
+                        if each not in there
+                    }
+                self._places += self._aside.put(tensors)
+            for name, found in new.items():
+                self.old.setdefault(name, {}).update(found)
         except (OSError, RuntimeError) as error:
             self._aside.failed = str(error)
             if self.wanted:
@@ -89,12 +94,15 @@ class Undo:
                     stacklevel=5,
                 )
 
-    def into(self, place: Place, tensor: Tensor) -> None:
-        """Give a tensor the bytes that are kept at a place."""
+    def into(self, old: Number | Scalar, tensor: Tensor) -> None:
+        """Give a tensor the bytes that are kept of it."""
         assert self._aside is not None
-        self._aside.into(place, tensor)
+        if isinstance(old, Scalar):
+            tensor.fill_(old.value)
+        else:
+            self._aside.into(self._places[old], tensor)
 
     def fresh(self, state: Any, alive: Any = None) -> Any:
         """A kept state, in the tensors of `alive` where they look alike."""
         assert self._aside is not None
-        return fresh(self._aside, state, alive)
+        return fresh(self._aside, self._places, state, alive)

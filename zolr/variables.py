@@ -749,7 +749,8 @@ def _with_side(
         return out.add_(rows) if in_place else out + rows
     if point is not None and not args and not kwargs and variable.merges(module, kind, x, point):
         subspace: Any = variable.subspace
-        still = point is variable.value and not variable.moved
+        # what is recorded once has to hold when the coordinates have moved
+        still = point is variable.value and not variable.moved and not variable.steady
         out = merged.linear(x, variable.weight, decay, subspace, point, still)
         variable.folding = variable.folds
         loose: Any = module

@@ -247,7 +247,7 @@ def test_undo_covers_the_walk_in_place_too(realization: Any) -> None:
 
 def test_where_nothing_can_be_kept_a_run_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     run, other, strict = engine("galore", "fo"), engine("galore", "fo"), engine("galore", "fo", undo=True)
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "pwritev", full)
     with pytest.warns(UserWarning, match="cannot be kept aside .*No space left.* TMPDIR"):
         run.step(batches(0))
     run.step(batches(1))  # said once
@@ -544,7 +544,7 @@ def test_what_a_step_keeps_aside_is_the_users_to_say(
     from zolr.cli.finetune import Job
 
     monkeypatch.setattr(Job, "predicted", None)
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "pwritev", full)
     asked = [None, "--undo", "--no-undo"]
     said: dict[str | None, tuple[int, list[str]]] = {}
     for number, how in enumerate(asked):
