@@ -4,11 +4,11 @@
     python benchmarks/gpu.py --device cpu --smoke     # the same lines of code on tiny models, for those without a GPU
 
 Memory cases (RoBERTa-large at 64 x 128 by every method in float32 and bfloat16, quantized ones, OPT-1.3B, LLaMA-1B) give
-allocated and reserved peaks beside the prediction; several run at once, since these counters belong to a process. Time
-cases run alone: ratios in paired rounds as in `speed.py`, and the kernels that a step launches. Memory cases follow each other in
-a few processes, which give back all memory between two; time cases and compiled ones are processes of their own. A crash is one row
-that says so, a lack of memory is tried again alone, and cases come in the order of their importance, so that what does not fit
-into the time is what matters least. Weights and tokens are random.
+allocated and reserved peaks beside the prediction; several run at once, as many as the card has memory for, since these
+counters belong to a process. Time cases run alone: ratios in paired rounds as in `speed.py`, and the kernels that a step
+launches. Memory cases follow each other in a few processes, which give back all memory between two; time cases and compiled
+ones are processes of their own. A crash is one row that says so, a lack of memory is tried again alone, and cases come in the
+order of their importance, so that what does not fit into the time is what matters least. Weights and tokens are random.
 """
 
 import argparse
@@ -22,7 +22,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -193,54 +194,80 @@ def method_of(case: Case) -> Any:
     return replace(method, refresh_every=method.refresh_every and 2)
 
 
-def memory(case: Case, device: str, smoke: bool) -> dict[str, Any]:
-    """Allocated and reserved peak of steps after the first, against the prediction."""
+def memory(case: Case, device: str, smoke: bool, room: Callable[[int], None]) -> dict[str, Any]:
+    """Allocated and reserved peak of steps after the first, against the prediction.
+
+    Args:
+        room: is told the bytes that the case is predicted to take, and comes back when the card has them.
+    """
     import torch
 
+    from zolr import lora
     from zolr.engine import Engine
+    from zolr.estimators import changed, setting
     from zolr.memory import measure, predict
     from zolr.methods import METHODS
     from zolr.models import PRESETS, checkpoint_activations, lm_loss, prompt_loss
+    from zolr.spectra import Spectrum
 
-    model = model_of(case, device, smoke)
-    data = batch_of(case, model.config.vocab_size, device)
     loss: Any = lm_loss if case.objective == "lm" else prompt_loss(WORDS)
-    base = torch.cuda.memory_allocated(device) if device.startswith("cuda") else None
-    predicted = None
     shape = PRESETS[case.model].config(**changes(case, smoke))
     settings: dict[str, Any] = dict(
         batch_size=case.rows, max_length=case.tokens, objective=case.objective, device=device
     )
     coded = case.dtype in ("int8", "nf4")
+    dtype = torch.bfloat16 if coded else getattr(torch, case.dtype)
+    select: Any = ""
+    method, adapter, row = None, None, dict[str, Any]()
     if case.method == "forward":
-        if not coded:
-            predicted = predict(shape, dtype=getattr(torch, case.dtype), **settings)
+        predicted = None if coded else predict(shape, dtype=dtype, **settings)
+    else:
+        adapter = METHODS[case.method].adapter
+        select = case.select or (lora.trained if adapter else METHODS[case.method].trained(case.paradigm))
+        method = method_of(case)
+        settings |= dict(checkpointing=case.checkpointing, select=select, dtype=dtype, adapter=adapter)
+        settings |= dict(quantize=case.dtype if coded else None)
+        predicted = predict(shape, method, **settings)
+    room(predicted.peak_bytes if predicted is not None else int(2e9))
+    model = model_of(case, device, smoke)
+    data = batch_of(case, model.config.vocab_size, device)
+    base = torch.cuda.memory_allocated(device) if device.startswith("cuda") else None
+    if method is None:
         with torch.no_grad():
             loss(model, data)
             with measure(model, data, device=device) as found:
                 loss(model, data)
     else:
+        if adapter is not None:
+            lora.wrap(model, adapter)
         if case.checkpointing:
             checkpoint_activations(model)
-        select = case.select or METHODS[case.method].trained(case.paradigm)
-        method = method_of(case)
-        dtype = torch.bfloat16 if coded else getattr(torch, case.dtype)
-        more = dict(checkpointing=case.checkpointing, select=select, dtype=dtype)
-        predicted = predict(shape, method, quantize=case.dtype if coded else None, **settings, **more)
         engine = Engine(model, method, lr=1e-6, loss=loss, select=select, compile=case.compile)
         for variable in engine.variables:
             if variable.stack is not None:  # as after many windows, which is what is predicted
                 m, n, rank = *variable.shape, variable.stack.cap
                 like = variable.stack.left
                 variable.stack.push(like.new_zeros(m, rank), like.new_zeros(n, rank))
-        for _ in range(1 + 2 * case.compile):
-            engine.step([data])  # makes the optimizer's state and the libraries' workspaces
+            if getattr(method.projector, "learns_from", "") == "gradients" and not variable.is_full:
+                basis: Any = variable.subspace.basis  # type: ignore[union-attr]
+                size = min(method.projector.eigenpairs, len(basis))  # type: ignore[attr-defined]
+                vectors = torch.eye(len(basis), size, dtype=torch.float64, device=basis.device)
+                known = Spectrum(vectors, torch.ones(size, dtype=torch.float64), 1e-3)
+                engine.windows.spectra[variable.name] = known
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(1 + 2 * case.compile):
+                engine.step([data])  # makes the optimizer's state and the libraries' workspaces
         with measure(engine, data, device=device) as found:
             for _ in range(3):
                 engine.step([data])
         if case.compile and (why := engine._fast.failed):  # type: ignore[union-attr]
             raise NotAvailable(f"not compiled: {why}")
-    row: dict[str, Any] = {
+        if setting(engine.method.estimator, "signs") != setting(method.estimator, "signs"):
+            row["changed"] = [str(w.message) for w in said if "signs are" in str(w.message)]
+            method = replace(method, estimator=changed(method.estimator, signs="sequence"))
+            predicted = predict(shape, method, **settings)
+    row |= {
         "counter": found.counter,
         "peak_bytes": found.peak_bytes,
         "reserved_bytes": found.reserved_bytes,
@@ -269,8 +296,6 @@ def kernels(step: Any, cuda: bool) -> int:
 
 def waits(step: Any, cuda: bool) -> int | None:
     """How often a call waits for the device."""
-    import warnings
-
     import torch
 
     if not cuda:
@@ -324,9 +349,11 @@ def times(case: Case, device: str, smoke: bool) -> Iterator[dict[str, Any]]:
     wanted: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [("zo", default, ZO[default], {})]
     if cuda:
         wanted.append(("zo", default, ZO[default], {"compile": True}))
-    wanted += [("fo", name, parts, {}) for name, parts in FO.items()]
+    first, others = list(FO.items())[:2], list(FO.items())[2:]
+    wanted += [("fo", name, parts, {}) for name, parts in first]
     if cuda:
-        wanted += [("fo", name, parts, {"compile": True}) for name, parts in list(FO.items())[:2]]
+        wanted += [("fo", name, parts, {"compile": True}) for name, parts in first]
+    wanted += [("fo", name, parts, {}) for name, parts in others]
     wanted.append(("fo", next(iter(FO)), FO[next(iter(FO))], {"guard": False}))
     wanted += [("zo", name, parts, {}) for name, parts in ZO.items() if name != default]
     wanted += [("fwd", name, parts, {}) for name, parts in FWD.items()]
@@ -352,17 +379,15 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def worker(case: Case, device: str, smoke: bool) -> None:
+def worker(case: Case, device: str, smoke: bool, room: Callable[[int], None] = lambda _: None) -> None:
     """Run one case; the last line of stdout that begins with a brace is its row."""
-    import warnings
-
     warnings.simplefilter("ignore")
     if device == "cpu":
         import torch
 
         torch.set_num_threads(1)
     try:
-        rows = times(case, device, smoke) if case.kind == "time" else [memory(case, device, smoke)]
+        rows = times(case, device, smoke) if case.kind == "time" else [memory(case, device, smoke, room)]
         for row in rows:
             print(json.dumps(row), flush=True)
     except NotAvailable as error:
@@ -377,8 +402,12 @@ def serve(device: str, smoke: bool) -> None:
 
     import torch
 
-    for line in sys.stdin:
-        worker(Case(**json.loads(line)), device, smoke)
+    def room(wanted: int) -> None:
+        print(f"{WANTED} {wanted}", flush=True)
+        sys.stdin.readline()
+
+    while line := sys.stdin.readline():
+        worker(Case(**json.loads(line)), device, smoke, room)
         gc.collect()
         if device.startswith("cuda"):
             # a workspace that a backward pass was given would count in the peak of a forward-only case
@@ -389,20 +418,48 @@ def serve(device: str, smoke: bool) -> None:
 
 # --- in the process that starts them ------------------------------------------------------------------------------
 
-OVER = "over"
+OVER, WANTED = "over", "wanted"
+SPARE = 2e9  # bytes a process takes beside what is predicted: context, kernels, fragments
+
+
+class Room:
+    """Memory of the card that cases share: each waits until the card has what it is predicted to take.
+
+    Args:
+        total: bytes; a case that wants more has the card alone.
+    """
+
+    def __init__(self, total: float) -> None:
+        self.total, self.free = total, total
+        self.changed = threading.Condition()
+
+    def take(self, wanted: float) -> float:
+        """Wait for so many bytes; what was taken."""
+        wanted = min(wanted, self.total)
+        with self.changed:
+            self.changed.wait_for(lambda: self.free >= wanted)
+            self.free -= wanted
+        return wanted
+
+    def give(self, taken: float) -> None:
+        """Give bytes back."""
+        with self.changed:
+            self.free += taken
+            self.changed.notify_all()
 
 
 class Lane:
     """A process that runs one memory case after the other."""
 
-    def __init__(self, device: str, smoke: bool) -> None:
+    def __init__(self, device: str, smoke: bool, room: Room) -> None:
+        self.room = room
         self.command = [sys.executable, __file__, "--serve", "--device", device]
         self.command += ["--smoke"] if smoke else []
         self.process: subprocess.Popen[str] | None = None
 
     def ran(self, case: Case, seconds: float) -> dict[str, Any]:
         """The row of a case, or why there is none; the process is begun where there is none, and ended with what goes wrong."""
-        start, row = time.monotonic(), dict[str, Any]()
+        start, row, taken = time.monotonic(), dict[str, Any](), 0.0
         if self.process is None:
             self.errors = tempfile.TemporaryFile("w+")
             pipe = subprocess.PIPE
@@ -419,6 +476,11 @@ class Lane:
                     raise BrokenPipeError
                 if line.startswith("{"):
                     row = json.loads(line)
+                if line.startswith(WANTED):
+                    asked = time.monotonic()
+                    taken += self.room.take(float(line.split()[1]) * 1.1 + SPARE)
+                    start += time.monotonic() - asked  # others' time
+                    self.process.stdin.write("\n")
         except queue.Empty:
             row = {"failed": "out of time", "cut_after_s": round(seconds)}
             self.end()
@@ -428,6 +490,8 @@ class Lane:
             last = (self.errors.read().strip().splitlines() or ["it said nothing"])[-1]
             row = {"failed": f"exit code {code}: {last[:300]}"}
             self.end()
+        finally:
+            self.room.give(taken)
         return {**asdict(case), **row, "seconds": round(time.monotonic() - start, 1)}
 
     @staticmethod
@@ -513,7 +577,12 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny models: whether everything runs")
     parser.add_argument("--seconds", type=float, default=460, help="for all cases together")
     parser.add_argument("--case-seconds", type=float, default=65, help="for one case at most")
-    parser.add_argument("--lanes", type=int, default=8, help="memory cases that run at once")
+    parser.add_argument(
+        "--lanes",
+        type=int,
+        default=max(2, min(14, (os.cpu_count() or 2) - 2)),
+        help="memory cases that run at once",
+    )
     parser.add_argument("--only", default="", help="a part of the names of the cases to run")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument(
@@ -539,9 +608,10 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     found: dict[str, Any] = {"conditions": machine(options.device), "smoke": options.smoke, "rows": {}}
 
+    room = Room(0.95 * found["conditions"].get("memory_bytes", 80e9))
     lanes: queue.Queue[Lane] = queue.Queue()
     for _ in range(max(1, options.lanes)):
-        lanes.put(Lane(options.device, options.smoke))
+        lanes.put(Lane(options.device, options.smoke, room))
 
     def one(case: Case) -> None:
         left = end - time.monotonic()

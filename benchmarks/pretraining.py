@@ -202,6 +202,13 @@ def prepared(name: str, protocol: Protocol) -> Path:
     return folder
 
 
+def packed_tokens(folder: Path) -> int:
+    """How many there are to train on."""
+    import numpy as np
+
+    return len(np.load(folder / "train.npy", mmap_mode="r"))
+
+
 def packed(file: Path, tokenizer: Any) -> Any:
     """The ids of a text, with an end after each document; documents end at blank lines."""
     import numpy as np
@@ -727,7 +734,7 @@ def main() -> None:
         written(results, output)
         return
     if not options.table:
-        prepared(options.model, protocol)
+        found["conditions"]["packed_tokens"] = packed_tokens(prepared(options.model, protocol))
         for _ in range(options.most if options.most is not None else sys.maxsize):
             left = None if options.seconds is None else options.seconds - (time.monotonic() - begun)
             following = next(missing(runs, rows, search), None)

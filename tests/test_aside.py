@@ -45,9 +45,20 @@ def copied(a: Any) -> Any:
     return a.detach().clone(memory_format=torch.preserve_format) if isinstance(a, Tensor) else a
 
 
-@pytest.mark.parametrize("buffers", [1000, 2])
-def test_states_come_back_from_step_to_step(buffers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aside, "BUFFERS", buffers)
+@pytest.mark.parametrize(
+    ("where", "small", "together"), [("host", 0, 0), ("card", 100, 150), ("card", 1 << 20, 1 << 24)]
+)
+def test_states_come_back_from_step_to_step(
+    where: str, small: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aside, "BUFFERS", 2)
+    if where == "card":  # the way of a card's tensors, with those of the host
+        monkeypatch.setattr(aside, "SMALL", small)
+        monkeypatch.setattr(aside, "TOGETHER", together)
+        monkeypatch.setattr(aside, "FIRST_CHUNK", 256)
+        monkeypatch.setattr(aside, "_is_on_card", lambda tensor: tensor.numel() != 3)
+        monkeypatch.setattr(aside, "_pinned", lambda size: torch.empty(size, dtype=torch.uint8))
+        monkeypatch.setattr(aside, "_wait_for", lambda device: None)
     place = Aside()
     alive, other = state(0), state(1, rows=7)
     for round in range(5):

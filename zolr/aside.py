@@ -154,7 +154,7 @@ class Aside:
 
         for i, (tensor, look) in enumerate(zip(tensors, looks, strict=True)):
             size = tensor.nbytes
-            if not tensor.is_cuda:
+            if not _is_on_card(tensor):
                 places[i] = Place(self._end, -1, size, *look[1:])
                 host.append(_memory(tensor))
                 self._end += size
@@ -191,9 +191,7 @@ class Aside:
                 break
         else:
             chunk, last = len(self._chunks), self._chunks[-1].numel() if self._chunks else FIRST_CHUNK // 2
-            self._chunks.append(
-                torch.empty(max(size, min(2 * last, CHUNK)), dtype=torch.uint8, pin_memory=True)
-            )
+            self._chunks.append(_pinned(max(size, min(2 * last, CHUNK))))
             self._used.append(0)
         start = self._used[chunk]
         self._used[chunk] += size
@@ -201,7 +199,7 @@ class Aside:
 
     def _read(self, place: Place, flat: Tensor) -> None:
         if place.chunk >= 0:
-            torch.cuda.current_stream(place.device).synchronize()  # the bytes may still be on their way
+            _wait_for(place.device)  # the bytes may still be on their way
             flat.copy_(self._chunks[place.chunk][place.start : place.start + place.size])
             return
         host = flat if flat.device.type == "cpu" else torch.empty(place.size, dtype=torch.uint8)
@@ -290,14 +288,14 @@ def _dense(tensor: Tensor) -> Tensor | None:
 
 def _is_as_kept(tensor: Tensor) -> bool:
     """Whether its bytes can be kept where they are."""
-    if not (tensor.is_cuda or tensor.device.type == "cpu"):
+    if not (_is_on_card(tensor) or tensor.device.type == "cpu"):
         return False
     return tensor.is_contiguous() or _dense(tensor) is not None
 
 
 def _as_kept(tensor: Tensor) -> Tensor:
     data = tensor.detach()
-    return (data if data.is_cuda else data.cpu()).contiguous()
+    return (data if _is_on_card(data) else data.cpu()).contiguous()
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -305,6 +303,18 @@ def _flat(tensor: Tensor) -> Tensor:
     data = _dense(tensor)
     assert data is not None
     return data.view(-1)
+
+
+def _is_on_card(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _pinned(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def _wait_for(device: torch.device) -> None:
+    torch.cuda.current_stream(device).synchronize()
 
 
 def _memory(tensor: Tensor) -> memoryview:

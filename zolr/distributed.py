@@ -9,9 +9,11 @@ order of the ranks: all ranks have the same bits, and those of another number of
 No object is pickled; host tensors travel by gloo and device tensors by nccl, which a forward-only run never opens.
 """
 
+import atexit
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -156,6 +158,7 @@ class Processes(Team):
         if not self._owner or dist.get_backend() != "gloo":
             self._host = dist.new_group(backend="gloo", timeout=self.timeout)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        atexit.register(_leave, weakref.ref(self))
 
     def joined(self, part: Tensor, lengths: Sequence[int] | None = None, what: str = "losses") -> Tensor:
         """See `Team`."""
@@ -310,6 +313,19 @@ class Processes(Team):
                 self._store.wait([f"zolr/alive/{rank}"], timedelta(seconds=max(0.05, end - time.monotonic())))
             except (RuntimeError, OSError):
                 missing.append(rank)
+
+
+def _leave(team: "weakref.ref[Processes]") -> None:
+    """Let a group of our own go while there is still an interpreter.
+
+    A thread of gloo's may be the last to hold a tensor that was exchanged; one that gives it up after that ends the process.
+    """
+    alive = team()
+    if alive is not None and alive._host is not None:
+        group, alive._host = alive._host, None
+        with suppress(Exception):  # whoever made the default group may have ended all of them
+            if dist.is_initialized():
+                dist.destroy_process_group(group)
 
 
 class Share(Sequence[Any]):

@@ -330,9 +330,7 @@ class Engine:
         self._activate(0)
         for variable in self.variables:
             # ranks see batches of other lengths, or none, and all have to fold alike; a recorded pass notes nothing
-            variable.folds = (
-                self.team.size == 1 and not method.optimizer.reads_values and not variable.steady
-            )
+            variable.folds = self.team.size == 1 and not method.optimizer.reads_values and not variable.steady
         # a direction as large as a weight is applied one weight at a time, so that one of them is alive
         self.streams = method.dense or (
             method.paradigm == "zo" and clip is None and any(v.space.blocked for v in self.variables)
