@@ -242,12 +242,21 @@ def gathered(state: Any, tensors: list[Tensor], first: int = 0) -> Any:
     Returns:
         The state with a `Number` for every tensor, or the `Scalar` that it is.
     """
+    if type(state) is dict:  # the usual case, and thousands of them a step
+        found: dict[Any, Any] = {}
+        for name, value in state.items():
+            if type(value) is Tensor and value.dim():
+                found[name] = Number(first + len(tensors))
+                tensors.append(value)
+            else:
+                found[name] = gathered(value, tensors, first)
+        return found
     if isinstance(state, Tensor):
         if not state.dim() and state.dtype in EXACT and state.device.type == "cpu" and type(state) is Tensor:
             return Scalar(state.item(), state.dtype)
         tensors.append(state)
         return Number(first + len(tensors) - 1)
-    if type(state) is dict or isinstance(state, Mapping):
+    if isinstance(state, Mapping):
         return {name: gathered(value, tensors, first) for name, value in state.items()}
     return list(state) if isinstance(state, list) else state
 

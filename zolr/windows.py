@@ -322,8 +322,10 @@ class Windows:
         shared, own = [], []
         for v in variables:
             (shared if v.shares else own).append(v)
-        self.keep(shared, "weight", "state", "kept", "moments")
-        self.keep(own, "value", "state", "kept", "moments")
+        more = ("kept",) if self.cores else ()
+        more += ("moments",) if self.method.projector.learns_from == "gradients" else ()
+        self.keep(shared, "weight", "state", *more)
+        self.keep(own, "value", "state", *more)
 
     def _part(self, v: Variable, part: str) -> Any:
         """A part of the state of a variable: tensors, numbers and strings."""
