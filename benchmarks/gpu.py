@@ -249,9 +249,9 @@ def memory(case: Case, device: str, smoke: bool, room: Callable[[int], None]) ->
                 like = variable.stack.left
                 variable.stack.push(like.new_zeros(m, rank), like.new_zeros(n, rank))
             if getattr(method.projector, "learns_from", "") == "gradients" and not variable.is_full:
-                basis: Any = variable.subspace.basis  # type: ignore[union-attr]
-                size = min(method.projector.eigenpairs, len(basis))  # type: ignore[attr-defined]
-                vectors = torch.eye(len(basis), size, dtype=torch.float64, device=basis.device)
+                n, where = len(engine.subspace(variable).basis), variable.weight.device  # type: ignore[union-attr]
+                size = min(method.projector.eigenpairs, n)  # type: ignore[attr-defined]
+                vectors = torch.eye(n, size, dtype=torch.float64, device=where)
                 known = Spectrum(vectors, torch.ones(size, dtype=torch.float64), 1e-3)
                 engine.windows.spectra[variable.name] = known
         with warnings.catch_warnings(record=True) as said:
@@ -545,7 +545,7 @@ def machine(device: str) -> dict[str, Any]:
         except PackageNotFoundError:
             found[name] = None
     if device.startswith("cuda"):
-        numbers = torch.cuda.get_device_properties(device)
+        numbers = torch.cuda.get_whereproperties(device)
         found |= {"name": numbers.name, "memory_bytes": numbers.total_memory, "cuda": torch.version.cuda}
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
@@ -575,7 +575,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny models: whether everything runs")
-    parser.add_argument("--seconds", type=float, default=460, help="for all cases together")
+    parser.add_argument("--seconds", type=float, default=440, help="for all cases together")
     parser.add_argument("--case-seconds", type=float, default=65, help="for one case at most")
     parser.add_argument(
         "--lanes",

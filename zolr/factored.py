@@ -32,7 +32,9 @@ def observe(
         return
     # a norm has no second matrix of squares on the way
     for name, dim in (("rows", -1), ("columns", -2)):
-        mean = torch.linalg.vector_norm(gradient, dim=dim).square() / gradient.shape[dim]
+        # under fake tensors torch 2.11 keeps an axis of one entry that it was to drop
+        norm = torch.linalg.vector_norm(gradient, dim=dim, keepdim=True).squeeze(dim)
+        mean = norm.square() / gradient.shape[dim]
         _averaged(state, name, mean + floor, fresh)
 
 
