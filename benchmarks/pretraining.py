@@ -10,7 +10,7 @@
     python benchmarks/pretraining.py --model llama-20m --device cuda --seconds 540 --rows stiefel,galore,adamw
 
 One protocol for all rows: the same architecture, text, tokens, order of rows, warm-up and cosine to a tenth, no decay and no
-clipping (that of GaLore's C4 runs); rank a quarter of the width (apollo-mini: 1) and the same life of a subspace; embeddings,
+clipping (that of GaLore's C4 runs); rank a quarter of the width (apollo-mini: 1) and the same life of a subspace (`--refresh-every`); embeddings,
 head and norms in their whole space, by Adam at one rate for every row (adalomo and flora, whose steps are shares of a weight's
 size, have a rate for all weights). The learning rate of matrices, which the row is about, comes from one grid for all, times
 the factor that a row is published with (GaLore's 0.25): it begins where it was
@@ -21,7 +21,7 @@ subspaces.
 State is what a run holds from step to step beside the weights, with that of embeddings and head; peak is that of live tensors
 over a step that opens a window (CUDA: `max_memory_allocated`); both are taken after training. Every run is a process of its own
 on one thread, and its tokens a second are of that thread's processor time (CUDA: of wall-clock time). Results are merged into `benchmarks/results/pretraining.json` (and `pretraining-MODEL.json`), with the settings
-and versions they were made with. `--rank` and `--steps` other than the usual ones are groups of their own in the same file, and so are
+and versions they were made with. `--rank`, `--steps` and `--refresh-every` other than the usual ones are groups of their own in the same file, and so are
 `--optimizer`: drawn rows whose coordinates are trained by another rule than Adam, with all that has no subspace by Adam as ever, and
 `--transport`: drawn rows whose moments at a new subspace begin at zero, or are turned; here they are kept, as GaLore's are.
 """
@@ -653,6 +653,7 @@ def main() -> None:
     parser.add_argument("--rows", help="some of them, joined by commas")
     parser.add_argument("--rank", type=int, help="another rank: a group of its own")
     parser.add_argument("--steps", type=int, help="another number of steps: a group of its own")
+    parser.add_argument("--refresh-every", type=int, help="another life of a subspace: a group of its own")
     parser.add_argument(
         "--optimizer",
         choices=tuple(OPTIMIZERS),
@@ -707,6 +708,9 @@ def main() -> None:
     grid, first = OPTIMIZERS.get(options.optimizer, (GRID, None))
     search = Search(grid, first, SEEDS[: options.most_seeds])
     changes = {name: value for name in ("optimizer", "transport") if (value := getattr(options, name))}
+    every = options.refresh_every or protocol.refresh_every
+    if every != protocol.refresh_every:
+        group += f", subspaces of {every} steps"
     if not options.trace:
         group += "".join(f", {name} {value}" for name, value in changes.items())
     found = results["groups"].setdefault(group, {"runs": {}})
@@ -727,10 +731,10 @@ def main() -> None:
         row, rate = options.trace.split("@")
         case = dict(
             model=options.model, device=options.device, compute=compute, row=row, lr=float(rate), seed=0,
-            steps=steps, rank=rank, refresh_every=protocol.refresh_every, until=options.until,
+            steps=steps, rank=rank, refresh_every=every, until=options.until,
         )  # fmt: skip
         case |= changes | ({} if options.clip is None else {"clip": options.clip})
-        traced(case, options.seeds.split(","), found.setdefault("traces", {}), protocol.refresh_every)
+        traced(case, options.seeds.split(","), found.setdefault("traces", {}), every)
         written(results, output)
         return
     if not options.table:
@@ -744,9 +748,7 @@ def main() -> None:
             case = dict(
                 model=options.model, device=options.device, compute=compute, row=row, lr=rate, seed=seed
             )
-            case |= dict(
-                steps=steps, rank=1 if row == "apollo-mini" else rank, refresh_every=protocol.refresh_every
-            )
+            case |= dict(steps=steps, rank=1 if row == "apollo-mini" else rank, refresh_every=every)
             case |= changes
             run = ran(case, left)
             if run.get("failed") == "out of time":

@@ -59,11 +59,16 @@ def test_every_size_has_every_row_of_the_results_table(size: str) -> None:
 def test_rates_of_pretraining_are_of_rows_that_have_backprop() -> None:
     from zolr.methods import METHODS
 
-    for name, (rate, why, scale) in pretrain.RATES.items():
+    for name, (rate, why, scale, transport) in pretrain.RATES.items():
         assert "fo" in METHODS[name].paradigms and METHODS[name].adapter is None and rate > 0 and why
         assert pretrain.Pretrain(data=("x",), method=name).filled().lr == rate
         apart = pretrain.Pretrain(data=("x",), method=name).filled().composed().scale
         assert apart == (scale or METHODS[name].build("fo").scale)
+        kept = pretrain.Pretrain(data=("x",), method=name, lr=1e-3).filled().transport
+        assert kept == transport and (transport is None or name in ("stiefel", "dependent"))
+    for given in ({"transport": "reset"}, {"paradigm": "zo"}):
+        filled = pretrain.Pretrain(data=("x",), method="stiefel", **given).filled()
+        assert filled.transport == given.get("transport")
     for given in ({"lr": 3e-3}, {"scale": 1.0}, {"tables": "subspace"}):
         assert pretrain.Pretrain(data=("x",), method="stiefel", **given).filled().composed().scale == 1.0
     assert pretrain.Pretrain(data=("x",), method="adamw").filled().lr == pretrain.USUAL.lr

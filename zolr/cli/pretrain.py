@@ -60,6 +60,7 @@ class Rate(NamedTuple):
     lr: float
     why: str
     scale: float | None = None
+    transport: str | None = None  # of moments at a new subspace; None is the method's own
 
 
 # the rates of the methods are for fine-tuning, and random weights stand more
@@ -68,9 +69,10 @@ _GALORE = Rate(1e-2, "the published rate of its C4 runs")
 _LIKE_GALORE = Rate(1e-2, "ours: that of galore, none is known")
 _APART = Rate(
     1e-2,
-    "ours: of embeddings, head and vectors, and a tenth of it for matrices, which drawn subspaces want apart "
-    "(benchmarks/pretraining.py)",
-    scale=0.1,
+    "ours: of embeddings, head and vectors, and 0.3 of it for matrices, which drawn subspaces want apart, with moments "
+    "kept from one subspace to the next (benchmarks/pretraining.py)",
+    scale=0.3,
+    transport="keep",
 )
 _GRID = (
     "ours: among the best of a grid in 60 steps of a small llama (benchmarks/methods.py), no more is known"
@@ -80,7 +82,12 @@ RATES: dict[str, Rate] = {
     **dict.fromkeys(("galore", "fira", "apollo", "apollo-mini"), _GALORE),
     "q-galore": _GALORE._replace(lr=1.5e-2),
     **dict.fromkeys(("grasswalk", "grassjump"), _LIKE_GALORE),
-    **dict.fromkeys(("stiefel", "dependent", "rso"), _APART),
+    **dict.fromkeys(("stiefel", "dependent"), _APART),
+    "rso": Rate(
+        1e-2,
+        "ours: of embeddings, head and vectors, and a tenth of it for matrices (benchmarks/pretraining.py)",
+        scale=0.1,
+    ),
     **dict.fromkeys(("vlorp", "plumage", "muon"), Rate(3e-3, _GRID)),
     **dict.fromkeys(("gum", "mofasgd", "flora", "lorenza"), Rate(1e-2, _GRID)),
     "adalomo": Rate(3e-2, _GRID),
@@ -296,14 +303,18 @@ class Pretrain(Writing, Inspection, Ranks, Machine, Course, Composition, Text, A
         name, lr, scale = self.method or "adamw", self.lr, self.scale
         whole = self.tables is None and method.paradigm == "fo"
         tables = "full" if whole else self.tables
-        if lr is None and method.paradigm == "fo":
+        transport = self.transport
+        if method.paradigm == "fo":
             rate = rate_of(name)
-            lr = rate.lr
-            scale = rate.scale if scale is None and tables == "full" else scale
+            transport = transport or rate.transport
+            if lr is None:
+                lr = rate.lr
+                scale = rate.scale if scale is None and tables == "full" else scale
         return replace(
             self,
             tables=tables,
             scale=scale,
+            transport=transport,
             method=name,
             paradigm=method.paradigm,
             probes=self.probes or self.all_probes,
