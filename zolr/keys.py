@@ -24,10 +24,9 @@ def name_hash(name: str) -> int:
 
 
 def _multiply(constant: int, words: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of `constant * words`, in int64 without overflow of the high part."""
-    high = (constant * (words >> 16) + ((constant * (words & 0xFFFF)) >> 16)) >> 16
-    # int64 wraps modulo 2**64, which keeps the low word exact; the high one is below 2**32 as it stands
-    return high, (constant * words) & _MASK
+    """High and low 32 bits of `constant * words`, in int64."""
+    product = constant * words  # wraps modulo 2**64, so its 64 bits are those of the unsigned product
+    return (product >> 32).bitwise_and_(_MASK), product.bitwise_and_(_MASK)
 
 
 def philox(counters: Tensor, key: int) -> Tensor:
@@ -47,7 +46,8 @@ def philox(counters: Tensor, key: int) -> Tensor:
     for _ in range(_ROUNDS):
         high0, low0 = _multiply(_MULTIPLIER_0, c0)
         high1, low1 = _multiply(_MULTIPLIER_1, c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        c0, c2 = high1.bitwise_xor_(c1).bitwise_xor_(k0), high0.bitwise_xor_(c3).bitwise_xor_(k1)
+        c1, c3 = low1, low0
         k0, k1 = (k0 + _WEYL_0) & _MASK, (k1 + _WEYL_1) & _MASK
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
