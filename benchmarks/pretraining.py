@@ -133,6 +133,7 @@ TAKEN: dict[str, tuple[dict[str, Any], float]] = {
     "apollo-mini": ({"method": "apollo-mini", "rank": 1}, 1e-2),
     "mofasgd": ({"method": "mofasgd"}, 3e-3),
 }
+APART = (*FULL, "mofasgd")  # rows without windows: other lives of subspaces are not theirs
 ROWS = {"adamw": FULL["adamw"], "muon": FULL["muon"], **DRAWN, **TAKEN, "adalomo": FULL["adalomo"]}
 
 
@@ -704,15 +705,17 @@ def main() -> None:
     suffix = "" if options.model == "small" else f"-{options.model}"
     output = options.output or RESULTS / f"pretraining{suffix}.json"
     results = json.loads(output.read_text()) if output.exists() else {"groups": {}}
-    group = f"rank {rank}, {steps} steps, {compute}, {options.device.split(':')[0]}"
+    usual = f"rank {rank}, {steps} steps, {compute}, {options.device.split(':')[0]}"
+    every = options.refresh_every or protocol.refresh_every
+    longer = every != protocol.refresh_every
     grid, first = OPTIMIZERS.get(options.optimizer, (GRID, None))
     search = Search(grid, first, SEEDS[: options.most_seeds])
     changes = {name: value for name in ("optimizer", "transport") if (value := getattr(options, name))}
-    every = options.refresh_every or protocol.refresh_every
-    if every != protocol.refresh_every:
-        group += f", subspaces of {every} steps"
+    group = usual + (f", subspaces of {every} steps" if longer else "")
     if not options.trace:
         group += "".join(f", {name} {value}" for name, value in changes.items())
+    if longer and options.rows is None:
+        rows = [row for row in rows if row not in APART]
     found = results["groups"].setdefault(group, {"runs": {}})
     runs = found["runs"]
     begun = time.monotonic()
@@ -756,6 +759,10 @@ def main() -> None:
             runs[f"{row}/{rate:g}/{seed}"] = run
             written(results, output)
             print(f"{row} {rate:g} seed {seed}: {run.get('perplexity', run.get('failed'))}", flush=True)
+    if longer:  # what has no windows is the same
+        there = results["groups"].get(usual, {"runs": {}})["runs"]
+        runs = {key: run for key, run in there.items() if key.split("/")[0] in APART} | runs
+        rows = [row for row in ROWS if row in rows or (options.rows is None and row in APART)]
     lines = table(runs, rows, search)
     print(printed(lines))
     if options.markdown:
