@@ -280,8 +280,9 @@ def memory(case: Case, device: str, smoke: bool, room: Callable[[int], None]) ->
     return row
 
 
-def kernels(step: Any, cuda: bool) -> int:
-    """Kernels that a call launches (operations, on the host)."""
+def kernels(step: Any, cuda: bool) -> tuple[int, float | None]:
+    """Kernels that a call launches (operations, on the host), and the milliseconds that they take on the card."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -289,9 +290,10 @@ def kernels(step: Any, cuda: bool) -> int:
         step()
     launches = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx")
     events = found.key_averages()
-    if cuda:
-        return sum(event.count for event in events if event.key in launches)
-    return sum(event.count for event in events if event.key.startswith("aten::"))
+    if not cuda:
+        return sum(event.count for event in events if event.key.startswith("aten::")), None
+    spent = sum(e.self_device_time_total for e in events if e.device_type == DeviceType.CUDA) / 1e3
+    return sum(event.count for event in events if event.key in launches), round(spent, 3)
 
 
 def waits(step: Any, cuda: bool) -> int | None:
@@ -323,7 +325,7 @@ def times(case: Case, device: str, smoke: bool) -> Iterator[dict[str, Any]]:
     rounds, cuda = 3 if smoke else ROUNDS, device.startswith("cuda")
     plain = model_of(case, device, smoke)
     data, loss = batch_of(case, plain.config.vocab_size, device), prompt_loss(WORDS)
-    row: dict[str, Any] = {"ratios": {}, "launches": {}, "waits": {}}
+    row: dict[str, Any] = {"ratios": {}, "launches": {}, "kernels_ms": {}, "waits": {}}
 
     def two_forwards() -> None:
         with torch.no_grad():
@@ -340,10 +342,11 @@ def times(case: Case, device: str, smoke: bool) -> Iterator[dict[str, Any]]:
 
     def seen(label: str, step: Any, reference: Any, against: str) -> None:
         row["ratios"][label] = {"against": against, **paired(step, reference, rounds)}
-        row["launches"][label], row["waits"][label] = kernels(step, cuda), waits(step, cuda)
+        row["launches"][label], row["kernels_ms"][label] = kernels(step, cuda)
+        row["waits"][label] = waits(step, cuda)
 
     two_forwards()
-    row["launches"]["two forwards"] = kernels(two_forwards, cuda)
+    row["launches"]["two forwards"], row["kernels_ms"]["two forwards"] = kernels(two_forwards, cuda)
     row["waits"]["two forwards"] = waits(two_forwards, cuda)
     default = next(iter(ZO))
     wanted: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [("zo", default, ZO[default], {})]
@@ -361,6 +364,8 @@ def times(case: Case, device: str, smoke: bool) -> Iterator[dict[str, Any]]:
         if kind == "fo" and full is None:
             full = copy.deepcopy(plain).train()
             optimizer = torch.optim.AdamW(full.parameters(), lr=1e-6, fused=cuda)
+            adamw()  # makes its state
+            row["launches"]["AdamW"], row["kernels_ms"]["AdamW"] = kernels(adamw, cuda)
         reference, against = (adamw, "AdamW, fused") if kind == "fo" else (two_forwards, "two forwards")
         label = f"{kind} {name}" + "".join(f", {key} {value}" for key, value in more.items())
         try:

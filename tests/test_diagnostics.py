@@ -356,10 +356,10 @@ def test_a_diagnosis_is_a_flag(zolr: Run, tmp_path: Path, monkeypatch: pytest.Mo
     lines = [json.loads(line) for line in (tmp_path / "told" / "metrics.jsonl").read_text().splitlines()]
     found = {line["step"]: line["diagnosis"] for line in lines if "diagnosis" in line}
     assert list(found) == [2, 4] and found[4]["draws"] == 3
-    # subspaces changed before the third step, and moments began afresh; embedding and head have none
+    # subspaces changed before the third step, and moments were kept; embedding and head have none
     kept = {name: layer.get("moment_kept") for name, layer in found[4]["layers"].items()}
     assert {name for name, share in kept.items() if share is None} == {n for n in kept if "layers" not in n}
-    assert set(kept.values()) == {None, 0.0} and "moment_kept" not in str(found[2])
+    assert set(kept.values()) == {None, 1.0} and "moment_kept" not in str(found[2])
 
     assert zolr(*given, "--diagnose-every", 0, "--output", tmp_path / "x")[0] == 2
     assert Finetune().observer(run(rank=2), batches(0)[0]) is None
