@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,12 @@ LONG = ("test_launched", "test_rows_run", "test_benchmarks", "test_distributed",
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Deal the tests out as two workers take them: each a half, long ones first."""
-    by_length = sorted(items, key=lambda item: item.path.stem not in LONG)  # stable
-    items[:] = by_length[::2] + by_length[1::2]
+    """Deal the files out as two workers take them: each a half, long ones first, and none to both for its fixtures' sake."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    by_length = sorted(files, key=lambda path: path.stem not in LONG)  # stable
+    items[:] = [item for path in by_length[::2] + by_length[1::2] for item in files[path]]
 
 
 @pytest.fixture
