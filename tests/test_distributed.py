@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -697,3 +698,22 @@ def test_verbs_of_one_process_are_refused_under_torchrun(zolr: Any, monkeypatch:
     monkeypatch.setenv("RANK", "1")
     code, _, said = zolr("methods")
     assert code == 2 and said.startswith("rank 1: error: 'methods' runs in one process")
+
+
+def test_a_group_of_our_own_goes_before_the_interpreter_does() -> None:
+    """A thread of gloo's that gives up an exchanged tensor after that ends the process; with the group, it is waited for."""
+    script = """
+import torch, torch.distributed as dist, sys, weakref
+from zolr.distributed import Processes
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+team = Processes()
+group = weakref.ref(team._host)
+team.largest(3)
+import atexit
+print(team._host is not None)
+dist.destroy_process_group()  # as accelerate's end_training does
+atexit._run_exitfuncs()
+print(team._host is None, group() is None)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
+    assert ended.stdout.splitlines() == ["True", "True True"], ended.stderr
