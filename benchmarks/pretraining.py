@@ -707,14 +707,14 @@ def main() -> None:
     results = json.loads(output.read_text()) if output.exists() else {"groups": {}}
     usual = f"rank {rank}, {steps} steps, {compute}, {options.device.split(':')[0]}"
     every = options.refresh_every or protocol.refresh_every
-    longer = every != protocol.refresh_every
+    other_life = every != protocol.refresh_every
     grid, first = OPTIMIZERS.get(options.optimizer, (GRID, None))
     search = Search(grid, first, SEEDS[: options.most_seeds])
     changes = {name: value for name in ("optimizer", "transport") if (value := getattr(options, name))}
-    group = usual + (f", subspaces of {every} steps" if longer else "")
+    group = usual + (f", subspaces of {every} steps" if other_life else "")
     if not options.trace:
         group += "".join(f", {name} {value}" for name, value in changes.items())
-    if longer and options.rows is None:
+    if other_life and options.rows is None:
         rows = [row for row in rows if row not in APART]
     found = results["groups"].setdefault(group, {"runs": {}})
     runs = found["runs"]
@@ -759,7 +759,7 @@ def main() -> None:
             runs[f"{row}/{rate:g}/{seed}"] = run
             written(results, output)
             print(f"{row} {rate:g} seed {seed}: {run.get('perplexity', run.get('failed'))}", flush=True)
-    if longer:  # what has no windows is the same
+    if other_life:  # what has no windows is the same
         there = results["groups"].get(usual, {"runs": {}})["runs"]
         runs = {key: run for key, run in there.items() if key.split("/")[0] in APART} | runs
         rows = [row for row in ROWS if row in rows or (options.rows is None and row in APART)]

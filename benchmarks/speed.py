@@ -4,6 +4,7 @@
     python benchmarks/speed.py --dtype bfloat16 --threads 2 --json
     python benchmarks/speed.py --profile                 # where the overhead of the default forward-only step goes
     python benchmarks/speed.py --undo                    # what keeping weights aside costs: a step with it over one without
+    python benchmarks/speed.py --layers 24 --width 32 --batch-size 2 --length 8 --dtype bfloat16 # what the host does beside the kernels
     python benchmarks/speed.py --bases                   # ways to draw an orthonormal basis; printed, not kept
 
 Every row is the median over paired rounds of one process: the step and its reference are timed one after the other in
@@ -342,6 +343,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--model", default="roberta-base", help="preset")
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument(
+        "--width", type=int, help="another width, of two heads and twice that inside: host time, where small"
+    )
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--length", "--max-length", type=int, default=64)
     parser.add_argument("--only", default="", help="a part of the names of the rows to run")
@@ -360,11 +364,19 @@ def main() -> None:
     if options.bases:
         bases(options)
         return
+    thin = {}
+    if options.width is not None:
+        thin = dict(hidden_size=options.width, num_attention_heads=2, intermediate_size=2 * options.width)
     plain = build(
-        options.model, num_hidden_layers=options.layers, dtype=getattr(torch, options.dtype), dropout=0.0
+        options.model,
+        num_hidden_layers=options.layers,
+        dtype=getattr(torch, options.dtype),
+        dropout=0.0,
+        **thin,
     )
+    width = f" of width {options.width}" if thin else ""
     conditions = {
-        "model": f"{options.model} with {options.layers} layers, random weights",
+        "model": f"{options.model} with {options.layers} layers{width}, random weights",
         "batch": f"{options.batch_size} x {options.length}",
         "dtype": options.dtype,
         "threads": options.threads,
@@ -376,6 +388,7 @@ def main() -> None:
     case = f"{options.dtype}, {options.threads} threads, {options.layers} layers"
     if options.batch_size != 16 or options.length != 64 or options.model != "roberta-base":
         case += f", {options.model}, {conditions['batch']}"
+    case += width
     results = json.loads(options.output.read_text()) if options.output.exists() else {}
     entry = results.setdefault(case, {"rows": {}})
     entry["conditions"] = conditions

@@ -141,7 +141,8 @@ class Aside:
         """Where the tensors of a call go."""
         begins, places = self._filled, dict[int, Place]()
         host: list[memoryview] = []
-        together: dict[tuple[torch.device, torch.dtype], tuple[list[int], int]] = {}
+        together: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        filled: dict[tuple[torch.device, torch.dtype], int] = {}  # bytes of these groups
         device: list[tuple[list[int], Tensor]] = []
 
         def pinned(numbers: list[int]) -> None:
@@ -161,12 +162,13 @@ class Aside:
             elif size > SMALL:
                 pinned([i])
             else:
-                group, total = together.get(kind := (look[4], look[3]), ([], 0))
-                if total + size > TOGETHER:
-                    pinned(group)
-                    group, total = [], 0
-                together[kind] = [*group, i], total + size
-        for group, _ in together.values():
+                kind = look[4], look[3]
+                if filled.get(kind, 0) + size > TOGETHER and kind in together:
+                    pinned(together.pop(kind))
+                    filled[kind] = 0
+                together.setdefault(kind, []).append(i)
+                filled[kind] = filled.get(kind, 0) + size
+        for group in together.values():
             pinned(group)
         return _Way(looks, begins, self._filled, [places[i] for i in range(len(tensors))], host, device)
 

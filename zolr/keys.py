@@ -77,22 +77,19 @@ class Key:
         text = "/".join([str(self.seed), *parts])
         return name_hash(text)
 
-    def generator(self) -> torch.Generator:
-        """A host generator seeded by this name; nothing global is touched."""
-        return torch.Generator().manual_seed(self.integer() >> 1)
+    def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
+        """A generator of a device, the host's by default, seeded by this name; nothing global is touched."""
+        return torch.Generator(device).manual_seed(self.integer() >> 1)
 
     def normal(self, shape: tuple[int, ...] | torch.Size, device: torch.device | str = "cpu") -> Tensor:
         """Standard normal float32 numbers.
 
         Args:
-            device: who draws them. The host's are the same beside every device, as those of bases have to be; a CUDA card's
-                are the same for one kind of card and torch version, and take it a thousandth of the time.
+            device: what they are for. A CUDA card draws its own, which are the same for one kind of card and torch version;
+                for all else the host does, whose are the same beside every device, as those of bases have to be.
         """
-        device = torch.device(device)
-        if device.type != "cuda":
-            return torch.randn(shape, generator=self.generator(), dtype=torch.float32)
-        numbers = torch.Generator(device).manual_seed(self.integer() >> 1)
-        return torch.randn(shape, generator=numbers, dtype=torch.float32, device=device)
+        drawn_by = device if torch.device(device).type == "cuda" else "cpu"
+        return torch.randn(shape, generator=self.generator(drawn_by), dtype=torch.float32, device=drawn_by)
 
     def uniform(self, shape: tuple[int, ...] | torch.Size = ()) -> Tensor:
         """Uniform float64 numbers in [0, 1) on the host."""
