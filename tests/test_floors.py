@@ -13,7 +13,18 @@ FLOORS: dict[str, int] = {
     for floor, names in enumerate(
         (
             ("errors", "keys"),
-            ("subspaces", "probes", "spectra", "factored", "held", "merged", "distributed", "aside", "undo"),
+            (
+                "subspaces",
+                "probes",
+                "spectra",
+                "factored",
+                "held",
+                "fakes",
+                "merged",
+                "distributed",
+                "aside",
+                "undo",
+            ),
             ("variables", "projectors", "estimators", "transports", "residuals", "layers", "optim"),
             ("methods", "kinds", "tuning", "dense", "windows", "verify", "compiled", "engine"),
             (

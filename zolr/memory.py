@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses import FakeTensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -35,6 +35,7 @@ from zolr import keys, lora
 from zolr.engine import Engine
 from zolr.errors import BudgetError, UsageError
 from zolr.estimators import changed, setting
+from zolr.fakes import Fakes
 from zolr.held import RANK
 from zolr.layers import LAYERS
 from zolr.methods import Adapter, Method, key_of
@@ -526,7 +527,7 @@ def predict(
         held = kept(engine)
         return live, weights, counted.track(*held["coords"]), counted.track(*held["optimizer"])
 
-    with _values_explained(), FakeTensorMode(), _one_text_a_row(), _few_rounds():
+    with _values_explained(), Fakes(), _one_text_a_row(), _few_rounds():
         net = fresh()
         batches = [_batch(objective, batch_size, max_length) for _ in range(accumulation)]
         with LiveBytes(profile=profile and method is None) as forward:
@@ -718,7 +719,9 @@ def _code_as_nf4(net: nn.Module) -> None:
         net.set_submodule(name, _Nf4(out, into, loose.bias))
 
 
-def largest_batch(peak_at: Callable[[int], int], budget: int, most: int = 4096) -> int:
+def largest_batch(
+    peak_at: Callable[[int], int], budget: int, most: int = 4096, known: Mapping[int, int] | None = None
+) -> int:
     """The largest batch whose peak fits a budget, in few predictions.
 
     A peak is close to a maximum of straight lines in the batch size, so chords between a batch that fits and
@@ -728,6 +731,7 @@ def largest_batch(peak_at: Callable[[int], int], budget: int, most: int = 4096) 
         peak_at: peak in bytes of a batch size; does not fall as the batch grows.
         budget: bytes.
         most: largest batch to consider.
+        known: peaks that need not be asked for.
 
     Raises:
         BudgetError: a batch of one row does not fit.
@@ -735,28 +739,28 @@ def largest_batch(peak_at: Callable[[int], int], budget: int, most: int = 4096) 
     >>> largest_batch(lambda rows: 1000 + 7 * rows, 1100)
     14
     """
-    low, low_peak = 1, peak_at(1)
-    if low_peak > budget:
+    peaks = {size: peak for size, peak in (known or {}).items() if 1 <= size <= most}
+    if 1 not in peaks:
+        peaks[1] = peak_at(1)
+    if peaks[1] > budget:
         raise BudgetError(
-            f"a batch of one row takes {low_peak / 1e9:.2f} GB, the budget is {budget / 1e9:.2f} GB; "
+            f"a batch of one row takes {peaks[1] / 1e9:.2f} GB, the budget is {budget / 1e9:.2f} GB; "
             "use shorter rows, a smaller model or dtype, --paradigm zo, or activation checkpointing"
         )
-    before: tuple[int, int] | None = None
-    high, high_peak = most + 1, None
-    while high - low > 1:
-        if high_peak is not None:
-            guess = low + (budget - low_peak) * (high - low) // max(1, high_peak - low_peak)
-        elif before is not None:
-            guess = low + (budget - low_peak) * (low - before[0]) // max(1, low_peak - before[1]) + 1
+    while True:
+        fitting = sorted(size for size, peak in peaks.items() if peak <= budget)
+        low, high = fitting[-1], min((size for size in peaks if size > fitting[-1]), default=most + 1)
+        if high - low <= 1:
+            return low
+        if high in peaks:
+            guess = low + (budget - peaks[low]) * (high - low) // max(1, peaks[high] - peaks[low])
+        elif len(fitting) > 1:
+            before = fitting[-2]
+            guess = low + (budget - peaks[low]) * (low - before) // max(1, peaks[low] - peaks[before]) + 1
         else:
             guess = 2 * low
         guess = min(max(guess, low + 1), high - 1)
-        peak = peak_at(guess)
-        if peak <= budget:
-            before, low, low_peak = (low, low_peak), guess, peak
-        else:
-            high, high_peak = guess, peak
-    return low
+        peaks[guess] = peak_at(guess)
 
 
 LOSSES: dict[str, Loss] = {

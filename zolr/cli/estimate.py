@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -284,21 +284,20 @@ def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
     }
     del result["overhead"]  # the same for all, said once
     if budget is not None:
-        known = {rows: predicted.peak_bytes}
-        result |= _largest(lambda batch: known.get(batch) or at(batch).peak_bytes, budget)
+        result |= _largest(lambda batch: at(batch).peak_bytes, budget, {rows: predicted.peak_bytes})
     return result
 
 
-def _largest(peak_at: Any, budget: int) -> dict[str, Any]:
+def _largest(peak_at: Callable[[int], int], budget: int, known: Mapping[int, int]) -> dict[str, Any]:
     """The largest batch under a budget: 0 where not even one row fits, which takes `one_row_bytes`."""
     from zolr.memory import largest_batch
 
-    one = peak_at(1)
+    known = {1: known[1] if 1 in known else peak_at(1), **known}
     try:
-        found = largest_batch(lambda batch: one if batch == 1 else peak_at(batch), budget, MOST_ROWS)
+        found = largest_batch(peak_at, budget, MOST_ROWS, known)
     except BudgetError:
         found = 0
-    return {"largest_batch": found, "one_row_bytes": one}
+    return {"largest_batch": found, "one_row_bytes": known[1]}
 
 
 def _print(rows: Sequence[Mapping[str, Any]], settings: Estimate, budget: int | None) -> None:
