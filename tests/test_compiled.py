@@ -170,3 +170,63 @@ def test_a_compiled_engine_exports_a_plain_copy(monkeypatch):
     a, b = engine.export(), other.export()
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     assert type(copy.deepcopy(a).first) is nn.Linear
+
+
+def graphed(run, sample, allow_unused_input):
+    """What torch.cuda.make_graphed_callables gives, on the host: inputs and gradients stay where they were recorded."""
+    assert allow_unused_input
+    own = [torch.zeros_like(x) if x.requires_grad else None for x in sample]
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            for place, given in zip(sample, inputs, strict=True):
+                if place.data_ptr() != given.data_ptr():
+                    place.copy_(given)
+            with torch.enable_grad():
+                ctx.inputs = [x.detach().requires_grad_(x.requires_grad) for x in sample]
+                ctx.out = run(*ctx.inputs)
+            return ctx.out.detach()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, *grads):
+            wanted = [x for x in ctx.inputs if x.requires_grad]
+            found = iter(torch.autograd.grad(ctx.out, wanted, grads, allow_unused=True))
+            for place in own:
+                if place is not None:
+                    given = next(found)
+                    place.copy_(torch.zeros_like(place) if given is None else given)
+            return tuple(place if place is None else place.detach() for place in own)
+
+    return Recorded.apply
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """Have the host record, as a card would."""
+    monkeypatch.setattr(Compiled, "_compiled", Compiled._replayed)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", torch.get_rng_state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", torch.set_rng_state)
+
+
+@pytest.mark.parametrize("name", ["stiefel", "adamw"])
+@pytest.mark.parametrize("rows", [(6, 6, 6), (6, 4, 6), (4, 6), (6,)])
+def test_recorded_gradients_of_micro_batches_add_up(name, rows, recording):
+    """The gradients of a recording stay in one place: the second micro-batch must not write over the first."""
+    losses, weights = [], []
+    for fast in (False, True):
+        engine = zolr.Engine(Net(), composed(name, "fo", refresh_every=3), lr=1e-2, loss=loss, compile=fast)
+        noise = torch.Generator().manual_seed(0)
+        batches = [
+            [(torch.randn(n, 12, generator=noise), torch.randint(3, (n,), generator=noise)) for n in rows]
+            for _ in range(7)
+        ]
+        losses.append([engine.step(step).loss for step in batches])
+        weights.append([p.detach() for p in engine.detach().parameters()])
+        if fast:
+            assert len(engine._fast._recordings) == len(set(rows)) and not engine._fast.failed
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for a, b in zip(*weights, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)

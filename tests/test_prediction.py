@@ -245,7 +245,9 @@ def test_a_master_in_float32_takes_the_drift_of_the_walk_back() -> None:
 
 
 OVERFLOWS = pytest.mark.xfail(
-    reason="torch's forward derivative of layer norm overflows float16", strict=True
+    condition=torch.__version__ >= (2, 13),  # 2.11 does not
+    reason="torch's forward derivative of layer norm overflows float16",
+    strict=True,
 )
 
 

@@ -503,7 +503,20 @@ def test_a_deepcopy_of_an_attached_model_is_a_model_of_its_own(name):
             assert not {id(p) for p in twin.parameters()} & {id(p) for p in model.parameters()}
 
 
-@pytest.mark.parametrize("realization", ["side", "rebuild"])
+@pytest.mark.parametrize(
+    "realization",
+    [
+        "side",
+        pytest.param(
+            "rebuild",
+            marks=pytest.mark.xfail(
+                condition=torch.__version__ < (2, 12),
+                reason="dynamo of torch 2.11 does not trace that a module's attribute goes again",
+                strict=True,
+            ),
+        ),
+    ],
+)
 def test_an_attached_model_compiles_as_one_graph(realization):
     torch._dynamo.reset()
     model = make("tied")

@@ -47,6 +47,7 @@ class Compiled:
         self.failed = ""  # why the plain loss is used
         self._fused: Loss | None = None
         self._recordings: dict[Any, Recording] = {}
+        self._pool: Any = None  # memory that recordings of forward passes share
         self._seen: set[Any] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Compiled":
@@ -62,7 +63,7 @@ class Compiled:
 
     def _give_up(self, error: Exception) -> None:
         self.failed = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        self._recordings.clear()
+        self._forget()
         warnings.warn(f"the loss is evaluated as it is, not compiled: {self.failed}", stacklevel=2)
 
     def _compiled(self, batch: Any) -> Any:
@@ -107,7 +108,7 @@ class Compiled:
         if self._owned is None or any(
             a is not c or b is not d for (a, b), (c, d) in zip(owned, self._owned, strict=True)
         ):
-            self._recordings.clear()  # they read memory that is no longer that of the variables
+            self._forget()  # they read memory that is no longer that of the variables
             self._owned = owned
         found = self._recordings.get(key)
         if found is None and key not in self._seen:  # libraries make their workspaces in a plain run
@@ -129,12 +130,21 @@ class Compiled:
             self._recordings[key] = found
         return found([x for x in leaves if isinstance(x, Tensor)], [p for p in points if p is not None])
 
+    def _forget(self) -> None:
+        self._recordings.clear()
+        self._pool = None  # goes with the last recording in it
+
     def _record(self, leaves: list[Any], structure: Any, points: list[Tensor | None]) -> Recording:
-        """Record one forward around copies of what may be elsewhere the next time."""
+        """Record one forward around copies of what may be elsewhere the next time.
+
+        Replays follow each other and leave nothing behind but what is copied from them at once, so that all shapes of batches
+        can work in the memory of the largest.
+        """
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         own = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
         copies = [None if p is None else p.clone() for p in points]
         graph = torch.cuda.CUDAGraph()
-        with self._at(copies), torch.cuda.graph(graph):
+        with self._at(copies), torch.cuda.graph(graph, pool=self._pool):
             output = self.loss(tree_unflatten(own, structure))
         read = [x for x in own if isinstance(x, Tensor)] + [p for p in copies if p is not None]
 
@@ -160,7 +170,15 @@ class Compiled:
 
         sample = (*values, *(leaves[i].clone() for i in places))
         both: Any = torch.cuda.make_graphed_callables(run, sample, allow_unused_input=True)
-        return lambda given, moved: both(*values, *given)
+
+        def replay(given: list[Tensor], moved: list[Tensor]) -> Any:
+            # a first gradient is that of the recording itself, which the next replay would write over
+            for value in values:
+                if value.grad is not None:
+                    value.grad = value.grad.clone()
+            return both(*values, *given)
+
+        return replay
 
     @contextmanager
     def _at(self, points: Sequence[Tensor | None]) -> Iterator[None]:
