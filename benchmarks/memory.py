@@ -3,12 +3,13 @@
 Predicted from numbers alone: the engine's own step runs on tensors without data, so this needs neither
 weights nor a GPU. Run `python benchmarks/memory.py`, with `--json` for machines, or `--profile "zo stiefel"`
 to see what lives at the peak of one row, and with `--activations` to see what autograd keeps for the way back
-in whole models.
+in whole models. `--seconds` says what predictions cost.
 """
 
 import argparse
 import json
 import platform
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ import torch
 import transformers
 from torch._subclasses import FakeTensorMode
 
+from zolr import memory
 from zolr.engine import Engine
+from zolr.fakes import Fakes
 from zolr.memory import LiveBytes, Prediction, predict
 from zolr.memory import kept as held
 from zolr.methods import METHODS, Method, compose
@@ -216,6 +219,29 @@ def activations(options: argparse.Namespace) -> int:
     return 0
 
 
+def seconds(options: argparse.Namespace) -> int:
+    """Print what a prediction costs, and over what it costs with torch's own fake tensors; the figures must be the same."""
+    print(
+        f"a prediction in seconds of the process, median of {options.rounds}, and over torch's own fake tensors"
+    )
+    for name in options.rows or CASES:
+        spent: dict[type, list[float]] = {Fakes: [], FakeTensorMode: []}
+        peaks = set()
+        try:
+            for i in range(options.rounds):
+                for mode in list(spent) if i % 2 else reversed(list(spent)):
+                    memory.Fakes = mode  # pyright: ignore[reportAttributeAccessIssue]
+                    began = time.process_time()
+                    peaks.add(run(name, options).peak_bytes)
+                    spent[mode].append(time.process_time() - began)
+        finally:
+            memory.Fakes = Fakes
+        assert len(peaks) == 1, name
+        ratio = statistics.median(a / b for a, b in zip(*spent.values(), strict=True))
+        print(f"{name:40} {statistics.median(spent[Fakes]):7.2f} {ratio:6.2f}", flush=True)
+    return 0
+
+
 def profile(name: str, options: argparse.Namespace) -> None:
     """Print the largest storages alive at the peak of a row, equal ones together."""
     prediction = run(name, options, profile=True)
@@ -260,6 +286,10 @@ def main() -> int:
     parser.add_argument(
         "--activations", action="store_true", help="what autograd keeps in whole models, against dense AdamW"
     )
+    parser.add_argument(
+        "--seconds", action="store_true", help="what predictions cost, against torch's own fake tensors"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="of --seconds")
     parser.add_argument("--top", type=int, default=20, help="lines of the profile")
     options = parser.parse_args()
     for name in [*options.rows, *([options.profile] if options.profile else [])]:
@@ -269,6 +299,8 @@ def main() -> int:
     if options.profile:
         profile(options.profile, options)
         return 0
+    if options.seconds:
+        return seconds(options)
     return activations(options) if options.activations else table(options)
 
 

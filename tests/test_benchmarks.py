@@ -72,18 +72,8 @@ def test_the_cases_are_told_apart_and_the_first_ones_matter_most() -> None:
 
 @pytest.mark.slow
 def test_the_speed_benchmark_keeps_ratios_and_shares(tmp_path: Path) -> None:
-    tiny = (
-        "--layers",
-        1,
-        "--batch-size",
-        2,
-        "--length",
-        8,
-        "--rounds",
-        2,
-        "--output",
-        tmp_path / "speed.json",
-    )
+    size = ("--layers", 1, "--width", 32, "--batch-size", 2, "--length", 8)
+    tiny = (*size, "--rounds", 2, "--output", tmp_path / "speed.json")
     ran("speed.py", *tiny, "--only", "stiefel, attention, rank 16")
     ran("speed.py", *tiny, "--profile")
     (case,) = json.loads((tmp_path / "speed.json").read_text()).values()

@@ -179,6 +179,27 @@ def test_recorded_losses_are_those_of_the_plain_passes_bit_for_bit(name, paradig
     assert fast == (pytest.approx(plain, rel=1e-6) if folded else plain)
 
 
+@pytest.mark.parametrize("name", ["stiefel", "adamw"])
+def test_recorded_gradients_of_micro_batches_add_up(name):
+    found = []
+    for compile in (False, True):
+        engine = Engine(Net().cuda(), small(name, "fo"), lr=1e-2, loss=loss, compile=compile)
+        data = [tuple(part.cuda() for part in batch(rows)) for rows in (6, 4, 6)]
+        found.append([engine.step(data).loss for _ in range(7)])
+    assert engine._fast._recordings and found[1] == pytest.approx(found[0], rel=1e-5)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("paradigm", ["zo", "fo"])
+def test_recordings_of_several_shapes_do_not_disturb_each_other(paradigm):
+    found = []
+    for compile in (False, True):
+        engine = Engine(Net().cuda(), small("stiefel", paradigm), lr=1e-2, loss=loss, compile=compile)
+        data = [tuple(part.cuda() for part in batch(rows)) for rows in (6, 40, 4, 6, 40, 4) * 3]
+        found.append([engine.step([one]).loss for one in data])
+    assert len(engine._fast._recordings) >= 3  # type: ignore[union-attr]
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 def test_what_waits_inside_its_forward_is_not_recorded_and_says_why():
     class Waiting(Net):
         def forward(self, x):

@@ -10,6 +10,7 @@ import pytest
 from conftest import Run
 from transformers import AutoConfig
 
+from zolr.cli import estimate
 from zolr.cli.estimate import MOST_ROWS, assumed, bytes_of, expanded
 from zolr.errors import UsageError
 from zolr.memory import OVERHEAD, PARTS
@@ -331,3 +332,20 @@ def test_a_length_that_the_model_cannot_read(zolr: Run, folder: Path) -> None:
         and "use 64 or less" in row["error"]
     )
     assert "use 64 or less" in err
+
+
+@pytest.mark.slow
+def test_methods_predicted_side_by_side_are_those_one_by_one(
+    zolr: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "WORTH_IT", 0.0)
+    methods = "stiefel:zo,adamw,sgd,stiefel@rank=4000,mezo,stiefel:fo"
+    asked = ("estimate", "--model", folder, *SMALL, "--budget", "1MiB", "--method", methods, "--json")
+    alone, beside = (zolr(*asked, "--processes", number) for number in (1, 2))
+    assert rows_of(alone) == rows_of(beside) and alone[2] == beside[2]
+    assert [line.split(" ")[0] for line in alone[2].splitlines()][1::2] == [
+        "adamw:fo",
+        "stiefel:zo@rank=4000",
+        "stiefel:fo",
+    ]
+    assert len(rows_of(alone)) == 6

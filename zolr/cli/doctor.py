@@ -1,6 +1,8 @@
 """`zolr doctor`: what zolr finds on this machine."""
 
 import json
+import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +37,11 @@ class Doctor(Settings):
     json: bool = flag(False, "Print JSON.", "Output", saved=False)
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def run(settings: Doctor) -> None:
     """What zolr finds on this machine: versions, device, memory, disk, network, demo, extras."""
     found = examined()
@@ -67,7 +74,6 @@ def examined() -> dict[str, dict[str, Any]]:
     import os
     import platform
     import shutil
-    import sys
     from pathlib import Path
 
     import torch
@@ -78,7 +84,7 @@ def examined() -> dict[str, dict[str, Any]]:
         "cpu": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
     }
-    device["cores"] = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    device["cores"] = cores()
     device["cuda"] = torch.version.cuda or "not in this build"
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)

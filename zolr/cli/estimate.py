@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 
 EVERY = "all"  # stands for every row of the table of methods under each of its paradigms
 MOST_ROWS = 4096  # the largest batch that is looked for
+
+MOST_PROCESSES = 8  # by default; each holds the libraries, 0.5 GB
+WORTH_IT = 30.0  # seconds of predictions to come from which on processes, which take seconds to start, are
 
 # what the columns of the breakdown hold, where their heading does not say it
 IN_WORDS = (
@@ -87,6 +93,13 @@ class Estimate(Settings):
     budget: str | None = flag(
         None, "Find the largest batch of each method under it: 4GiB, 4GB, 4096MiB; 4G is 4GiB.", "Memory"
     )
+    processes: Annotated[int, Ge(1)] | None = flag(
+        None,
+        "Processes that predict methods side by side where that takes long.",
+        "Output",
+        shown=f"one a core, {MOST_PROCESSES} at most",
+        saved=False,
+    )
     json: bool = flag(False, "Print JSON.", "Output", saved=False)
     quiet: bool = flag(False, "Print nothing but the tables and errors.", "Output", saved=False)
 
@@ -101,16 +114,15 @@ def run(settings: Estimate) -> None:
 
     from zolr.cli import runs
     from zolr.cli.screen import console
-    from zolr.cli.workload import noted
     from zolr.memory import OVERHEAD
 
     shown = console(settings.quiet)
-    rows = []
-    with noted() as notes:
-        for name, own in asked.items():
-            shown.print(f"{name} ...", markup=False)
-            rows.append({"name": name, "method": own["method"], "paradigm": own["paradigm"]})
-            rows[-1] |= _estimated(settings, own, budget)
+    rows, notes = [], list[str]()
+    for row, said in _all_rows(
+        settings, asked, budget, lambda name: shown.print(f"{name} ...", markup=False)
+    ):
+        rows.append(row)
+        notes += said
     for note in dict.fromkeys(notes):
         shown.print(note, markup=False)
     if settings.json:
@@ -210,6 +222,68 @@ def plan_of(settings: Estimate, own: Mapping[str, Any]) -> Finetune:
         batch_size=plan.batch_size or DEFAULTS[plan.paradigm or "zo"].batch_size,
         accumulate=plan.accumulate or plan.usual_accumulation,
     )
+
+
+def _all_rows(
+    settings: Estimate,
+    asked: Mapping[str, Mapping[str, Any]],
+    budget: int | None,
+    begins: Callable[[str], None],
+) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """What is known of each method, in order, and what was said meanwhile.
+
+    Args:
+        begins: told the name of each method before its turn.
+    """
+    from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+
+    from zolr.cli.doctor import cores
+
+    processes = settings.processes or min(MOST_PROCESSES, cores())
+    left = [(settings, name, own, budget) for name, own in asked.items()]
+    warm = False  # the first one pays for imports
+    while left:
+        given, began = left.pop(0), time.perf_counter()
+        begins(given[1])
+        yield _row(given)
+        ahead = (time.perf_counter() - began) * len(left)
+        if warm and ahead > WORTH_IT and processes > 1 and left:
+            break
+        warm = True
+    if not left:
+        return
+    # of a fresh interpreter: this one may have threads, or a card
+    pool = ProcessPoolExecutor(
+        min(processes, len(left)), multiprocessing.get_context("spawn"), initializer=_alone
+    )
+    try:
+        tasks = [(given, pool.submit(_row, given)) for given in left]
+        for given, task in tasks:
+            begins(given[1])
+            try:
+                found = task.result()
+            except BrokenExecutor:  # one was ended from outside, for its memory perhaps
+                found = _row(given)
+            yield found
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _alone() -> None:
+    """Let a helper die silently with the run that it is of."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _row(
+    given: tuple[Estimate, str, Mapping[str, Any], int | None],
+) -> tuple[dict[str, Any], list[str]]:
+    from zolr.cli.workload import noted
+
+    settings, name, own, budget = given
+    with noted() as notes:
+        row = {"name": name, "method": own["method"], "paradigm": own["paradigm"]}
+        row |= _estimated(settings, own, budget)
+    return row, notes
 
 
 def _estimated(settings: Estimate, own: Mapping[str, Any], budget: int | None) -> dict[str, Any]:
