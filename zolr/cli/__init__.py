@@ -160,14 +160,19 @@ def _app(arguments: list[str]) -> typer.Typer:
     asked = next((a for a in arguments if not a.startswith("-")), None)
     for verb, summary in VERBS.items():
         if verb == asked:
-            for name, value in _QUIET.items():
-                os.environ.setdefault(name, value)
-            for name in _QUIET_LOGGERS:
-                logging.getLogger(name).setLevel(logging.ERROR)
+            quieten()
             import_module(f"zolr.cli.{verb}").register(app)
         else:
             app.command(verb, help=summary)(lambda: None)
     return app
+
+
+def quieten() -> None:
+    """Have libraries say nothing at their start but errors; before they are imported."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    for name in _QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def explained(error: Exception) -> tuple[int, str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from annotated_types import Ge
 
+from zolr.cli import quieten
 from zolr.cli.budget import bytes_of
 from zolr.cli.config import Settings, add, flag
 from zolr.cli.variants import variant
@@ -252,9 +255,10 @@ def _all_rows(
         warm = True
     if not left:
         return
+    others = set(multiprocessing.active_children())
     # of a fresh interpreter: this one may have threads, or a card
     pool = ProcessPoolExecutor(
-        min(processes, len(left)), multiprocessing.get_context("spawn"), initializer=_alone
+        min(processes, len(left)), multiprocessing.get_context("spawn"), initializer=_helping
     )
     try:
         tasks = [(given, pool.submit(_row, given)) for given in left]
@@ -267,11 +271,22 @@ def _all_rows(
             yield found
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+        for helper in set(multiprocessing.active_children()) - others:  # an interrupted run waits for none
+            helper.terminate()
 
 
-def _alone() -> None:
-    """Let a helper die silently with the run that it is of."""
+def _helping() -> None:
+    """Have a helper say nothing, and die with the run that it is of, however that ends."""
+    quieten()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    asking = multiprocessing.parent_process()
+    assert asking is not None
+
+    def follow() -> None:
+        asking.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _row(
