@@ -108,7 +108,7 @@ class Fakes(FakeTensorMode):
         # one from the table and nothing else: not that of an operation inside of one that is no part of it
         if _counts() == (hits + 1, others):
             every: Any = out if several else [out]
-            seen = [self._seen(func, one, tensors) for one in every]
+            seen = [self._seen(views, one, tensors) for one in every]
             outputs = [one for one in seen if one is not None]
             if len(outputs) == len(seen):
                 _known[looks] = type(out) if several else None, outputs
@@ -151,7 +151,7 @@ class Fakes(FakeTensorMode):
                 return False
         return True
 
-    def _seen(self, func: Any, out: Any, tensors: Sequence[FakeTensor]) -> _Output | None:
+    def _seen(self, views: bool, out: Any, tensors: Sequence[FakeTensor]) -> _Output | None:
         """How an output can be made again; None where it is more than its look."""
         if type(out) in PLAIN:
             return _Plain(out)
@@ -168,7 +168,7 @@ class Fakes(FakeTensorMode):
                 view = _View(
                     number, out.shape, out.stride(), int(out.storage_offset()), out.dtype, out.fake_device
                 )
-                return view if func.is_view else None
+                return view if views else None
         new = _New(out.shape, out.stride(), out.dtype, out.fake_device)
         same = (
             out.storage_offset() == 0 and self._made(new, ()).untyped_storage().nbytes() == storage.nbytes()
