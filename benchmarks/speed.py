@@ -28,11 +28,11 @@ import transformers
 
 import zolr
 from zolr.estimators import combine, mean_loss
+from zolr.factorizations import orthonormal
 from zolr.keys import Key
 from zolr.memory import LiveBytes
 from zolr.models import Checkpointing, build, checkpoint_activations, prompt_loss
 from zolr.probes import Probe
-from zolr.projectors import orthonormal
 from zolr.variables import layout, shifted
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"

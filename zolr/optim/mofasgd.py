@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from zolr.errors import UsageError
+from zolr.factorizations import triples
 from zolr.probes import one_thread
 
 
@@ -86,9 +87,9 @@ class MomentumFactorizedSgd(torch.optim.Optimizer):
                 if state:
                     factors = advanced(state["left"], state["values"], state["right"], p.grad, group["beta"])
                 elif group["released"]:
-                    factors = advanced(*_leading(p, rank), p.grad, group["beta"])
+                    factors = advanced(*triples(p, rank), p.grad, group["beta"])
                 else:
-                    factors = _leading(p.grad, rank)
+                    factors = triples(p.grad, rank)
                 state.update(zip(("left", "values", "right"), factors, strict=True))
                 left, values, right = factors
                 if group["released"]:
@@ -100,14 +101,6 @@ class MomentumFactorizedSgd(torch.optim.Optimizer):
                     rest = p.grad - left @ (left.mT @ p.grad)
                     p.sub_((rest - rest @ right @ right.mT).mul_(group["lr"] * group["outside"]))
                 p.addmm_(left * weights, right.mT, alpha=-group["lr"])
-
-
-@one_thread()
-def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading singular triples `(m, r), (r,), (n, r)`."""
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    # copies, row-major as they come back from a file: views would keep all triples alive
-    return _copy(left[:, :rank]), _copy(values[:rank]), _copy(right.mT[:, :rank])
 
 
 @one_thread()

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from zolr.errors import UsageError
+from zolr.factorizations import leading, orthonormal
 from zolr.keys import Key
-from zolr.probes import one_thread
 from zolr.spectra import Moments, Spectrum, inclusion_probabilities, picked, sample
 from zolr.subspaces import Left, Right, Subspace
 
@@ -157,15 +157,6 @@ def working_dtype(like: Tensor) -> torch.dtype:
     return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
-def orthonormal(matrix: Tensor) -> Tensor:
-    """Orthonormal columns spanning those of `matrix (n, r)`; Haar-distributed if its entries are Gaussian."""
-    with one_thread():
-        q, upper = torch.linalg.qr(matrix)  # (n, r), (r, r)
-    sign = torch.where(upper.diagonal() < 0, -1.0, 1.0).to(q)
-    # QR alone is not Haar: fix the signs (Mezzadri 2007). Row-major, as it comes back from a file: products round by layout
-    return (q * sign).contiguous()
-
-
 def haar(length: int, rank: int, key: Key, like: Tensor) -> Tensor:
     """`(length, rank)` with orthonormal columns, uniform on the Stiefel manifold, drawn on the host."""
     return orthonormal(key.normal((length, rank)).to(working_dtype(like)))
@@ -177,21 +168,14 @@ def lengthened(basis: Tensor, c: float | None) -> Tensor:
     return basis if c is None else basis * sqrt(c * length / rank)
 
 
+def turned(side: Side, gradient: Tensor) -> Tensor:
+    """The gradient with the projected side last, so that a weight and its transpose get the same numbers."""
+    return gradient if is_right(side, tuple(gradient.shape)) else gradient.mT
+
+
 def oriented(side: Side, gradient: Tensor, like: Tensor) -> Tensor:
-    """The gradient turned so that the projected side comes last, fit for factorizations: `(m, n)`, or `(n, m)`.
-
-    So a weight and its transpose get the same numbers.
-    """
-    turned = gradient if is_right(side, tuple(gradient.shape)) else gradient.mT
-    return turned.to(working_dtype(like))
-
-
-def leading(matrix: Tensor, rank: int) -> Tensor:
-    """The `(n, r)` leading right singular vectors of `matrix (m, n)`, as many as there are."""
-    with one_thread():
-        vectors = torch.linalg.svd(matrix, full_matrices=False)[2].mT  # (n, s)
-    # a copy, or the whole of the factor would live as long as the basis; contiguous, as it comes back from a file
-    return vectors[:, :rank].clone(memory_format=torch.contiguous_format)
+    """The gradient `turned`, fit for factorizations: `(m, n)`, or `(n, m)`."""
+    return turned(side, gradient).to(working_dtype(like))
 
 
 def start(
@@ -205,7 +189,7 @@ def start(
     r = min(rank, n)
     if gradient is None:
         return haar(n, r, key, like)
-    basis = leading(oriented(side, gradient, like), r)
+    _, basis = leading(turned(side, gradient), r)
     if basis.shape[1] == r:
         return basis
     return orthonormal(torch.cat((basis, key.normal((n, r - basis.shape[1])).to(basis)), dim=1))

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from zolr.errors import UsageError
+from zolr.factorizations import leading
 from zolr.keys import Key
 from zolr.probes import one_thread
 from zolr.projectors import (
@@ -15,11 +15,10 @@ from zolr.projectors import (
     check_rank,
     check_side,
     demanded,
-    is_right,
     one_sided,
     projected_length,
     sampled,
-    working_dtype,
+    turned,
 )
 from zolr.spectra import Spectrum
 from zolr.subspaces import Subspace
@@ -74,10 +73,9 @@ class Plumage(Fixed):
             UsageError: no gradient.
         """
         gradient = demanded(gradient, self)
-        oriented = gradient if is_right(self.side, shape) else gradient.mT
-        _, values, vectors = torch.linalg.svd(oriented.to(working_dtype(like)), full_matrices=False)
+        values, vectors = leading(turned(self.side, gradient), min(shape))
         n = projected_length(self.side, shape)
         # no gradient has more directions than its shorter side, and svd has no more either
         rank = min(self.rank, len(values)) if not self.alpha else min(self.rank, n)
-        spectrum = Spectrum(vectors.mT, values.double().cpu().square(), 0.0)
+        spectrum = Spectrum(vectors, values.double().cpu().square(), 0.0)
         return one_sided(self.side, shape, sampled(spectrum, rank, key, like, alpha=self.alpha))

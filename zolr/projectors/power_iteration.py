@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from zolr.errors import UsageError
+from zolr.factorizations import orthonormal
 from zolr.keys import Key
 from zolr.projectors import (
     Fixed,
@@ -17,7 +18,6 @@ from zolr.projectors import (
     is_right,
     one_sided,
     oriented,
-    orthonormal,
     start,
 )
 from zolr.subspaces import Subspace

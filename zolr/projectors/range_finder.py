@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from zolr.factorizations import orthonormal
 from zolr.keys import Key
 from zolr.projectors import (
     Fixed,
@@ -14,7 +15,6 @@ from zolr.projectors import (
     demanded,
     one_sided,
     oriented,
-    orthonormal,
 )
 from zolr.subspaces import Subspace
 

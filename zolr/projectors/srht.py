@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from zolr.factorizations import orthonormal
 from zolr.keys import Key
 from zolr.probes import counters
 from zolr.projectors import (
@@ -15,7 +16,6 @@ from zolr.projectors import (
     check_rank,
     check_side,
     one_sided,
-    orthonormal,
     projected_length,
     working_dtype,
 )

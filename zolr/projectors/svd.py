@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from zolr.errors import UsageError
+from zolr.factorizations import leading, triples
 from zolr.keys import Key
-from zolr.probes import one_thread
 from zolr.projectors import (
     Fixed,
     Patient,
@@ -17,9 +17,8 @@ from zolr.projectors import (
     check_rank,
     check_side,
     demanded,
-    is_right,
     one_sided,
-    working_dtype,
+    turned,
 )
 from zolr.subspaces import Coded, Left, Right, Subspace, TwoSided
 
@@ -67,21 +66,11 @@ class Svd(Fixed):
             UsageError: no gradient.
         """
         gradient = demanded(gradient, self)
-        # so turned that the projected side comes last: a weight and its transpose get the same numbers
-        turned = not is_right("short" if self.side == "both" else self.side, shape)
-        oriented = (gradient.mT if turned else gradient).to(working_dtype(like))
-        with one_thread():
-            other, _, vectors = torch.linalg.svd(oriented, full_matrices=False)  # (l, s), (s,), (s, n)
-        basis = _leading(vectors.mT, self.rank, like)
-        if self.side != "both":
-            return one_sided(self.side, shape, basis)
-        opposite = _leading(other, self.rank, like)
-        return TwoSided(basis, opposite) if turned else TwoSided(opposite, basis)
-
-
-def _leading(vectors: Tensor, rank: int, like: Tensor) -> Tensor:
-    """A copy, or the whole of the factor would live as long as the basis; contiguous, as it comes back from a file."""
-    return vectors[:, :rank].to(like).clone(memory_format=torch.contiguous_format)
+        if self.side == "both":
+            left, right = triples(gradient, self.rank)[::2]
+            return TwoSided(left.to(like), right.to(like))
+        basis = leading(turned(self.side, gradient), self.rank)[1]
+        return one_sided(self.side, shape, basis.to(like))
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from zolr.errors import UsageError
+from zolr.factorizations import orthonormal, triples
 from zolr.keys import Key
-from zolr.probes import one_thread
 from zolr.projectors import (
     Fixed,
     Side,
@@ -19,7 +19,6 @@ from zolr.projectors import (
     geodesic,
     one_sided,
     oriented,
-    orthonormal,
     start,
 )
 from zolr.subspaces import Subspace
@@ -88,9 +87,7 @@ class Tracking(Fixed):
         tangent = grad.mT @ inside  # (n, r)
         for _ in range(2):  # twice is enough for full precision
             tangent = tangent - basis @ (basis.mT @ tangent)
-        with one_thread():
-            u, s, vt = torch.linalg.svd(tangent, full_matrices=False)
-        u, sigma, v = u[:, :1], s[:1], vt[:1].mT  # (n, 1), (1,), (r, 1)
+        u, sigma, v = triples(tangent, 1)  # (n, 1), (1,), (r, 1)
         if self.step is None:
             # |G (P v cos + u sin)|² is largest where tan(2 angle) = 2 sigma / (|G P v|² - |G u|²)
             more = (inside @ v).square().sum() - (grad @ u).square().sum()

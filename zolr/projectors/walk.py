@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from zolr.errors import UsageError
+from zolr.factorizations import orthonormal
 from zolr.keys import Key
 from zolr.probes import one_thread
 from zolr.projectors import (
@@ -19,7 +20,6 @@ from zolr.projectors import (
     geodesic,
     lengthened,
     one_sided,
-    orthonormal,
     start,
 )
 from zolr.subspaces import Subspace
