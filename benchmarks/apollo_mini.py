@@ -53,7 +53,7 @@ class Seeded(Fixed):
         from apollo_torch.random_projector import next_seed, stable_randn
 
         seed = 1 + self.names.index(str(key.path[2]))
-        for _ in range(int(key.path[1])):
+        for _window in range(int(key.path[1])):
             seed = next_seed(seed)
         right = shape[0] >= shape[1]
         drawn = stable_randn((self.rank, shape[1]) if right else (shape[0], self.rank), seed=seed)

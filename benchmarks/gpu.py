@@ -158,7 +158,8 @@ def model_of(case: Case, device: str, smoke: bool) -> Any:
         name: str = case.model
         if smoke:
             name = folder
-            build(case.model, dropout=0.0, **changes(case, smoke)).save_pretrained(folder)
+            tiny: Any = build(case.model, dropout=0.0, **changes(case, smoke))
+            tiny.save_pretrained(folder)
         more: dict[str, Any] = {"quantize": case.dtype}
         return load_model(name, dtype=torch.bfloat16, device=device, dropout=0.0, **more)
 
@@ -282,7 +283,7 @@ def memory(case: Case, device: str, smoke: bool, room: Callable[[int], None]) ->
 
 def kernels(step: Any, cuda: bool) -> tuple[int, float | None]:
     """Kernels that a call launches (operations, on the host), and the milliseconds that they take on the card."""
-    from torch.autograd import DeviceType
+    from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
     from torch.profiler import ProfilerActivity, profile
 
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -550,7 +551,7 @@ def machine(device: str) -> dict[str, Any]:
         except PackageNotFoundError:
             found[name] = None
     if device.startswith("cuda"):
-        numbers = torch.cuda.get_whereproperties(device)
+        numbers = torch.cuda.get_device_properties(device)
         found |= {"name": numbers.name, "memory_bytes": numbers.total_memory, "cuda": torch.version.cuda}
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:

@@ -187,7 +187,8 @@ def pretrained(case: dict[str, Any]) -> dict[str, Any]:
     config = AutoConfig.for_model("llama", vocab_size=vocabulary, tie_word_embeddings=True, **MODEL)
     model, steps = build(config, seed=0), case["steps"] or STEPS
     method = compose(row.name, paradigm, **windows(row.build(paradigm), steps))
-    usual = row.lr[paradigm] and row.lr[paradigm] * (PRETRAINING if paradigm == "fo" else 1.0)
+    own = row.lr[paradigm]
+    usual = own and own * (PRETRAINING if paradigm == "fo" else 1.0)
     rate = case["lr"] or (usual if case["published"] or not method.tunable else None)
     loss = partial(lm_loss, chunk=1024)
 
@@ -354,6 +355,13 @@ def main() -> None:
     options.output.parent.mkdir(exist_ok=True)
     rows = METHODS.values() if options.only is None else (METHODS[options.only],)
     tasks = TASKS if options.task is None else (options.task,)
+
+    def save(found: dict[str, Any], rates: dict[str, Any]) -> None:
+        rates.update(found)
+        aside = options.output.with_name(options.output.name + ".tmp")
+        aside.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        aside.replace(options.output)  # a kill must not cost what is known
+
     for paradigm, task, row in product(("fo", "fwd", "zo"), tasks, rows):
         if paradigm not in row.paradigms:
             continue
@@ -361,18 +369,12 @@ def main() -> None:
         if options.again:
             rates.clear()
 
-        def save(found: dict[str, Any], rates: dict[str, Any] = rates) -> None:
-            rates.update(found)
-            aside = options.output.with_name(options.output.name + ".tmp")
-            aside.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-            aside.replace(options.output)  # a kill must not cost what is known
-
         cases = cases_of(task, row, paradigm, results, options)
         for case in cases:
             if case["name"] not in rates:
-                save({case["name"]: one(case)})
+                save({case["name"]: one(case)}, rates)
         while not options.smoke and (factor := following(rates)) is not None:
-            save({f"{factor:g}": one({**cases[0], "factor": factor, "name": f"{factor:g}"})})
+            save({f"{factor:g}": one({**cases[0], "factor": factor, "name": f"{factor:g}"})}, rates)
     for name, rates in results["cases"].items():  # results of a version that did not time, or not count
         counted = "failed" in rates["1"] or {"cpu_median_s", "peak_bytes"} <= rates["1"].keys()
         if not counted and options.only is None:

@@ -75,7 +75,7 @@ class Contest:
 
     def __init__(self, options: argparse.Namespace, rows: int) -> None:
         self.rank, self.plain = options.rank, build(options.model, dtype=torch.float32)
-        vocabulary = self.plain.config.vocab_size  # type: ignore[union-attr]
+        vocabulary: int = self.plain.config.vocab_size  # type: ignore[assignment]
         ids = torch.randint(
             vocabulary, (rows, options.length + 1), generator=torch.Generator().manual_seed(0)
         )

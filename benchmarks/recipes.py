@@ -106,6 +106,7 @@ def main() -> None:
     names = named(options.only.split(",") if options.only else None)
     results = json.loads(options.output.read_text()) if options.output.exists() else {}
     found = results.setdefault(options.device, {})
+    row: dict[str, Any]
     for name in names if not options.table else ():
         if not options.only and "peak_bytes" in found.get(name, {}):
             continue

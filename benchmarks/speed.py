@@ -245,6 +245,7 @@ def profile(options: argparse.Namespace, plain: torch.nn.Module) -> dict[str, fl
         with torch.no_grad():
             loss(plain, data).mean(), loss(plain, data).mean()
 
+    embeddings: Any = plain.base_model.embeddings  # type: ignore[union-attr]
     parts: dict[str, Callable[[], Any]] = {
         "two plain forwards": plainly,
         "whole step": lambda: own.step([data]),
@@ -253,9 +254,7 @@ def profile(options: argparse.Namespace, plain: torch.nn.Module) -> dict[str, fl
         "drawing the probe": lambda: Probe(layout(variables), "rademacher", key),
         "gradients from slopes": combining,
         "optimizer": update,
-        "before the first trained weight (the same for both signs)": lambda: plain.base_model.embeddings(
-            data["input_ids"]
-        ),
+        "before the first trained weight (the same for both signs)": lambda: embeddings(data["input_ids"]),
         "one wait for the device": lambda: bool(torch.isfinite(learned).all()),
         "drawing all bases (once in a window)": lambda: [own.windows.drawn(v) for v in variables],
     }
