@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,6 +59,23 @@ def test_a_case_that_cannot_be_run_is_one_row(tmp_path: Path) -> None:
     assert row["failed"] == "out of time" and row["cut_after_s"] == 1
     (row,) = smoke(tmp_path, "float32, 64 x 128, mezo zo", "--seconds", 1).values()
     assert row["failed"].startswith("left out")
+
+
+def test_what_is_asked_of_a_card_is_asked_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    # lines that no machine without a card gets to: a stand-in has no names but torch's own
+    torch = pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    gpu = import_module("gpu")
+    card = SimpleNamespace(name="a card", total_memory=80 * 10**9)
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    conditions = gpu.machine("cuda")
+    assert conditions["name"] == "a card" and conditions["memory_bytes"] == 80 * 10**9
+    assert {"driver", "cuda", "torch", "transformers"} <= conditions.keys()
+    assert gpu.kernels(lambda: torch.ones(3) + 1, True) == (0, 0.0)  # nothing was launched
+    warned = gpu.waits(lambda: warnings.warn("called a synchronizing operation", stacklevel=1), True)
+    assert warned == 1 and modes == ["warn", "default"]
 
 
 def test_the_cases_are_told_apart_and_the_first_ones_matter_most() -> None:
