@@ -6,6 +6,7 @@
     python benchmarks/speed.py --undo                    # what keeping weights aside costs: a step with it over one without
     python benchmarks/speed.py --layers 24 --width 32 --batch-size 2 --length 8 --dtype bfloat16 # what the host does beside the kernels
     python benchmarks/speed.py --bases                   # ways to draw an orthonormal basis; printed, not kept
+    python benchmarks/speed.py --singular                # ways to the leading singular vectors of a gradient; printed, not kept
 
 Every row is the median over paired rounds of one process: the step and its reference are timed one after the other in
 each round, in alternating order, and the ratio is taken within the round. The quartiles of the ratio are printed beside it.
@@ -28,7 +29,7 @@ import transformers
 
 import zolr
 from zolr.estimators import combine, mean_loss
-from zolr.factorizations import orthonormal
+from zolr.factorizations import leading, orthonormal
 from zolr.keys import Key
 from zolr.memory import LiveBytes
 from zolr.models import Checkpointing, build, checkpoint_activations, prompt_loss
@@ -332,6 +333,40 @@ def bases(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     return found
 
 
+# (m, n) of gradients, for `--singular`
+GRADIENTS = ((768, 768), (768, 3072), (3072, 768), (1024, 1024), (1024, 4096), (4096, 1024))
+
+
+def singular(options: argparse.Namespace) -> None:
+    """The 32 leading singular vectors on the shorter side of a gradient, by the Gram matrix in float64 and by an SVD.
+
+    The gradient has a few large directions and many small ones. Off is the distance of the projections onto the span from that
+    of a decomposition in float64.
+    """
+    for m, n in GRADIENTS:
+        large = Key(1).normal((m, 64)) @ (Key(2).normal((64, n)) * torch.logspace(0, -2, n))
+        gradient = large + 0.1 * Key(3).normal((m, n))
+        turned = gradient if n <= m else gradient.mT
+
+        def svd(turned: torch.Tensor = turned) -> torch.Tensor:
+            return torch.linalg.svd(turned, full_matrices=False)[2][:32].mT.clone()
+
+        def gram(turned: torch.Tensor = turned) -> torch.Tensor:
+            return leading(turned, 32)[1]
+
+        best = torch.linalg.svd(turned.double(), full_matrices=False)[2][:32].mT
+        told = f"{m:5} x {n:5} "
+        for name, way in (("SVD", svd), ("Gram", gram)):
+            with LiveBytes() as live:
+                before = live.track(gradient)
+                vectors = way().double()
+            off = float((vectors @ vectors.mT - best @ best.mT).norm())
+            told += f"  {name}: {(live.peak - before) / 1e6:5.1f} MB, off {off:.1e}"
+        row = paired(gram, svd, options.rounds)
+        told += f"  time {row['ratio']:.2f} ({row['lower']:.2f} to {row['upper']:.2f})"
+        print(told + f" of {row['reference_seconds'] * 1e3:.0f} ms", flush=True)
+
+
 def main() -> None:
     """Time all rows, print and keep them."""
     parser = argparse.ArgumentParser(
@@ -353,6 +388,7 @@ def main() -> None:
     )
     parser.add_argument("--undo", action="store_true", help="what keeping weights aside costs")
     parser.add_argument("--bases", action="store_true", help="ways to draw an orthonormal basis")
+    parser.add_argument("--singular", action="store_true", help="ways to the leading singular vectors")
     parser.add_argument("--json", action="store_true", help="print the results as JSON too")
     parser.add_argument("--output", type=Path, default=RESULTS, help="file the results are merged into")
     options = parser.parse_args()
@@ -360,6 +396,9 @@ def main() -> None:
         parser.error("--rounds must be at least 2; figures that are kept need 9")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    if options.singular:
+        singular(options)
+        return
     if options.bases:
         bases(options)
         return

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from zolr.probes import one_thread, row_blocks
+from zolr.probes import one_thread
+
+_BLOCK = 1 << 18  # entries of a matrix that are turned into float64 at once
 
 
 def orthonormal(matrix: Tensor) -> Tensor:
@@ -56,7 +58,7 @@ def triples(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     values, right = _of_columns(matrix, rank)
     # a QR, not a division by the values: where one is zero any direction will do, but it must be orthogonal to the others
     with one_thread():
-        left = orthonormal(torch.cat([matrix[rows].double() @ right for rows in row_blocks(matrix.shape)]))
+        left = orthonormal(torch.cat([rows.double() @ right for rows in _blocks(matrix)]))
     return left.float(), values.float(), right.float()
 
 
@@ -65,11 +67,16 @@ def _of_columns(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Leading singular values `(r,)` and right vectors `(n, r)` of `(m, n)` with `n <= m`, in float64."""
     n = matrix.shape[1]
     gram = matrix.new_zeros((n, n), dtype=torch.float64)
-    for rows in row_blocks(matrix.shape):  # or a copy in float64 would be the largest tensor of a step
-        block = matrix[rows].double()
+    for rows in _blocks(matrix):
+        block = rows.double()
         gram.addmm_(block.mT, block)
     squares, vectors = torch.linalg.eigh(gram)  # ascending
     return _copy(squares[-rank:].flip(0).clamp_min(0).sqrt()), _copy(vectors[:, -rank:].flip(1))
+
+
+def _blocks(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Rows that are worked on together: a copy of all in float64 would be twice the gradient."""
+    return matrix.split(max(1, _BLOCK // matrix.shape[1]))
 
 
 def _copy(part: Tensor) -> Tensor:
