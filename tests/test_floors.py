@@ -18,6 +18,7 @@ FLOORS: dict[str, int] = {
                 "probes",
                 "spectra",
                 "factored",
+                "beside",
                 "factorizations",
                 "held",
                 "fakes",

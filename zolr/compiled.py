@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from zolr.variables import Variable
+from zolr.variables import Variable, narrow
 
 GRAPHS = 16  # batch shapes that are recorded; others run as they are
 
@@ -165,7 +165,7 @@ class Compiled:
             own = list(leaves)
             for i, tensor in zip(places, tensors[len(values) :], strict=True):
                 own[i] = tensor
-            with self._at(tensors[: len(values)]):
+            with self._at(narrow(self.variables, tensors[: len(values)])):
                 return self.loss(tree_unflatten(own, structure))
 
         sample = (*values, *(leaves[i].clone() for i in places))

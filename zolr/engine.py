@@ -39,7 +39,7 @@ from zolr.projectors.identity import Identity
 from zolr.subspaces import Subspace
 from zolr.tuning import Caution, Tuning, tune
 from zolr.undo import Undo
-from zolr.variables import Gathered, Realization, Variable, Variables, attach, detach, is_attached
+from zolr.variables import Gathered, Realization, Variable, Variables, attach, commit, detach, is_attached
 from zolr.verify import verify
 from zolr.windows import Windows
 
@@ -974,7 +974,7 @@ class Engine:
         for variable, _ in received:
             variable.value.grad = None
             variable.moved = True
-            variable.commit()
+        commit([variable for variable, _ in received])
 
     def _stream(
         self, lr: float, factor: Tensor | None, squares: list[Tensor]

@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from zolr import merged
+from zolr import beside, merged
 from zolr.errors import UsageError
 from zolr.held import (
     RANK,
@@ -364,8 +365,7 @@ class Variable:
 
     def commit(self) -> None:
         """Copy a float32 master of a Full subspace into its low-precision weight."""
-        if self.is_full and not self.held and self.weight.dtype != self.dtype:
-            self.weight.data.copy_(self.value.data.t() if self.transposed else self.value.data)
+        commit([self])
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
@@ -572,6 +572,16 @@ class Variable:
             return False
         return module.__dict__.get("weight") is None and merged.pays(self.subspace, _tokens(x), self.folds)
 
+    def goes_beside(self, module: nn.Module, kind: Kind, x: Tensor) -> bool:
+        """Whether backprop to this site is written by hand (see `zolr.beside`): where all is of one type and plain."""
+        if not torch.is_grad_enabled() or kind != "linear" or self.held or not self._plain:
+            return False
+        loose: Any = module
+        kinds = {x.dtype, loose.weight.dtype, x.dtype if loose.bias is None else loose.bias.dtype}
+        if len(kinds) > 1 or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+            return False
+        return beside.covers(self.subspace) and not is_packed(module, "weight")
+
 
 def _widened(subspace: Subspace, dtype: torch.dtype) -> Subspace:
     """The subspace with its basis in `dtype`."""
@@ -638,6 +648,69 @@ def _neighbor(x: Tensor, direction: Tensor) -> Tensor:
     moved = torch.where(away, bits + 1, bits - 1).view(x.dtype)
     tiny = torch.ones_like(bits).view(x.dtype)  # smallest positive subnormal
     return torch.where(x == 0, torch.where(direction > 0, tiny, -tiny), moved)
+
+
+class _Narrow(torch.autograd.Function):
+    """Tensors in other types, all in one call there and one back."""
+
+    @staticmethod
+    def forward(ctx: Any, kinds: Sequence[torch.dtype], *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.kinds = [value.dtype for value in values]
+        return tuple(_cast(values, kinds))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        found = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
+        cast = _cast([grad for _, grad in found], [ctx.kinds[i] for i, _ in found])
+        result: list[Tensor | None] = [None] * (1 + len(grads))
+        for (i, _), grad in zip(found, cast, strict=True):
+            result[1 + i] = grad
+        return tuple(result)
+
+
+def _cast(tensors: Sequence[Tensor], kinds: Sequence[torch.dtype]) -> list[Tensor]:
+    result = [torch.empty_like(tensor, dtype=kind) for tensor, kind in zip(tensors, kinds, strict=True)]
+    if result:
+        torch._foreach_copy_(result, list(tensors))  # pyright: ignore
+    return result
+
+
+def narrow(variables: Sequence[Variable], values: Sequence[Tensor]) -> list[Tensor]:
+    """The values in the types that weights are computed with, differentiable; rounded once for a whole pass.
+
+    On a GPU a cast of each value and of each gradient, a launch each, costs more than the products in the coordinates.
+    Gradients come back in the values' own type, at the end of the backward pass. As they are left those whose gradients would be
+    large, or would be added up in the narrow type.
+    """
+    chosen = [
+        i
+        for i, (variable, value) in enumerate(zip(variables, values, strict=True))
+        if variable.weight.dtype.itemsize < value.dtype.itemsize
+        and value.requires_grad
+        and not (variable.space.blocked or len(variable.sites) > 1)
+    ]
+    result = list(values)
+    if chosen:
+        points = _Narrow.apply([variables[i].weight.dtype for i in chosen], *(values[i] for i in chosen))
+        for i, point in zip(chosen, points, strict=True):
+            result[i] = point
+    return result
+
+
+@contextmanager
+def narrowed(variables: Sequence[Variable]) -> Iterator[None]:
+    """Evaluate the model at its values, see `narrow`; not where a recording reads their memory, which does that for itself."""
+    here = [v for v in variables if v.plain and v.shifted_to is None and not (v.steady or v.redrawn)]
+    try:
+        for variable, point in zip(here, narrow(here, [v.value for v in here]), strict=True):
+            if point is not variable.value:
+                variable._point = point
+        yield
+    finally:
+        for variable in here:
+            variable._point = None
 
 
 class Variables(list[Variable]):
@@ -755,6 +828,10 @@ def _with_side(
         variable.folding = variable.folds
         loose: Any = module
         return out if loose.bias is None else out + loose.bias
+    if point is not None and not args and not kwargs and variable.goes_beside(module, kind, x):
+        widened: Any = _widened(variable.subspace, x.dtype)
+        loose: Any = module
+        return beside.linear(x, loose.weight, loose.bias, decay, widened, point.to(x.dtype))
     # W (decay x) + bias: the decay multiplies the weight and not the bias
     out = compute(module, cls.forward, x if decay == 1.0 else x * decay, *args, **kwargs)
     if point is None:
@@ -952,6 +1029,15 @@ def layout(variables: Sequence[Variable]) -> Layout:
     return (variables if isinstance(variables, Variables) else Variables(variables)).layout()
 
 
+@torch.no_grad()
+def commit(variables: Sequence[Variable]) -> None:
+    """Copy the float32 masters of Full subspaces into their low-precision weights, in one call for all."""
+    chosen = [v for v in variables if v.is_full and not v.held and v.weight.dtype != v.dtype]
+    if chosen:
+        weights = [v.weight.t() if v.transposed else v.weight for v in chosen]
+        torch._foreach_copy_(weights, [v.value for v in chosen])  # pyright: ignore
+
+
 @contextmanager
 def shifted(
     variables: Sequence[Variable],
@@ -999,8 +1085,7 @@ def _moved(
     points = list(torch._foreach_add(values, shifts, alpha=scale))  # pyright: ignore
     narrow = [i for i, v in enumerate(variables) if v.weight.dtype.itemsize < points[i].dtype.itemsize]
     if narrow:
-        rounded = [torch.empty_like(points[i], dtype=variables[i].weight.dtype) for i in narrow]
-        torch._foreach_copy_(rounded, [points[i] for i in narrow])  # pyright: ignore
+        rounded = _cast([points[i] for i in narrow], [variables[i].weight.dtype for i in narrow])
         for i, point in zip(narrow, rounded, strict=True):
             points[i] = point
     return points

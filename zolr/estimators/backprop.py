@@ -11,7 +11,7 @@ from zolr.distributed import share_of
 from zolr.errors import UsageError
 from zolr.estimators import Emit, Estimate, Loss, same_noise, totals
 from zolr.keys import Key
-from zolr.variables import Variable
+from zolr.variables import Variable, narrowed
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ class Backprop:
         emit = share.in_order(variables, emit)
         values = [v.value for v in variables]
         pending = {id(v.value): v for v in variables}
+        late: list[
+            Variable
+        ] = []  # complete, and too small for the order to matter: they are divided in one call
         handles = []
         total: Tensor | None = None
         n: Tensor | float = 0.0
@@ -56,6 +59,9 @@ class Backprop:
 
         def hand_over(value: Tensor) -> None:
             variable = pending.pop(id(value))
+            if variable.gathered is None and not (variable.space.blocked or share.split):
+                late.append(variable)
+                return
             if variable.gathered is not None:
                 if share.split:  # then all of it goes the same way, and only coordinates travel
                     assert value.grad is not None
@@ -72,20 +78,23 @@ class Backprop:
                 value.grad = None
             with same_noise(values[0].device), torch.enable_grad():
                 for i, batch in enumerate(batches):
-                    part, n = totals(loss(batch))
-                    count = count + n
-                    total = part.detach().double() if total is None else total + part.detach().double()
-                    if i == len(batches) - 1:
-                        total, count = share.sums(total, count)
-                    if i in (0, len(batches) - 1):
-                        for handle in handles:
-                            handle.remove()
-                        hook = hand_over if i == len(batches) - 1 else gather
-                        handles = [v.register_post_accumulate_grad_hook(hook) for v in values]
-                    if part.requires_grad:
-                        differentiable = True
-                        part.backward()
-                    del part
+                    with narrowed(
+                        variables
+                    ):  # backward too: what is computed again there has to see the same
+                        part, n = totals(loss(batch))
+                        count = count + n
+                        total = part.detach().double() if total is None else total + part.detach().double()
+                        if i == len(batches) - 1:
+                            total, count = share.sums(total, count)
+                        if i in (0, len(batches) - 1):
+                            for handle in handles:
+                                handle.remove()
+                            hook = hand_over if i == len(batches) - 1 else gather
+                            handles = [v.register_post_accumulate_grad_hook(hook) for v in values]
+                        if part.requires_grad:
+                            differentiable = True
+                            part.backward()
+                        del part
             if total is None:  # no micro-batch here
                 total, count = share.sums(values[0].new_zeros((), dtype=torch.float64), 0.0)
             elif not differentiable and float(count) > 0:  # a batch without labels has no derivative either
@@ -97,6 +106,13 @@ class Backprop:
                     variable.value.grad = torch.zeros_like(variable.value)
                 with torch.no_grad():
                     hand_over(variable.value)
+            gradients = [v.value.grad for v in late if v.value.grad is not None]
+            for variable in late:
+                variable.value.grad = None
+            if gradients and not (isinstance(count, float) and count == 1.0):
+                torch._foreach_div_(gradients, count)  # pyright: ignore
+            for variable, gradient in zip(late, gradients, strict=True):
+                emit(variable, gradient)
         finally:
             for handle in handles:
                 handle.remove()
