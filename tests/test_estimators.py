@@ -6,6 +6,7 @@ five standard errors of that mean.
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -15,13 +16,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from zolr.engine import Engine
 from zolr.errors import UsageError
-from zolr.estimators import ESTIMATORS, PARADIGMS, Estimate, Found, changed, mean_loss, setting, totals
+from zolr.estimators import (
+    ESTIMATORS,
+    PARADIGMS,
+    Estimate,
+    Found,
+    _MappedMasks,
+    changed,
+    mean_loss,
+    setting,
+    totals,
+)
 from zolr.estimators.backprop import Backprop
 from zolr.estimators.coordinates import Coordinates
 from zolr.estimators.forward import Forward
@@ -1521,3 +1533,57 @@ def test_slopes_of_forward_mode_do_not_depend_on_who_counts_memory():
         with LiveBytes():
             counted = engine.method.estimator.measure(engine._loss_of, [batch], engine.variables, key).slopes
         assert torch.equal(seen, counted)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.bfloat16])
+def test_fused_attention_of_several_points_gets_masks_of_as_many_rows(
+    kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's rule for the kernel of a card, on tensors without data: queries of all points with the mask of one otherwise."""
+    shapes: list[tuple[int, ...]] = []
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "efficient_attention" in str(function):
+                shapes.extend((args[0].shape, args[3].shape))
+            return function(*args, **(kwargs or {}))
+
+    def on_a_card(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> Tensor:
+        bias = torch.zeros_like(attn_mask, dtype=query.dtype) if attn_mask.dtype == torch.bool else attn_mask
+        bias = bias.expand(-1, query.shape[1], -1, -1)
+        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, False)[0]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", on_a_card)
+    with FakeTensorMode():
+        x = torch.empty(3, 4, 8, 16, device="cuda", dtype=torch.bfloat16)
+        mask = torch.ones(3, 1, 8, 8, device="cuda", dtype=kind)
+
+        def attend(scale: Tensor) -> Tensor:
+            return _MappedMasks(scale).__torch_function__(
+                on_a_card, (), (x * scale, x, x), {"attn_mask": mask}
+            )
+
+        with Shapes():
+            out = torch.func.vmap(attend)(torch.ones(2, device="cuda", dtype=torch.bfloat16))
+    assert shapes == [(6, 4, 8, 16), (6, 4, 8, 8)] and out.shape == (2, 3, 4, 8, 16)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+@pytest.mark.parametrize("by_place", [True, False])
+def test_masks_of_several_points_mask_the_same(kind: torch.dtype, by_place: bool) -> None:
+    numbers = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 4, 8, 16, generator=numbers) for _ in range(3))
+    mask = torch.randn(3, 1, 8, 8, generator=numbers)
+    mask = mask > -0.5 if kind == torch.bool else mask
+    attention, scales = torch.nn.functional.scaled_dot_product_attention, torch.tensor([1.0, -2.0])
+
+    def attend(scale: Tensor) -> Tensor:
+        with _MappedMasks(scale):
+            more = (mask, 0.0, False) if by_place else ()
+            named = {} if by_place else {"attn_mask": mask}
+            return attention(q * scale, k, v, *more, scale=0.3, **named)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the missing rule for this kernel on a host
+        found = torch.func.vmap(attend)(scales)
+    torch.testing.assert_close(found, torch.stack([attention(q * s, k, v, mask, scale=0.3) for s in scales]))

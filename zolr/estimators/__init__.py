@@ -11,7 +11,9 @@ from math import nan
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from zolr.distributed import share_of
 from zolr.errors import UsageError
@@ -390,6 +392,36 @@ def combined(
     return gradient
 
 
+class _MappedMasks(TorchFunctionMode):
+    """Gives attention masks the axis that queries have under vmap.
+
+    torch's rules for fused attention put that axis of queries, keys and values into the rows of the batch, and hand on a mask
+    that has none as it is: fewer rows than the kernel is asked to mask.
+
+    Args:
+        mapped: 0-dim, with the axis.
+    """
+
+    def __init__(self, mapped: Tensor) -> None:
+        super().__init__()
+        self.mapped = mapped
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call it, with another mask where it is attention."""
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            named = dict(zip(("attn_mask", "dropout_p", "is_causal"), args[3:], strict=False))
+            args, kwargs = args[:3], {**kwargs, **named}
+            mask = kwargs.get("attn_mask")
+            if mask is not None and mask.dtype == torch.bool:
+                kwargs["attn_mask"] = mask & (self.mapped == self.mapped)
+            elif mask is not None:
+                kwargs["attn_mask"] = mask + (0 * self.mapped).to(mask.dtype)
+        return func(*args, **kwargs)
+
+
 def evaluate(
     measured: Callable[[], Tensor],
     variables: Sequence[Variable],
@@ -415,7 +447,7 @@ def evaluate(
 
         def moved(scale: Tensor, parts: dict[str, Tensor]) -> Tensor:
             direction = shared or (lambda name, rows=None: parts[name] if rows is None else parts[name][rows])
-            with shifted(variables, direction, scale, plain=False):
+            with shifted(variables, direction, scale, plain=False), _MappedMasks(scale):
                 return measured()
 
         rewind()
