@@ -51,12 +51,14 @@ class _Beside(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (T, n)
         ctx.decay, ctx.right, ctx.shape = decay, right, x.shape
-        out = F.linear(rows if decay == 1.0 else rows * decay, weight, bias)
+        # what is returned is no view: a model may write into it
+        out = F.linear(x if decay == 1.0 else x * decay, weight, bias)
         first, second = (basis, coords.mT) if right else (coords.mT, basis.mT)
         inner = rows @ first  # (T, r)
         # of the input side only x P is needed again; the other side needs all of x
         ctx.save_for_backward(inner if right else rows, coords, weight, basis)
-        return out.addmm_(inner, second).view(*x.shape[:-1], out.shape[-1])
+        out.view(-1, out.shape[-1]).addmm_(inner, second)
+        return out
 
     @staticmethod
     @once_differentiable

@@ -68,8 +68,8 @@ class _Merged(torch.autograd.Function):
         ctx.decay, ctx.right, ctx.zero, ctx.shape = decay, right, zero, x.shape
         # of the input side only x P is needed again; the other side needs all of x
         ctx.save_for_backward(rows @ basis if right else rows, coords, weight, basis)
-        out = F.linear(rows, weight if zero else _put_together(weight, coords, basis, decay, right))
-        return out.view(*x.shape[:-1], out.shape[-1])
+        # what is returned is no view: a model may write into it
+        return F.linear(x, weight if zero else _put_together(weight, coords, basis, decay, right))
 
     @staticmethod
     @once_differentiable
