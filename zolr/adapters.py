@@ -180,7 +180,10 @@ def load(folder: Path, model: nn.Module) -> Variables:
         raise DataError(
             f"the adapter in {folder} is of another model: there is no '{unknown[0]}' in this one"
         )
-    for name in whole.keys() - pairs.keys():
+    # a tied weight may be a pair at one place and whole at another: the pair alone moves it at both
+    paired = {id(parameters[name]) for name in pairs.keys() & parameters.keys()}
+    whole = {name: tensor for name, tensor in whole.items() if id(parameters.get(name)) not in paired}
+    for name in list(whole):
         target = parameters.get(name, buffers.get(name))
         assert target is not None
         if name in buffers or (target.dim() > 1 and target.device.type != "meta"):

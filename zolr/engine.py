@@ -235,8 +235,11 @@ class Engine:
             raise UsageError(f"{why} needs a learning rate; give lr")
         if lr is None and (not method.tunable or _eps(method) is _NO_EPS):
             raise UsageError("the rate of this estimator cannot be measured; give lr")
-        if weight_decay < 0 or (clip is not None and not clip > 0):
-            raise UsageError(f"weight_decay = {weight_decay} and clip = {clip} must not be negative")
+        if not 0 <= weight_decay < float("inf") or (clip is not None and not clip > 0):
+            raise UsageError(
+                f"weight_decay = {weight_decay} or clip = {clip} is out of range; use a finite decay of at least 0, and a "
+                "positive norm"
+            )
         if isinstance(hold_rank, bool) or not isinstance(hold_rank, int) or hold_rank < 1:
             raise UsageError(f"hold_rank = {hold_rank!r} is no rank; use a whole number of at least 1")
         if realization == "inplace" and setting(method.estimator, "signs") == "together":
@@ -300,6 +303,8 @@ class Engine:
                 "compile records the backward pass as a whole, and a dense method takes its gradients one by one; "
                 "leave compile out"
             )
+        self._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        self._statistics: list[tuple[Tensor, Tensor]] = []  # running ones, and what they were before the step
         self._fast = Compiled(self._loss_of, self.variables, self._trains) if compile else self._loss_of
         self._told = False  # that held weights have lost something
         self._sharded = any(is_sharded(parameter) for parameter in model.parameters())
@@ -485,9 +490,7 @@ class Engine:
                 f"{len(batches)} micro-batches do not go evenly into {self.team.size} ranks, which put sharded weights "
                 "together in step with each other; use a multiple"
             )
-        wanted = self.method.paradigm == "fo"
-        before = self.model.training
-        with self._mode(wanted, before), self._whole_or_nothing():
+        with self._mode(self.method.paradigm == "fo"), self._whole_or_nothing():
             info = self._step(batches)
         self._fold_at_once()
         return info
@@ -569,7 +572,7 @@ class Engine:
                 self._torn = ""
             raise
         finally:
-            self._writing, self._numbers = False, None
+            self._writing, self._numbers, self._statistics = False, None, []
             self.windows.undo.end()
 
     # ---- going back ----------------------------------------------------------------------------------------------
@@ -581,6 +584,8 @@ class Engine:
 
     def _begin_undo(self) -> None:
         self.windows.undo.begin()
+        learning = [m for m in self._norms if m.training and self.windows.undo.keeps]
+        self._statistics = [(buffer, buffer.clone()) for m in learning for buffer in m.buffers()]
         if self.windows.undo.keeps:
             self._numbers = _Numbers.of(self)
         if self.undo:
@@ -601,6 +606,8 @@ class Engine:
             choices: what it has chosen for all steps, and counted, too.
         """
         assert self._numbers is not None
+        for buffer, before in self._statistics:
+            buffer.copy_(before)
         self.windows.put_back()
         self._numbers.put_back(self, choices)
 
@@ -611,17 +618,21 @@ class Engine:
             )
 
     @contextmanager
-    def _mode(self, wanted: bool, before: bool) -> Iterator[None]:
-        """The model in training mode or not inside the context; nothing is touched where it is so already."""
-        modules = list(self.model.modules())
-        if all(module.training is wanted for module in modules):
+    def _mode(self, wanted: bool) -> Iterator[None]:
+        """The model in training mode or not inside the context, each module as it was after it.
+
+        In a model in training mode, modules in evaluation mode (frozen batch norms) stay in it.
+        """
+        before = [(module, module.training) for module in self.model.modules()]
+        if (wanted and self.model.training) or all(training is wanted for _, training in before):
             yield
             return
         self.model.train(wanted)
         try:
             yield
         finally:
-            self.model.train(before)
+            for module, training in before:
+                module.training = training
 
     def _step(self, batches: Sequence[Any]) -> Info:
         forwards = 0
@@ -630,7 +641,8 @@ class Engine:
             self._activate(self.step_count // self.method.layers.every)
         every = self.method.refresh_every
         refreshed = bool(every and self.step_count % every == 0 and self.step_count != self._refreshed_at)
-        if self._watches and (refreshed or not self.windows.spectra):
+        begins = self.step_count == 0 and not self.windows.spectra
+        if self._watches and (refreshed or begins) and not all(v.is_full for v in self.variables):
             self.windows.watch(lambda: self._run_unseen(batches))
             forwards += len(batches)
             refreshed = True
@@ -969,7 +981,7 @@ class Engine:
                 gradient.mul_(factor)
         for (variable, _), gradient in zip(received, gradients, strict=True):
             self._decay(variable, lr)
-            variable.value.grad = gradient
+            variable.value.grad = _as_laid_out(gradient, variable.value)
         self.optimizer.step()
         for variable, _ in received:
             variable.value.grad = None
@@ -1033,7 +1045,7 @@ class Engine:
         """One step of the optimizer on one value; visiting all others for each one would be quadratic."""
         groups = self.optimizer.param_groups
         own = self.windows.group_of(value)
-        value.grad = gradient
+        value.grad = _as_laid_out(gradient, value)
         self.optimizer.param_groups = [{**own, "params": [value]}]
         try:
             self.optimizer.step()
@@ -1151,6 +1163,7 @@ class Engine:
             "norm": None if self._norm is None else self._norm.clone(),
             "seed": self.seed,
             "lr": [float(group["lr"]) for group in self.optimizer.param_groups],
+            "groups": [_numbers_of(group) for group in self.optimizer.param_groups],  # schedules move momenta too
             "base_lr": self.base_lr,
             "tuning": None if self.tuning is None else self.tuning.as_dict(),
             "scheduler": None if self._scheduler is None else _plain(self._scheduler.state_dict()),
@@ -1204,6 +1217,8 @@ class Engine:
             self._scheduler.load_state_dict(state["scheduler"])
         for group, lr in zip(self.optimizer.param_groups, state["lr"], strict=True):
             group["lr"] = lr
+        for group, numbers in zip(self.optimizer.param_groups, state.get("groups", ()), strict=False):
+            group.update({k: tuple(x) if isinstance(x, list) else x for k, x in numbers.items() if k in group})
 
     def detach(self) -> nn.Module:
         """Fold, and give the model back as it was before attaching, with the trained weights.
@@ -1260,9 +1275,21 @@ def _lasting(method: Method) -> dict[str, str]:
     return {name: repr(part) for name, part in (numbers | parts).items()}
 
 
+def _as_laid_out(gradient: Tensor, value: Tensor) -> Tensor:
+    """The gradient, row-major where the value is: a fused rule pairs their entries by memory."""
+    return gradient.contiguous() if value.is_contiguous() else gradient
+
+
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """A scheduler's state without the callables in it."""
     return {k: v for k, v in state.items() if isinstance(v, int | float | str | bool | list | type(None))}
+
+
+def _numbers_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an optimizer's group that are numbers, or several."""
+    found = {k: list(x) if isinstance(x, tuple) else x for k, x in group.items() if k not in ("params", "lr")}
+    several = {k: x if isinstance(x, list) else [x] for k, x in found.items()}
+    return {k: found[k] for k, x in several.items() if x and all(type(n) in (int, float) for n in x)}
 
 
 def _takes_a_step(schedule: Schedule) -> bool:

@@ -16,6 +16,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -404,6 +405,7 @@ def predict(
     accumulation: int = 1,
     checkpointing: Checkpointing = False,
     signs: Literal["sequence", "together"] | None = None,
+    lr: float | None = 1e-3,
     select: str | Callable[[str, nn.Parameter], bool] = "all",
     realization: Any = "auto",
     weight_decay: float = 0.0,
@@ -434,6 +436,7 @@ def predict(
         accumulation: micro-batches a step.
         checkpointing: keep the inputs of layers only and compute the rest again in backward; "selective": of half of them.
         signs: of a forward-only probe, "sequence" or "together"; None as the method says.
+        lr: None where a forward-only run chooses it. A first step that chooses rate or radius has other subspaces beside its own.
         select, realization, weight_decay, clip, hold, hold_rank: as for `Engine`.
         quantize: as for `load_model`.
         adapter: what the model is wrapped in, which is then trained instead of `select`.
@@ -513,12 +516,24 @@ def predict(
                 _label_as_made(engine, live)
             _fill_spectra(engine)
             steps = WINDOW + 1 if method.refresh_every else WINDOW
+            if chooses:
+                with torch.no_grad(), engine._elsewhere(0):
+                    engine.method.estimator.measure(  # type: ignore[union-attr]
+                        engine._fast, batches[:ENOUGH_BATCHES], engine.active, keys.Key(0)
+                    )
+            worst = _worst_window(engine)
+            if worst is not None:
+                steps = 2 * WINDOW  # one with its state from the beginning, too
+                assumptions.append(f"the worst of the first {PERIODS} windows of seed 0, in which coins leave weights whole")
             if method.layers.every:
                 _keep_states(engine)
                 live.reset_peak()
             for period in _worst_periods(engine):
                 engine.step_count = max(engine.step_count, period * (method.layers.every or 0))
-                for _ in range(steps):
+                for number in range(steps):
+                    if number == WINDOW and worst is not None:
+                        for core in engine.windows.cores.values():
+                            core.window = worst - 1  # the next one is that
                     live.base_phase("open")
                     engine.step(batches[:ENOUGH_BATCHES])
                     _label_kept(engine, live)
@@ -555,6 +570,8 @@ def predict(
             )
         live, coords, state = forward, 0, 0
         if method is not None:
+            eps = setting(method.estimator, "eps", 0.0)
+            chooses = not method.estimator.exact and (eps is None or (lr is None and eps != 0.0))
             method = _runnable(method, signs)
             live, weights, coords, state = step(method)
     scratch, threads = workspace(device), 2 if method is not None and method.paradigm == "fo" else 1
@@ -794,6 +811,17 @@ def _worst_periods(engine: Engine) -> list[int]:
         depth[period] = min(inner, default=0)
     deepest = min(depth, key=lambda period: (depth[period], -size[period]))
     return sorted({max(size, key=lambda period: size[period]), deepest})
+
+
+def _worst_window(engine: Engine) -> int | None:
+    """The window in which most numbers are in the hands of the optimizer, where a coin may leave it whole weights."""
+
+    def whole(window: int) -> int:
+        chosen = (v for v in engine.variables if v.name in engine.windows.cores)
+        return sum(prod(v.shape) for v in chosen if engine.windows.comes_whole(v, window))
+
+    sizes = [whole(window) for window in range(PERIODS)]
+    return sizes.index(max(sizes)) if any(sizes) else None
 
 
 def _keep_states(engine: Engine) -> None:

@@ -740,7 +740,8 @@ def _kind(module: nn.Module, parameter: str) -> Kind:
         if cls is nn.Linear or is_packed(module, parameter):
             return "linear"
         if isinstance(module, nn.Embedding) and cls is nn.Embedding:
-            return "embedding" if module.max_norm is None and not module.sparse else "other"
+            usual = module.max_norm is None and not (module.sparse or module.scale_grad_by_freq)
+            return "embedding" if usual else "other"
         if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
             return "conv1d"
     return "other"
@@ -776,8 +777,10 @@ def _attached(cls: type[nn.Module]) -> type[nn.Module]:
         bindings: dict[str, tuple[Variable, Kind]] = self.__dict__[_BINDINGS]
         for name, (variable, kind) in bindings.items():
             variable.touched = True
-            if variable.watch is not None and kind in ("linear", "conv1d") and args:
-                variable.watch(args[0])
+            if variable.watch is not None and (kind in ("linear", "conv1d") or isinstance(self, nn.Linear)):
+                inputs = args[0] if args else next(iter(kwargs.values()), None)
+                if isinstance(inputs, Tensor) and inputs.shape[-1:] == (variable.shape[1],):
+                    variable.watch(inputs)
             point = variable.point()
             if variable._rows is None and args and variable.prefers_side(kind, _tokens(args[0])):
                 side = variable, kind, point

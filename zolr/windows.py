@@ -173,7 +173,7 @@ class Windows:
         if isinstance(projector, Patient) and core.subspace is not None:
             core.likeness.append(float(projector.likeness(core.subspace, new)))
             core.gap = projector.gap(core.gap, core.likeness)
-        whole = self.method.residual.whole(key.fold_in("whole"))
+        whole = self.comes_whole(variable, core.window + 1)
         old, before = core.space, dict(self.optimizer.state.get(core.value, {}))
         with self._transported(variable, old, Full(variable.shape) if whole else new):
             core.open(new, whole)
@@ -182,6 +182,12 @@ class Windows:
             after = self.optimizer.state.get(core.value, {})
             settings = self.group_of(core.value)
             self.method.residual.carried(core.kept, (old, before), (core.space, after), settings)
+
+    def comes_whole(self, variable: Variable, window: int) -> bool:
+        """Whether a dense method's optimizer has all of that weight in a window (see `Residual.whole`)."""
+        return self.method.residual.whole(
+            self.key.fold_in("subspace", window, variable.name).fold_in("whole")
+        )
 
     def _first_moment(self, value: nn.Parameter) -> Tensor | None:
         """Mean gradient in the coordinates, as the optimizer keeps it; None where it keeps none."""

@@ -345,6 +345,7 @@ def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
             num_labels=settings.classes,
             accumulation=plan.accumulate or 1,
             checkpointing=plan.checkpointing or False,
+            lr=plan.lr,
             select=select,
             weight_decay=plan.weight_decay,
             clip=plan.clip,

@@ -1092,6 +1092,7 @@ class Job:
             num_labels=len(self.work.task.classes),
             accumulation=settings.accumulate or 1,
             checkpointing=settings.checkpointing or False,
+            lr=settings.lr,
             select=self.select,
             weight_decay=settings.weight_decay,
             clip=settings.clip,

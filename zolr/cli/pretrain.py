@@ -965,6 +965,7 @@ def prediction(settings: Pretrain, config: Any, on: device, *, profile: bool = F
         loss=_objective(settings, named, on, "cpu"),
         accumulation=settings.parts,
         checkpointing=settings.checkpointing or False,
+        lr=settings.lr,
         select=settings.selection,
         weight_decay=settings.weight_decay,
         clip=settings.clip,

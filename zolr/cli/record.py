@@ -27,7 +27,8 @@ class Meter:
 
     On CUDA the allocator counts by itself. Elsewhere live tensors are counted, which slows a step down, so only those
     steps are counted that can set a new peak: whose padded batch is larger than any before, or as large as the largest
-    for the second time (the first one may have made the optimizer's state), and the first that opens a new window.
+    for the second time (the first one may have made the optimizer's state), those before which the engine holds more than
+    before any that were counted, and of those that open a new window the first, second, fourth and so on.
 
     Args:
         engine: whose steps they are.
@@ -47,7 +48,8 @@ class Meter:
         self._engine, self._device = engine, device
         self.counter, self.shape, self._peak = "live tensors of a step", (0, 0), 0
         self.counting, self._stepped = False, False
-        self._times, self._opened = 0, False  # steps counted of the largest batch; whether a new window was
+        self._times, self._opened = 0, 0  # steps counted of the largest batch; windows opened
+        self._counted: list[tuple[int, int]] = []  # tokens of a step, and bytes held before it
         # fully_shard gives memory back by emptying tensors that live on, which no count of them sees
         self._blind = any(v.sharded for v in engine.variables)
         if self._blind:
@@ -90,25 +92,26 @@ class Meter:
     @contextmanager
     def around(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[None]:
         """Count one step."""
-        from zolr.estimators import setting
-
         shape = max((tuple(batch["input_ids"].shape) for batch in batches), key=lambda s: s[0] * s[1])
         tokens, most = shape[0] * shape[1], self.shape[0] * self.shape[1]
         engine, every = self._engine, self._engine.method.refresh_every
-        opens = not self._opened and bool(every and engine.step_count and engine.step_count % every == 0)
         self._stepped = True
-        due = tokens > most or (tokens == most and self._times < 2) or opens
-        # the first step then makes many forward passes that hold no more than the step itself does
-        tuning = engine.tuning is None and (
-            engine.base_lr is None or setting(engine.method.estimator, "eps", 1.0) is None
-        )
         if self._device.type == "cuda":
             self.shape = max(shape, self.shape, key=lambda s: s[0] * s[1])
-        self.counting = due and not tuning and self._device.type != "cuda" and not self._blind
+        if self._device.type == "cuda" or self._blind:
+            yield
+            return
+        opens = bool(every and engine.step_count and engine.step_count % every == 0)
+        self._opened += opens
+        # windows differ where they are drawn by coins: some of many are enough
+        opens = opens and self._opened & (self._opened - 1) == 0
+        held = held_bytes(engine)
+        new = not any(tokens <= t and held <= h for t, h in self._counted)
+        self.counting = new or (tokens == most and self._times < 2) or opens
         if not self.counting:
             yield
             return
-        self._opened |= opens
+        self._counted = [(t, h) for t, h in self._counted if t > tokens or h > held] + [(tokens, held)]
         if tokens >= most:
             self._times = 1 if tokens > most else self._times + 1
         from zolr.memory import LiveBytes
@@ -120,6 +123,14 @@ class Meter:
             yield
         if live.peak > self._peak:
             self._peak, self.shape = live.peak, shape
+
+
+def held_bytes(engine: Engine) -> int:
+    """Bytes that an engine holds from step to step besides the model."""
+    from zolr.memory import kept
+
+    parts = {id(tensor): tensor for part in kept(engine).values() for tensor in part}
+    return sum(tensor.numel() * tensor.element_size() for tensor in parts.values())
 
 
 def within(budget: int | None, measured: int | None) -> dict[str, Any]:

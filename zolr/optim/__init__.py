@@ -195,6 +195,9 @@ def _is_torch_class(name: str) -> bool:
 def _construct(
     cls: type[torch.optim.Optimizer], values: Sequence[nn.Parameter], lr: float, settings: dict[str, Any]
 ) -> torch.optim.Optimizer:
+    if settings.get("fused") and not all(value.is_contiguous() for value in values):
+        # torch's fused kernels go by memory and not by strides: entries would meet the gradients of others
+        settings = {**settings, "fused": False, "foreach": False}
     optimizer = cls(list(values), lr=lr, **settings)  # type: ignore[call-arg]
     for group in optimizer.param_groups:
         if "weight_decay" in group:

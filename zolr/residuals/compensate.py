@@ -36,8 +36,8 @@ class Compensate(Plain):
             )
 
     def whole(self, key: Key) -> bool:
-        """The coin of that window."""
-        return float(key.uniform()) < self.q
+        """The coin of that window, a number of its name alone: a prediction, whose tensors have no numbers, tosses it too."""
+        return key.integer() < self.q * 2**64
 
     def __call__(self, weight: Tensor, gradient: Tensor, window: Window, step: Step, state: State) -> None:
         """Move the weight; see `Residual`."""
