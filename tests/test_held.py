@@ -778,6 +778,36 @@ def test_peft_loads_the_adapter_and_gives_the_same_outputs(how: Any, family: str
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("select", ["linear+embedding+head", "linear"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text"])
+def test_an_embedding_of_its_own_kind_is_moved_once(
+    family: str, tied: bool, select: str, tmp_path: Path
+) -> None:
+    """Such an embedding is stored whole, and the head that may share its weight as a pair."""
+    sizes: dict[str, Any] = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=40)
+    config = models.AutoConfig.for_model(family, **sizes, tie_word_embeddings=tied)
+    model: Any = models.build(config)
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    model.save_pretrained(base)
+    folder.mkdir()
+    untouched = answers(model)
+    rule = compose("stiefel", "fo", rank=4, refresh_every=3)
+    run = Engine(model, rule, lr=1e-2, loss=models.lm_loss, hold=True, select=select)
+    for _ in range(8):
+        run.step([lines()])
+    trained = answers(model)
+    assert not close(untouched, trained, 0.05)
+    adapters.write(folder, model, run.variables, str(base))
+    said = json.loads((folder / "adapter_config.json").read_text())
+    assert (said["modules_to_save"] is not None) == ("embedding" in select)
+    assert close(answers(models.load_model(folder)), trained, 1e-5)
+    peft = pytest.importorskip("peft", reason="needs peft (pip install peft)")
+    assert close(answers(peft.PeftModel.from_pretrained(models.load_model(base), folder)), trained, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_ranks_of_an_adapter_are_those_of_its_weights(tmp_path: Path) -> None:
     model = models.load_model(tiny("llama", tmp_path))
     wanted = ("q_proj", "down_proj")

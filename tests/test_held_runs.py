@@ -116,6 +116,25 @@ def test_peft_reads_the_folder_of_a_run(zolr: Run, learn: Arguments, tmp_path: P
     assert torch.allclose(theirs, ours, atol=1e-4) and not torch.allclose(base, ours, atol=1e-3)
 
 
+def test_a_tied_weight_with_an_embedding_of_its_own_kind(zolr: Run, learn: Arguments, tmp_path: Path) -> None:
+    from zolr import models
+
+    base = tmp_path / "base"
+    tokenizer = models.load_tokenizer(MODEL)
+    tokenizer.save_pretrained(base)
+    sizes: dict[str, Any] = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48)
+    sizes |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    config = models.AutoConfig.for_model("gemma3_text", **sizes, max_position_embeddings=128)
+    built: Any = models.build(config)
+    built.save_pretrained(base)
+    code, _, err = zolr(
+        "finetune", "--model", base, *learn[3:], *FO, "--lr", 1e-2, "--train", "all", "--hold"
+    )
+    assert code == 0, err
+    result = check(zolr, tmp_path / "run", tmp_path)
+    assert result["metrics"]["test"]["after"] != result["metrics"]["test"]["before"]
+
+
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_an_offloaded_run_learns_what_a_held_run_learns(
     zolr: Run, learn: Arguments, tmp_path: Path, where: str

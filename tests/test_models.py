@@ -286,6 +286,41 @@ def test_unknown_family_uses_the_stock_forward(monkeypatch):
         head(model, torch.zeros(1, 16))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, at peft's use of an older name
+@pytest.mark.parametrize("family", ["bert", "granite", "llama"])
+def test_losses_of_a_model_that_peft_wraps_are_those_of_its_stock_forward(family):
+    peft = pytest.importorskip("peft", reason="needs peft (pip install peft)")
+    wrapped = peft.get_peft_model(tiny(family), peft.LoraConfig(r=2, target_modules="all-linear"))
+    batch, inputs = batch_of(VOCAB), ("input_ids", "attention_mask")
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+        logits = wrapped(**{name: batch[name] for name in inputs}).logits
+        expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
+        with pytest.warns(
+            UserWarning, match=f"PeftModel around model family '{family}' is computed by its stock"
+        ):
+            total, count = lm_loss(wrapped, batch)
+            losses = models.lm_losses(wrapped, batch)
+            words = models.prompt_logits(wrapped, batch, [5, 6])
+    torch.testing.assert_close((total / count).float(), expected)
+    counts = (batch["labels"] != -100).sum(1)
+    torch.testing.assert_close((losses * counts).sum(), total)
+    torch.testing.assert_close(words, logits[torch.arange(3), batch["positions"]][:, [5, 6]])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_tokens_of_prompt_tuning_are_no_tokens_of_the_batch():
+    peft = pytest.importorskip("peft", reason="needs peft (pip install peft)")
+    tuning = peft.PromptTuningConfig(task_type=peft.TaskType.CAUSAL_LM, num_virtual_tokens=4)
+    wrapped, batch = peft.get_peft_model(tiny("llama"), tuning), batch_of(VOCAB)
+    with torch.no_grad(), pytest.warns(UserWarning, match="is computed by its stock forward"):
+        logits = wrapped(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 4:]
+        words = models.prompt_logits(wrapped, batch, [5, 6])
+    torch.testing.assert_close(words, logits[torch.arange(3), batch["positions"]][:, [5, 6]])
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
@@ -344,6 +379,12 @@ def test_dropout_of_a_config_can_be_set():
     assert {getattr(model.config, k) for k in ("attn_pdrop", "embd_pdrop", "resid_pdrop")} == {0.0}
 
 
+def test_a_switch_is_no_dropout_probability():
+    model = tiny("esm", dropout=0.0)
+    assert model.config.token_dropout is True and model.config.hidden_dropout_prob == 0.0
+    assert not any(isinstance(value, bool) for value in models.dropouts(model.config).values())
+
+
 def test_preset_with_published_weights_says_that_its_own_are_random(monkeypatch):
     monkeypatch.setitem(
         PRESETS, "gpt2", models.Preset("gpt2", dict(n_embd=8, n_layer=1, n_head=1), "hub/name")
@@ -383,6 +424,30 @@ def test_bad_folders_are_refused_in_one_line(tmp_path):
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(DataError, match="cannot be read"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["cohere", "granite", "mamba", "olmoe"])
+def test_families_without_a_classification_head_are_refused(family, tmp_path):
+    config = AutoConfig.for_model(family, vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1)
+    config.save_pretrained(tmp_path)
+    message = f"family '{family}' has no classification head in transformers; use --head prompt .kind 'lm'"
+    with pytest.raises(UsageError, match=message):
+        build(config, kind="classes", device="meta")
+    with pytest.raises(UsageError, match=message):
+        load_model(tmp_path, kind="classes", num_labels=2)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "message"),
+    [
+        ("vit", "lm", "'vit' has no language-model head; use a model of another family"),
+        ("vit", "classes", "'vit' has no classification head in transformers; use a model of another family"),
+        ("layoutlmv3", "lm", "'layoutlmv3' has no language-model head; use --head classes .kind 'classes'"),
+    ],
+)
+def test_families_without_a_head_name_the_one_that_there_is(family, kind, message):
+    with pytest.raises(UsageError, match=message):
+        build(AutoConfig.for_model(family), kind=kind, device="meta")
 
 
 def test_missing_language_model_head_is_said(tmp_path):

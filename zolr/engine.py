@@ -395,7 +395,7 @@ class Engine:
             self._told = True
             warnings.warn(
                 f"held weights have lost {lost:.1%} of what they were moved by (squared norm) up to step "
-                f"{self.step_count}; use a larger hold_rank, a smaller rank, or refresh less often",
+                f"{self.step_count}; use a larger hold_rank (--hold-rank), a smaller rank, or refresh less often",
                 stacklevel=5,
             )
 
@@ -894,13 +894,13 @@ class Engine:
         return self.model.training
 
     def _loss_of(self, batch: Any) -> Any:
-        loss = self._loss(self.model, batch)
+        loss, device = self._loss(self.model, batch), self.variables[0].value.device
         # a number is a loss like any other where none asks for its derivative
-        return (
-            torch.tensor(float(loss), device=self.variables[0].value.device)
-            if isinstance(loss, Real)
-            else loss
-        )
+        if isinstance(loss, Real):
+            return torch.tensor(float(loss), device=device)
+        if isinstance(loss, tuple) and len(loss) == 2 and isinstance(loss[0], Real):
+            return torch.tensor(float(loss[0]), device=device), loss[1]
+        return loss
 
     def _open_windows_due(self, loss: Any, batches: Share, key: Key) -> None:
         """Open the windows that the first micro-batch of a step would open, on every rank from that very micro-batch."""
@@ -1163,7 +1163,9 @@ class Engine:
             "norm": None if self._norm is None else self._norm.clone(),
             "seed": self.seed,
             "lr": [float(group["lr"]) for group in self.optimizer.param_groups],
-            "groups": [_numbers_of(group) for group in self.optimizer.param_groups],  # schedules move momenta too
+            "groups": [
+                _numbers_of(group) for group in self.optimizer.param_groups
+            ],  # schedules move momenta too
             "base_lr": self.base_lr,
             "tuning": None if self.tuning is None else self.tuning.as_dict(),
             "scheduler": None if self._scheduler is None else _plain(self._scheduler.state_dict()),
@@ -1218,7 +1220,9 @@ class Engine:
         for group, lr in zip(self.optimizer.param_groups, state["lr"], strict=True):
             group["lr"] = lr
         for group, numbers in zip(self.optimizer.param_groups, state.get("groups", ()), strict=False):
-            group.update({k: tuple(x) if isinstance(x, list) else x for k, x in numbers.items() if k in group})
+            group.update(
+                {k: tuple(x) if isinstance(x, list) else x for k, x in numbers.items() if k in group}
+            )
 
     def detach(self) -> nn.Module:
         """Fold, and give the model back as it was before attaching, with the trained weights.

@@ -60,6 +60,10 @@ class _New(NamedTuple):
 
 _Output = _Same | _View | _New | _Plain
 
+_GROUPED = (
+    getattr(torch.ops.aten._grouped_mm, "default", None) if hasattr(torch.ops.aten, "_grouped_mm") else None
+)
+
 # what an operation returned for arguments of one look, and the type that several outputs come in
 _known: dict[Any, tuple[type | None, list[_Output]]] = {}
 
@@ -85,6 +89,9 @@ class Fakes(FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, or make again what it returned."""
+        if func is _GROUPED and args[0].dtype != torch.bfloat16:
+            made = self._grouped(*args, **(kwargs or {}))
+            return self.dispatch(torch.ops.aten.new_empty.default, types, made[:2], {"dtype": made[2]})
         key: list[Any] = [
             func,
             torch.get_default_dtype(),
@@ -113,6 +120,27 @@ class Fakes(FakeTensorMode):
             if len(outputs) == len(seen):
                 _known[looks] = type(out) if several else None, outputs
         return out
+
+    @staticmethod
+    def _grouped(
+        a: Tensor,
+        b: Tensor,
+        offs: Tensor | None = None,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, list[int], torch.dtype]:
+        """A tensor of the device of a product by groups, its shape and its type.
+
+        torch computes such products in any type and describes them in bfloat16 alone. Groups are those of the first axis of what
+        has three, or of the axis that two matrices share.
+        """
+        groups = (
+            [len(offs)]
+            if offs is not None and a.dim() == b.dim() == 2
+            else [*a.shape[:-2], *b.shape[:-2]][:1]
+        )
+        shape = [*(groups if a.dim() == b.dim() else []), a.shape[-2], b.shape[-1]]
+        return a, shape, out_dtype or a.dtype
 
     def _look(
         self,

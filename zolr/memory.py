@@ -35,7 +35,7 @@ from transformers import PreTrainedConfig, masking_utils
 from zolr import keys, lora
 from zolr.engine import Engine
 from zolr.errors import BudgetError, UsageError
-from zolr.estimators import changed, setting
+from zolr.estimators import changed, mean_loss, setting
 from zolr.fakes import Fakes
 from zolr.held import RANK
 from zolr.layers import LAYERS
@@ -56,6 +56,7 @@ from zolr.models import (
 )
 from zolr.spectra import Spectrum
 from zolr.subspaces import Left, Right
+from zolr.tuning import Probing
 
 ROUNDING = 512  # bytes; the CUDA caching allocator hands out multiples of this
 
@@ -518,22 +519,25 @@ def predict(
             steps = WINDOW + 1 if method.refresh_every else WINDOW
             if chooses:
                 with torch.no_grad(), engine._elsewhere(0):
-                    engine.method.estimator.measure(  # type: ignore[union-attr]
-                        engine._fast, batches[:ENOUGH_BATCHES], engine.active, keys.Key(0)
+                    probing = Probing(
+                        lambda: mean_loss(engine._loss_of, batches[:ENOUGH_BATCHES]), keys.Key(0)
                     )
+                    probing.along(engine.active, "step", 0, 1e-3)
             worst = _worst_window(engine)
             if worst is not None:
                 steps = 2 * WINDOW  # one with its state from the beginning, too
-                assumptions.append(f"the worst of the first {PERIODS} windows of seed 0, in which coins leave weights whole")
+                assumptions.append(
+                    f"the worst of the first {PERIODS} windows of seed 0, in which coins leave weights whole"
+                )
             if method.layers.every:
                 _keep_states(engine)
                 live.reset_peak()
             for period in _worst_periods(engine):
                 engine.step_count = max(engine.step_count, period * (method.layers.every or 0))
                 for number in range(steps):
-                    if number == WINDOW and worst is not None:
+                    if worst is not None and number == 0:
                         for core in engine.windows.cores.values():
-                            core.window = worst - 1  # the next one is that
+                            core.window = worst - 2  # the next one is that before the worst
                     live.base_phase("open")
                     engine.step(batches[:ENOUGH_BATCHES])
                     _label_kept(engine, live)
@@ -814,14 +818,22 @@ def _worst_periods(engine: Engine) -> list[int]:
 
 
 def _worst_window(engine: Engine) -> int | None:
-    """The window in which most numbers are in the hands of the optimizer, where a coin may leave it whole weights."""
+    """The window in which most numbers are in the hands of the optimizer, where a coin may leave it whole weights.
 
-    def whole(window: int) -> int:
-        chosen = (v for v in engine.variables if v.name in engine.windows.cores)
-        return sum(prod(v.shape) for v in chosen if engine.windows.comes_whole(v, window))
+    While it is opened, one weight after the other as backprop comes by, those to come are as the window before left them.
+    """
+    chosen = [v for v in reversed(engine.variables) if v.name in engine.windows.cores]
+    sizes = [
+        [prod(v.shape) * engine.windows.comes_whole(v, window) for v in chosen] for window in range(PERIODS)
+    ]
+    if not any(map(any, sizes)):
+        return None
 
-    sizes = [whole(window) for window in range(PERIODS)]
-    return sizes.index(max(sizes)) if any(sizes) else None
+    def most(window: int) -> int:
+        before, after = sizes[window - 1], sizes[window]
+        return max(sum(after[:i]) + sum(before[i:]) for i in range(len(chosen) + 1))
+
+    return max(range(1, PERIODS), key=most)
 
 
 def _keep_states(engine: Engine) -> None:

@@ -37,6 +37,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -573,7 +574,12 @@ def _masked_config(config: PreTrainedConfig) -> bool:
 
 def _auto_class(config: PreTrainedConfig, kind: str) -> Any:
     if kind == "classes":
-        return AutoModelForSequenceClassification
+        if _classifies(config):
+            return AutoModelForSequenceClassification
+        way_out = "--head prompt (kind 'lm')" if _predicts(config) else "a model of another family"
+        raise UsageError(
+            f"model family '{config.model_type}' has no classification head in transformers; use {way_out}"
+        )
     if kind != "lm":
         raise UsageError(f"kind '{kind}' is not known; use 'lm' or 'classes'")
     if getattr(config, "is_encoder_decoder", False):
@@ -582,12 +588,24 @@ def _auto_class(config: PreTrainedConfig, kind: str) -> Any:
         )
     if _masked_config(config):
         return AutoModelForMaskedLM
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or remote:
+    if _predicts(config):
         return AutoModelForCausalLM
-    raise UsageError(
-        f"model family '{config.model_type}' has no language-model head; use --kind classes or another"
-    )
+    way_out = "--head classes (kind 'classes')" if _classifies(config) else "a model of another family"
+    raise UsageError(f"model family '{config.model_type}' has no language-model head; use {way_out}")
+
+
+def _classifies(config: PreTrainedConfig) -> bool:
+    """Whether there is a model of this family with a classification head, of transformers or of its own code."""
+    own = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
+    return own or type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+
+def _predicts(config: PreTrainedConfig) -> bool:
+    """Whether there is a model of this family with a language-model head that is used here."""
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    return own or _masked_config(config) or config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def _prepare(config: Any, kind: str, dropout: float | None) -> None:
@@ -602,9 +620,12 @@ def _prepare(config: Any, kind: str, dropout: float | None) -> None:
 def dropouts(config: Any) -> dict[str, float]:
     """The dropout probabilities of a config, by their names."""
     pattern = r"dropout$|pdrop$|dropout_prob$"
-    return {
-        k: v for k, v in config.to_dict().items() if re.search(pattern, k) and isinstance(v, (int, float))
+    numbers = {
+        k: v
+        for k, v in config.to_dict().items()
+        if isinstance(v, (int, float)) and not isinstance(v, bool)  # a switch of its own, such as ESM's
     }
+    return {k: v for k, v in numbers.items() if re.search(pattern, k)}
 
 
 def set_dropout(config: Any, probability: float, *, attention: bool = False) -> None:
@@ -756,7 +777,10 @@ def _wide(logits: Tensor) -> Tensor:
 
 def splits(model: nn.Module) -> bool:
     """Whether `encode` and `head` know this family; if not, losses use the stock forward's full logits."""
-    return _config(model).model_type in HEADS and getattr(model, "base_model", model) is not model
+    base = getattr(model, "base_model", model)
+    # a wrapper (peft) has the config of what is in it, and a whole model, or a wrapper of one, for its base
+    whole = base is model or getattr(base, "base_model", base) is not base
+    return _config(model).model_type in HEADS and not whole
 
 
 def encode(model: nn.Module, batch: Batch) -> Tensor:
@@ -860,13 +884,15 @@ def head(model: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def _stock_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Full logits `(b, t, vocab)` of a family without a known head."""
+    """Full logits `(b, t, vocab)` of a family without a known head, or of a wrapper."""
     family = _config(model).model_type
+    wrapper = f"{type(model).__name__} around " if family in HEADS else ""
     warnings.warn(
-        f"model family '{family}' is computed by its stock forward, which holds full logits",
+        f"{wrapper}model family '{family}' is computed by its stock forward, which holds full logits",
         stacklevel=3,
     )
-    return model(**_inputs(model, batch)).logits
+    logits = model(**_inputs(model, batch)).logits
+    return logits[:, -batch["input_ids"].shape[1] :]  # prompt tuning puts tokens of its own before them
 
 
 # --- losses -------------------------------------------------------------------------------------------------

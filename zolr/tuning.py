@@ -117,7 +117,7 @@ class Caution:
             self.now += (slope**2 - self.now) / RUNNING_STEPS
 
 
-class _Probing:
+class Probing:
     """Losses around the starting point, with a count of what they cost."""
 
     def __init__(self, loss: Callable[[], Tensor], key: Key) -> None:
@@ -178,7 +178,7 @@ def tune(
         UsageError: the loss is flat: no radius gives a slope.
         NonFiniteError: the loss is not finite to begin with, or nowhere around.
     """
-    probing = _Probing(loss, key)
+    probing = Probing(loss, key)
     overall = max(_root_mean_square(variables), 1e-6)
     ladder = [f * overall for f in LADDER]
     seen = torch.tensor(

@@ -941,7 +941,7 @@ def attach(
     chosen = list(trained.values())
     if not chosen:
         raise UsageError(
-            "no weight of the model is selected for training; widen the selection (select='all')"
+            "no weight of the model is selected for training; widen the selection (select='all', --train all)"
         )
     dtype = next((p.dtype for _, p in first.values() if p.is_floating_point()), torch.float32)
     held = [hold if isinstance(hold, bool) else hold(*first[code]) for code in trained]
@@ -1001,7 +1001,7 @@ def _check_held(sites: Sequence[Site], realization: Realization, wanted: bool) -
     if (not readable and dims > 1 and any(site.kind == "other" for site in sites)) or dims > 2:
         raise UsageError(
             f"weight '{name}' {why}, and what {type(sites[0].module).__name__} does with it is not known; "
-            "leave it out with a narrower selection"
+            "leave it out with a narrower selection (--train attention, or the like)"
         )
     if sites[0].weight.device.type == "meta" and execution_device(sites[0].module) is None:
         raise UsageError(f"weight '{name}' holds no numbers (device 'meta'); load the model first")

@@ -1,6 +1,6 @@
 """Verify: an attached model computes what its dense weights would."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -30,8 +30,8 @@ def verify(
     unused = [v.name for v in variables if not v.touched]
     if unused:
         raise UsageError(
-            f"weight '{unused[0]}' is not used through its module's forward (and {len(unused) - 1} others); "
-            "exclude it from training with a narrower selection"
+            f"weight '{unused[0]}' is read past its module's forward{_others(unused)}, so nothing would train it; leave it out "
+            f"with a narrower selection (--train attention, or select={_without(unused)})"
         )
     for variable in variables:
         if variable.held:  # there is no dense weight to compare with
@@ -57,3 +57,18 @@ def verify(
                 f"weight '{variable.name}' acts differently through its coordinates (loss {side:.6g}) than as a "
                 f"dense weight (loss {direct:.6g}); exclude it from training, or use realization 'rebuild'"
             )
+
+
+def _others(names: Sequence[str]) -> str:
+    more = len(names) - 1
+    return f" (and so {'is' if more == 1 else 'are'} {more} more)" if more else ""
+
+
+def _without(names: Sequence[str]) -> str:
+    """A predicate that leaves out what ends like these names."""
+    ends = sorted({".".join(name.split(".")[-2:]) for name in names})
+    return (
+        f"lambda name, p: not name.endswith({tuple(ends)!r})"
+        if len(ends) < 4
+        else "a predicate of name and parameter"
+    )

@@ -187,7 +187,17 @@ def _owners(part: Any, name: str) -> list[Any]:
 
 
 def totals(output: Any) -> tuple[Tensor, Tensor | float]:
-    """`(sum, count)` of a loss in any of its three forms, the sum in at least float32."""
+    """`(sum, count)` of a loss in any of its three forms, the sum in at least float32.
+
+    Raises:
+        UsageError: something else.
+    """
+    pair = isinstance(output, tuple) and len(output) == 2 and isinstance(output[0], Tensor)
+    if not (pair or isinstance(output, Tensor)):
+        raise UsageError(
+            f"the loss is of type {type(output).__name__}; return a scalar mean, a (sum, count) pair of tensors, or a "
+            "tensor with one number per example"
+        )
     if isinstance(output, tuple):
         total, count = output
     elif output.dim() == 0:

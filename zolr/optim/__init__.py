@@ -198,7 +198,14 @@ def _construct(
     if settings.get("fused") and not all(value.is_contiguous() for value in values):
         # torch's fused kernels go by memory and not by strides: entries would meet the gradients of others
         settings = {**settings, "fused": False, "foreach": False}
-    optimizer = cls(list(values), lr=lr, **settings)  # type: ignore[call-arg]
+    try:
+        optimizer = cls(list(values), lr=lr, **settings)  # type: ignore[call-arg]
+    except (ValueError, TypeError, IndexError) as error:
+        given = f" with {settings}" if settings else ""
+        near = f", or optimizer '{cls.__name__.lower()}'" if cls.__name__.lower() in OPTIMIZERS else ""
+        raise UsageError(
+            f"optimizer '{cls.__name__}'{given} cannot train these weights: {error}; use other settings{near}"
+        ) from error
     for group in optimizer.param_groups:
         if "weight_decay" in group:
             group["weight_decay"] = 0.0  # decay acts on the weight and is the engine's

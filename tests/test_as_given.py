@@ -1,0 +1,330 @@
+"""A model is trained as it is given: weights in any layout of memory, modules in modes of their own, schedules that move momenta."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import zolr
+from zolr.errors import UsageError
+from zolr.estimators import totals
+from zolr.memory import kept, predict
+
+X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0)) + 1
+Y = torch.randint(0, 3, (16,), generator=torch.Generator().manual_seed(1))
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+# ---- layouts ------------------------------------------------------------------------------------------------------------------
+
+
+def laid_out(weight: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+    """The same numbers in another layout, and the memory around them."""
+    if layout == "transposed":
+        around = weight.t().clone()
+        return around.t(), around
+    around = torch.full((weight.shape[0], 3 * weight.shape[1]), 7.0)
+    part = around[:, weight.shape[1] : 2 * weight.shape[1]]
+    part.copy_(weight)
+    return part, around
+
+
+def trained(layout: str | None, method: str, **more: Any) -> tuple[Tensor, Tensor | None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    around = None
+    if layout is not None:
+        first: Any = net[0]
+        part, around = laid_out(first.weight.detach(), layout)
+        first.weight = nn.Parameter(part)
+    name, _, paradigm = method.partition(":")
+    run = zolr.Engine(net, zolr.compose(name, paradigm or None, **more), lr=1e-2, loss=loss)
+    for _ in range(4):
+        run.step([(X, Y)])
+    return run.detach()[0].weight.detach().clone(), around
+
+
+@pytest.mark.parametrize("layout", ["transposed", "slice"])
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("adamw:fo", {}),
+        ("badam:fo", {}),
+        ("muon:fo", {}),
+        ("lomo:fo", {}),
+        ("mezo:zo", {"optimizer": "adamw", "eps": 1e-3}),
+        ("zo-adam:zo", {"projector": "identity", "eps": 1e-3}),
+        ("stiefel:fwd", {"projector": "identity"}),
+        ("stiefel:fo", {"rank": 2}),
+    ],
+)
+def test_a_weight_of_any_layout_trains_as_a_row_major_one(
+    layout: str, method: str, more: dict[str, Any]
+) -> None:
+    plain, _ = trained(None, method, **more)
+    found, around = trained(layout, method, **more)
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)
+    if layout == "slice":
+        assert around is not None and (around[:, :6] == 7).all() and (around[:, 12:] == 7).all()
+
+
+def test_adam_moves_every_entry_of_a_weight_that_is_read_transposed_by_its_own_gradient() -> None:
+    """The first step of Adam is the sign of the gradient times the rate, whatever the layout of GPT-2's weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+    ids = torch.randint(50, (3, 8), generator=torch.Generator().manual_seed(0))
+    of: Callable[..., Any] = lambda model, batch: model(batch, labels=batch).loss  # noqa: E731
+    before = net.transformer.h[0].attn.c_attn.weight.detach().clone()
+    run = zolr.Engine(net, zolr.compose("mezo", "zo", optimizer="adamw", eps=1e-2), lr=1e-2, loss=of)
+    (variable,) = (v for v in run.variables if v.name.endswith("h.0.attn.c_attn.weight"))
+    estimator: Any = run.method.estimator
+    direction, _ = estimator.draw(run.active, run.key.fold_in("step", 0))[0], None
+    drawn = direction(variable.name, slice(0, variable.shape[0])).float()
+    info = run.step([ids])
+    assert info.slope is not None
+    moved = (run.detach().transformer.h[0].attn.c_attn.weight.detach() - before).t()
+    signs = torch.sign(moved) * torch.sign(drawn)
+    assert signs.unique().numel() == 1  # all along the direction, or all against it
+    torch.testing.assert_close(moved.abs(), torch.full_like(moved, 1e-2), rtol=1e-2, atol=0)
+
+
+# ---- modes and statistics -----------------------------------------------------------------------------------------------------
+
+
+def normed() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("paradigm", ["fo", "zo"])
+@pytest.mark.parametrize("training", [True, False])
+def test_modules_are_in_their_own_mode_after_a_step(paradigm: str, training: bool) -> None:
+    net = normed().train(training)
+    net[1].train(not training)
+    modes = [module.training for module in net.modules()]
+    eps = {"eps": 1e-3} if paradigm == "zo" else {}
+    run = zolr.Engine(net, zolr.compose("stiefel", paradigm, rank=2, **eps), lr=1e-3, loss=loss)
+    run.step([(X, Y)])
+    assert [module.training for module in net.modules()] == modes
+
+
+def test_a_frozen_norm_in_a_training_model_is_used_as_it_is() -> None:
+    net = normed().train()
+    net[1].eval()
+    net[3].eval()
+    seen = float(loss(net, (X, Y)).detach())
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    run = zolr.Engine(net, zolr.compose("stiefel", "fo", rank=2), lr=1e-3, loss=loss)
+    assert run.step([(X, Y)]).loss == pytest.approx(seen, rel=1e-6)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
+
+
+@pytest.mark.parametrize("fails", ["nan", "raises"])
+def test_a_step_that_is_not_taken_leaves_running_statistics_alone(fails: str) -> None:
+    net = normed().train()
+    run = zolr.Engine(net, zolr.compose("stiefel", "fo", rank=2), lr=1e-3, loss=loss)
+    run.step([(X, Y)])
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    if fails == "nan":
+        assert run.step([(torch.full_like(X, float("nan")), Y)]).skipped
+    else:
+        with pytest.raises(IndexError):
+            run.step([(X, Y + 5)])
+    assert before and all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
+    run.step([(X, Y)])
+    assert not all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
+
+
+# ---- schedules ----------------------------------------------------------------------------------------------------------------
+
+SCHEDULES: dict[str, Callable[[Any], Any]] = {
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=1e-2, total_steps=12),
+    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 1e-3, 1e-2, step_size_up=3, cycle_momentum=True),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("optimizer", ["adamw", "momentum"])
+def test_schedules_that_move_momenta_resume_bit_for_bit(name: str, optimizer: str) -> None:
+    def made() -> zolr.Engine:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = nn.Linear(6, 3)
+        method = zolr.compose("stiefel", "fo", rank=2, optimizer=optimizer)
+        return zolr.Engine(net, method, lr=1e-2, loss=loss, schedule=SCHEDULES[name])
+
+    run = made()
+    losses = [run.step([(X, Y)]).loss for _ in range(10)]
+    first = made()
+    for _ in range(5):
+        first.step([(X, Y)])
+    again = made()
+    again.load_state_dict(first.state_dict())
+    assert [again.step([(X, Y)]).loss for _ in range(5)] == losses[5:]
+
+
+# ---- what a projector learns from inputs --------------------------------------------------------------------------------------
+
+
+class Mapped(nn.Linear):
+    """A linear map under another name, as Falcon has it, called by keyword."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.weight.T + self.bias
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = Mapped(6, 8), Mapped(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(hidden=x)))
+
+
+def test_a_subclass_of_a_linear_map_shows_its_inputs_and_windows_last() -> None:
+    run = zolr.Engine(
+        Keywords(), zolr.compose("dependent", "zo", rank=2, refresh_every=4, eps=1e-3), lr=1e-3, loss=loss
+    )
+    infos = [run.step([(X, Y)]) for _ in range(6)]
+    assert [info.refreshed for info in infos] == [True, False, False, False, True, False]
+    assert set(run.windows.spectra) == {"first.weight", "last.weight"}
+
+
+def test_where_there_is_nothing_to_learn_no_forward_is_spent_on_it() -> None:
+    method = zolr.compose("dependent", "zo", refresh_every=100, eps=1e-3)
+    run = zolr.Engine(normed(), method, lr=1e-3, loss=loss, select="norm+bias")
+    assert [run.step([(X, Y)]).forwards for _ in range(3)] == [2, 2, 2]
+
+
+# ---- losses and settings ------------------------------------------------------------------------------------------------------
+
+
+def test_a_pair_of_numbers_is_a_loss_of_forward_only_runs() -> None:
+    pairs = []
+    for number in (False, True):
+
+        def of(model: nn.Module, batch: Any, number: bool = number) -> Any:
+            total = loss(model, batch) * len(batch[1])
+            return (float(total), len(batch[1])) if number else (total, len(batch[1]))
+
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            run = zolr.Engine(
+                nn.Linear(6, 3), zolr.compose("stiefel", "zo", rank=2, eps=1e-2), lr=1e-2, loss=of
+            )
+        pairs.append([run.step([(X, Y)]).loss for _ in range(3)])
+    assert pairs[0] == pytest.approx(pairs[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [None, {"loss": 1.0}, [torch.ones(()), 2], (1.0, 2, 3)])
+def test_what_is_no_loss_is_named(wrong: Any) -> None:
+    with pytest.raises(UsageError, match=f"the loss is of type {type(wrong).__name__}; return a scalar mean"):
+        totals(wrong)
+
+
+def test_an_optimizer_that_refuses_its_weights_or_settings_is_named() -> None:
+    with pytest.raises(UsageError, match=r"'Muon' cannot train these weights: .*2D.*or optimizer 'muon'"):
+        zolr.Engine(
+            nn.Linear(6, 3), zolr.compose("stiefel", "fo", rank=2, optimizer="Muon"), lr=1e-2, loss=loss
+        )
+    with pytest.raises(UsageError, match="weight_decay = nan"):
+        zolr.Engine(nn.Linear(6, 3), zolr.compose("adamw"), lr=1e-2, loss=loss, weight_decay=float("nan"))
+
+
+def test_an_embedding_that_scales_by_frequency_keeps_doing_so() -> None:
+    ids = torch.tensor([[1, 1, 1, 2]])
+    grads = []
+    for attached in (True, False):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Embedding(5, 4, scale_grad_by_freq=True), nn.Linear(4, 2))
+        of: Callable[..., Any] = lambda model, batch: model(batch).square().mean()  # noqa: E731
+        if attached:
+            run = zolr.Engine(net, zolr.compose("stiefel", "fo", rank=4), lr=1e-3, loss=of)
+            taken: dict[str, Tensor] = {}
+            run.method.estimator(
+                lambda b, net=net, of=of: of(net, b),
+                [ids],
+                run.variables,
+                lambda v, g, t=taken: t.update({v.name: g}),
+                run.key,
+            )
+            variable = run.variables[0]
+            grads.append(variable.subspace.lift(taken["0.weight"]))  # of rank 4: the whole space
+        else:
+            of(net, ids).backward()
+            first: Any = net[0]
+            grads.append(first.weight.grad)
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
+
+
+# ---- the step that is predicted is the largest --------------------------------------------------------------------------------
+
+
+def peak_of(run: zolr.Engine, data: Any, steps: int) -> int:
+    from zolr.memory import LiveBytes
+
+    live = LiveBytes()
+    live.track(run, data)
+    with live:
+        for _ in range(steps):
+            run.step([data])
+    assert kept(run)["coords"]
+    return live.peak
+
+
+@pytest.mark.parametrize("q", [0.3, 0.9])
+def test_weights_that_a_coin_leaves_whole_are_predicted(q: float) -> None:
+    from dataclasses import replace
+
+    from zolr.memory import PERIODS
+    from zolr.models import build, prompt_loss
+    from zolr.residuals.compensate import Compensate
+
+    net: Any = build(
+        "llama-20m", num_hidden_layers=3, hidden_size=64, intermediate_size=128, vocab_size=200, seed=0
+    )
+    method = zolr.compose("gum", rank=4, refresh_every=1)
+    method = replace(method, residual=Compensate(q))
+    found = predict(net.config, method, batch_size=2, max_length=8)
+    assert any("coins" in one for one in found.assumptions)
+    ids = torch.randint(5, 200, (2, 8), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:, -1] = 0
+    data = {"input_ids": ids, "attention_mask": mask}
+    data |= {"positions": torch.ones(2, dtype=torch.long), "labels": torch.zeros(2, dtype=torch.long)}
+    run = zolr.Engine(net, method, lr=1e-3, loss=prompt_loss((5, 6)))
+    assert peak_of(run, data, PERIODS) == pytest.approx(found.peak_bytes, rel=0.02)
+
+
+def test_a_first_step_that_chooses_is_predicted() -> None:
+    from zolr.models import build, prompt_loss
+
+    found = {}
+    for chooses in (True, False):
+        net: Any = build(
+            "llama-20m", num_hidden_layers=2, hidden_size=64, intermediate_size=128, vocab_size=200, seed=0
+        )
+        lr = None if chooses else 1e-3
+        method = zolr.compose("stiefel", "zo", rank=16, refresh_every=2, eps=None if chooses else 1e-3)
+        ids = torch.randint(5, 200, (2, 8), generator=torch.Generator().manual_seed(0))
+        mask = torch.ones_like(ids)
+        mask[:, -1] = 0
+        data = {"input_ids": ids, "attention_mask": mask}
+        data |= {"positions": torch.ones(2, dtype=torch.long), "labels": torch.zeros(2, dtype=torch.long)}
+        predicted = predict(net.config, method, batch_size=2, max_length=8, lr=lr).peak_bytes
+        run = zolr.Engine(net, method, lr=lr, loss=prompt_loss((5, 6)))
+        found[chooses] = peak_of(run, data, 3), predicted
+    assert found[True][0] > 1.02 * found[False][0]
+    for measured, predicted in found.values():
+        assert predicted == pytest.approx(measured, rel=0.02)
