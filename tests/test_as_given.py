@@ -1,5 +1,6 @@
 """A model is trained as it is given: weights in any layout of memory, modules in modes of their own, schedules that move momenta."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -328,3 +329,81 @@ def test_a_first_step_that_chooses_is_predicted() -> None:
     assert found[True][0] > 1.02 * found[False][0]
     for measured, predicted in found.values():
         assert predicted == pytest.approx(measured, rel=0.02)
+
+
+# ---- what a step cannot reach -------------------------------------------------------------------------------------------------
+
+
+class Past(nn.Module):
+    """Reads a weight past its module, as some models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(torch.tanh(self.first(x)), self.last.weight, self.last.bias)
+
+
+def test_weights_that_no_forward_comes_by_are_named_once() -> None:
+    run = zolr.Engine(Past(), zolr.compose("stiefel", "fo", rank=2), lr=1e-3, loss=loss)
+    with pytest.warns(
+        UserWarning, match=r"used weight 'last.weight' and 1 more through its module: .*--train"
+    ):
+        run.step([(X, Y)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.step([(X, Y)])
+        zolr.Engine(normed(), zolr.compose("stiefel", "fo", rank=2), lr=1e-3, loss=loss).step([(X, Y)])
+
+
+@pytest.mark.parametrize("way", ["data", "assign", "double"])
+def test_weights_that_were_put_elsewhere_are_refused(way: str) -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    run = zolr.Engine(net, zolr.compose("stiefel", "fo", rank=2), lr=1e-3, loss=loss)
+    run.step([(X, Y)])
+    if way == "data":
+        net[1].bias.data = net[1].bias.data.clone()
+    elif way == "assign":
+        net.load_state_dict({name: p.clone() for name, p in net.state_dict().items()}, assign=True)
+    else:
+        net.double()
+    with pytest.raises(
+        UsageError, match=r"weight '[01].bias' has other memory .* make the Engine after that"
+    ):
+        run.step([(X, Y)])
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_head_that_reads_the_table_of_words_moves_it(legacy: bool) -> None:
+    from transformers import DebertaV2Config, DebertaV2ForMaskedLM
+
+    from zolr.models import lm_loss, splits
+
+    shape: dict[str, Any] = dict(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    config = DebertaV2Config(vocab_size=40, **shape, legacy=legacy, hidden_dropout_prob=0.0)
+    config.attention_probs_dropout_prob = 0.0
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net: Any = DebertaV2ForMaskedLM(config)
+    assert splits(net)
+    ids = torch.randint(3, 40, (3, 7), generator=torch.Generator().manual_seed(0))
+    data = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    stock = net(**data).loss
+    stock.backward()
+    exact = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    run = zolr.Engine(net, zolr.compose("sgd"), lr=1e-3, loss=lm_loss)
+    taken: dict[str, Tensor] = {}
+    estimate = run.method.estimator(
+        lambda batch: lm_loss(net, batch),
+        [data],
+        run.variables,
+        lambda v, g: taken.update({v.name: g}),
+        run.key,
+    )
+    assert float(estimate.loss) == pytest.approx(float(stock.detach()), rel=1e-5)
+    assert len(exact) > 10
+    for name, gradient in exact.items():
+        torch.testing.assert_close(taken[name], gradient, rtol=1e-3, atol=1e-6, msg=name)

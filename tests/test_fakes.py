@@ -166,3 +166,31 @@ def test_a_prediction_is_the_same_to_the_last_block(name, paradigm, monkeypatch)
     blocks = [sorted(map(repr, one.records)) for one in found]
     assert blocks[0] == blocks[1] == blocks[2]
     assert found[0].as_dict() == found[1].as_dict() == found[2].as_dict()
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no products by groups")
+@pytest.mark.parametrize(
+    ("a", "b", "ends"),
+    [
+        ((8, 16), (2, 16, 24), 8),
+        ((16, 8), (8, 24), 8),
+        ((2, 4, 16), (16, 8), 8),
+        ((2, 4, 16), (2, 16, 8), None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_by_groups_have_the_shape_that_they_have(a, b, ends, dtype):
+    """torch computes them in any type, and describes them in bfloat16 alone."""
+    left, right = torch.randn(a).to(dtype), torch.randn(b).to(dtype)
+    if len(a) == len(b) == 2:  # the axis that is shared comes first in memory
+        left, right = left.t().contiguous().t(), right
+    offs = None if ends is None else torch.tensor([ends // 2, ends], dtype=torch.int32)
+    try:
+        real = torch._grouped_mm(left, right, offs=offs)
+    except RuntimeError as error:
+        pytest.skip(f"not on this machine: {error}")
+    with Fakes() as mode:
+        fakes = [None if t is None else mode.from_tensor(t) for t in (left, right, offs)]
+        fake = torch._grouped_mm(fakes[0], fakes[1], offs=fakes[2])
+    assert (fake.shape, fake.dtype, fake.device) == (real.shape, real.dtype, real.device)

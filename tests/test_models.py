@@ -380,7 +380,8 @@ def test_dropout_of_a_config_can_be_set():
 
 
 def test_a_switch_is_no_dropout_probability():
-    model = tiny("esm", dropout=0.0)
+    config = AutoConfig.for_model("esm", **{**SMALL, **CHANGES["esm"]}, token_dropout=True)
+    model = build(config, dropout=0.0)
     assert model.config.token_dropout is True and model.config.hidden_dropout_prob == 0.0
     assert not any(isinstance(value, bool) for value in models.dropouts(model.config).values())
 

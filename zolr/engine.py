@@ -306,6 +306,7 @@ class Engine:
         self._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         self._statistics: list[tuple[Tensor, Tensor]] = []  # running ones, and what they were before the step
         self._fast = Compiled(self._loss_of, self.variables, self._trains) if compile else self._loss_of
+        self._looked = False  # for weights that a step does not come by
         self._told = False  # that held weights have lost something
         self._sharded = any(is_sharded(parameter) for parameter in model.parameters())
         self.base_lr = lr
@@ -490,10 +491,30 @@ class Engine:
                 f"{len(batches)} micro-batches do not go evenly into {self.team.size} ranks, which put sharded weights "
                 "together in step with each other; use a multiple"
             )
+        moved = next((v.name for v in self.active if v.replaced), None)
+        if moved is not None:
+            raise UsageError(
+                f"weight '{moved}' has other memory than when this engine was made (model.to, .data = ..., or load_state_dict with "
+                "assign=True), so steps would not reach it; make the Engine after that"
+            )
         with self._mode(self.method.paradigm == "fo"), self._whole_or_nothing():
             info = self._step(batches)
         self._fold_at_once()
+        if not self._looked:
+            self._looked = True
+            self._tell_unread()
         return info
+
+    def _tell_unread(self) -> None:
+        """Say which weights no forward of the first step came by: what reads them otherwise trains nothing."""
+        unread = [v.name for v in self.active if not v.touched]
+        if unread and len(unread) < len(self.active):  # a rank without a micro-batch has none
+            more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+            warnings.warn(
+                f"no forward of the first step used weight '{unread[0]}'{more} through its module: what it does not use, or reads past the "
+                "module, is not trained; leave it out by select (--train), or compare by check=batch",
+                stacklevel=3,
+            )
 
     def _fold_at_once(self) -> None:
         """Fold the step where the next one would put the weight together twice (see `zolr.merged`).

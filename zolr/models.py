@@ -45,7 +45,7 @@ from zolr import adapters
 from zolr.errors import DataError, UsageError
 from zolr.held import keep_codes
 from zolr.hub import answers as _hub_answers
-from zolr.variables import multiplied_with
+from zolr.variables import as_read, multiplied_with
 
 Batch = Mapping[str, Tensor]
 Kind = Literal["lm", "classes"]
@@ -733,7 +733,9 @@ def _cls(model: Any, hidden: Tensor) -> Tensor:
 def _deberta(model: Any, hidden: Tensor) -> Tensor:
     if model.legacy:
         return model.cls(hidden)
-    return model.lm_predictions(hidden, model.deberta.embeddings.word_embeddings)
+    table = model.deberta.embeddings.word_embeddings
+    with as_read(table):
+        return model.lm_predictions(hidden, table)
 
 
 def _distilbert(model: Any, hidden: Tensor) -> Tensor:

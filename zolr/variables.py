@@ -141,6 +141,7 @@ class Variable:
         self.stack: Stack | None = None
         weight = self.weight
         self.shape = tuple(reversed(weight.shape)) if self.transposed else tuple(weight.shape)
+        self._own_dtype = weight.dtype
         self.dtype = weight.dtype if weight.dtype.itemsize >= 4 else torch.float32
         self.frozen_row = next(
             (
@@ -216,6 +217,16 @@ class Variable:
     def shares(self) -> bool:
         """Whether the coordinates are the weight's own memory."""
         return self.is_full and not self.held and self.weight.dtype == self.dtype
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the coordinates were the weight's own memory, and the weight has other memory now."""
+        value = self._value
+        if value is None or self.held or not self.is_full or value.dtype.itemsize < 4:
+            return False
+        weight = self.weight
+        here, there = weight.untyped_storage()._cdata, value.untyped_storage()._cdata
+        return value.dtype == self._own_dtype and (weight.dtype != value.dtype or here != there)
 
     @property
     def offloaded(self) -> bool:
@@ -857,6 +868,20 @@ def _with_side(
     # apart from the window's product: autograd saves the inputs of that one alone
     out = out + _widened(variable.subspace, x.dtype).apply(x, point.to(x.dtype))
     return out + (x @ stack.right.to(x.dtype)) @ stack.left.mT.to(x.dtype)
+
+
+@contextmanager
+def as_read(module: nn.Module) -> Iterator[None]:
+    """Have a module's trained weights read as they are evaluated, by who does not go through its forward."""
+    tensors: dict[str, Tensor] = {}
+    bindings: dict[str, tuple[Variable, Kind]] = module.__dict__.get(_BINDINGS, {})
+    for name, (variable, _) in bindings.items():
+        variable.touched = True
+        dense = variable.dense(variable.point())
+        if dense is not None:
+            tensors[name] = dense
+    with _shadowed(module, tensors):
+        yield
 
 
 def multiplied_with(module: nn.Module) -> Tensor | None:

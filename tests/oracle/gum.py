@@ -27,7 +27,7 @@ def run(model, loss, batches, *, lr, rank, every, q, projected, seed=0):
             if step % every == 0:
                 left, _, right = torch.linalg.svd(gradient if tall else gradient.T, full_matrices=False)
                 basis = right[:rank].T
-                coin = float(Key(seed).fold_in("subspace", step // every, name, "whole").uniform())
+                coin = Key(seed).fold_in("subspace", step // every, name, "whole").integer() / 2**64
                 start = torch.zeros_like(gradient)
                 if coin >= q:
                     start = torch.zeros_like(gradient @ basis if tall else basis.T @ gradient)

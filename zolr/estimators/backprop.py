@@ -19,8 +19,8 @@ class Backprop:
     """Exact gradient of the mean loss in the coordinates, `G P = δᵀ (x P)` for a right subspace.
 
     The dense `G (m, n)` is never formed and autograd saves `x P (tokens, r)` in place of `x (tokens, n)`. During the
-    backward of the last micro-batch every gradient is emitted as soon as it is complete, so that a caller that uses it
-    at once has one alive. Those of earlier micro-batches are summed, or handed to `Variable.gathered` as they come.
+    backward of the last micro-batch every gradient as large as a matrix is emitted as soon as it is complete, so that a caller
+    that uses it at once has one alive; those of vectors and coordinates follow together. Those of earlier micro-batches are summed, or handed to `Variable.gathered` as they come.
     """
 
     paradigm: ClassVar[Literal["fo", "zo", "fwd"]] = "fo"
