@@ -250,6 +250,30 @@ def test_what_an_adapter_cannot_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_experts_that_are_one_weight_have_a_way_out(zolr: Run, tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from zolr.errors import UsageError
+    from zolr.models import load_tokenizer
+
+    folder, tokenizer = tmp_path / "model", load_tokenizer("demo")
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_local_experts=2)
+    heads = dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    model: Any = MixtralForCausalLM(MixtralConfig(**sizes, **heads, max_position_embeddings=256))
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    before = [(name, p.requires_grad) for name, p in model.named_parameters()]
+    with pytest.raises(UsageError, match=r"weight 'model.layers.0.mlp.*' of MixtralForCausalLM is read past"):
+        wrap(model, Adapter("lora", 2))
+    assert [(name, p.requires_grad) for name, p in model.named_parameters()] == before
+    task = ("--model", folder, "--task", "questions", *SMALL, "--output", tmp_path / "run")
+    outcome = zolr("finetune", "--method", "lora", *task)
+    way_out = "--method stiefel --train attention --hold"
+    failed(outcome, 2, f"method 'lora' cannot train it; use {way_out}, which")
+    code, _, err = zolr("finetune", *way_out.split(), "--paradigm", "fo", *task)
+    assert code == 0 and (tmp_path / "run" / "adapter_config.json").is_file(), err
+
+
 def test_a_missing_package_is_named_with_the_extra_that_has_it(
     zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1110,7 +1110,8 @@ class Engine:
             for variable in self.variables:
                 if not variable.is_full:
                     key = self.key.fold_in("elsewhere", number, variable.name)
-                    stack.enter_context(variable.within(self.windows.drawn(variable, key)))
+                    first = partial(self.windows.first, variable) if variable.window == 0 else None
+                    stack.enter_context(variable.within(self.windows.drawn(variable, key), first))
             yield
 
     def _adopt(self, tuning: Tuning) -> None:

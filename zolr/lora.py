@@ -47,9 +47,10 @@ def wrap(model: nn.Module, adapter: Adapter, *, classifier: bool = False, seed: 
         PEFT's view of the same model, for `save`.
 
     Raises:
-        UsageError: the package is missing, or it finds nothing in this model to adapt.
+        UsageError: the package is missing, or it finds nothing in this model to adapt, or adapts what is no linear map.
     """
     check_installed(adapter)
+    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with _quietly(), torch.random.fork_rng(devices=[]):
         from peft import LoraConfig, TaskType, get_peft_model
 
@@ -57,11 +58,30 @@ def wrap(model: nn.Module, adapter: Adapter, *, classifier: bool = False, seed: 
         task = TaskType.SEQ_CLS if classifier else None
         config = LoraConfig(r=adapter.rank, target_modules="all-linear", task_type=task)
         try:
-            return get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+            wrapped: Any = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
         except ValueError as error:
             raise UsageError(
                 f"{type(model).__name__} cannot be adapted by peft: {' '.join(str(error).split())}"
             ) from error
+        place = _past_forward(model)
+        if place is not None:
+            wrapped.unload()
+            for parameter, was in asked:
+                parameter.requires_grad_(was)
+            raise UsageError(
+                f"the adapter of weight '{place}' of {type(model).__name__} is read past its modules' forward, so method "
+                f"'{adapter.kind}' cannot train it; use --method stiefel --train attention --hold, which ends in an adapter too"
+            )
+        return wrapped
+
+
+def _past_forward(model: nn.Module) -> str | None:
+    """The first weight that PEFT adapts as a parameter (routers and experts of mixtures), not by a layer beside a linear map."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "ParamWrapper":
+            loose: Any = module
+            return f"{name}.{loose.parameter_name}".replace(".base_layer", "")
+    return None
 
 
 @contextmanager

@@ -572,6 +572,15 @@ def _masked_config(config: PreTrainedConfig) -> bool:
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
 
 
+def check_kind(config: PreTrainedConfig, kind: Kind) -> None:
+    """Refuse a family that has no model of this kind.
+
+    Raises:
+        UsageError: there is none.
+    """
+    _auto_class(config, kind)
+
+
 def _auto_class(config: PreTrainedConfig, kind: str) -> Any:
     if kind == "classes":
         if _classifies(config):

@@ -287,17 +287,25 @@ class Variable:
         return old
 
     @contextmanager
-    def within(self, subspace: Subspace) -> Iterator[None]:
-        """Another subspace around the stored weight inside the context, its coordinates at zero; nothing is folded."""
-        before = self.subspace, self.value
+    def within(self, subspace: Subspace, again: Callable[[], Subspace] | None = None) -> Iterator[None]:
+        """Another subspace around the stored weight inside the context, its coordinates at zero; nothing is folded.
+
+        Args:
+            again: draws the one that it has, which then takes no memory meanwhile.
+        """
+        before, value = self.subspace if again is None else None, self.value
         self.subspace = _widened(self.without_frozen_row(subspace), self.weight.dtype)
-        self.value = nn.Parameter(
-            self.weight.new_zeros(subspace.coords_shape, dtype=self.dtype), requires_grad=False
-        )
+        if again is None or self.moved or value.shape != subspace.coords_shape:
+            zeros = self.weight.new_zeros(subspace.coords_shape, dtype=self.dtype)
+            self.value = nn.Parameter(zeros, requires_grad=False)
+        del subspace
         try:
             yield
         finally:
-            self.subspace, self.value = before
+            if before is None:
+                assert again is not None
+                before = self.without_frozen_row(again())
+            self.subspace, self.value = before, value
 
     def without_frozen_row(self, subspace: Subspace) -> Subspace:
         """A basis of rows must not reach the padding row."""

@@ -101,6 +101,17 @@ class Windows:
             spectrum=self.spectra.get(variable.name),
         )
 
+    def first(self, variable: Variable) -> Subspace:
+        """The subspace of the first window, drawn again."""
+        key = self.key.fold_in("subspace", 0, variable.name)
+        return self.projector(variable).draw(
+            variable.shape,
+            key,
+            like=variable.weight.data,
+            previous=None,
+            spectrum=self.spectra.get(variable.name),
+        )
+
     def group_of(self, value: nn.Parameter) -> dict[str, Any]:
         """The optimizer's settings for a value."""
         return next(g for g in self.optimizer.param_groups if any(p is value for p in g["params"]))

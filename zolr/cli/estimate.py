@@ -113,7 +113,7 @@ def run(settings: Estimate) -> None:
     asked = dict(variant(word, "--method") for word in expanded(settings.method))
     if not asked:
         raise UsageError("nothing to estimate; give --method stiefel,adamw, or --method all")
-    config_of(settings.model)  # a model that cannot be read is one error, not one in every row
+    _check_shared(settings, asked)
 
     from zolr.cli import runs
     from zolr.cli.screen import console
@@ -196,6 +196,30 @@ def config_of(model: str) -> PreTrainedConfig:
         raise DataError(
             f"{path} is no config that transformers can use: {reason}; correct it, or give a preset"
         ) from error
+
+
+def _check_shared(settings: Estimate, asked: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse at once what would be the same error in every row: a model that cannot be read, or cannot do what all ask of it."""
+    from zolr.models import check_kind
+
+    config = config_of(settings.model)
+    if not any({"model", "max_length"} & own.keys() for own in asked.values()):
+        _check_length(config, settings.max_length, settings.model)
+    if not any({"model", "head"} & own.keys() for own in asked.values()):
+        check_kind(config, "classes" if settings.head == "classes" else "lm")
+
+
+def _check_length(config: PreTrainedConfig, length: int, model: str) -> None:
+    from types import SimpleNamespace
+
+    from zolr.cli.workload import longest_text
+
+    # a config file has no tokenizer, whose limit would be the other one
+    longest = longest_text(config, SimpleNamespace(model_max_length=10**9))
+    if longest is not None and length > longest:
+        raise UsageError(
+            f"--max-length {length} is more than model '{model}' can read; use {longest} or less"
+        )
 
 
 def plan_of(settings: Estimate, own: Mapping[str, Any]) -> Finetune:
@@ -312,11 +336,8 @@ def _estimated(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
 
 
 def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -> dict[str, Any]:
-    from types import SimpleNamespace
-
     import torch
 
-    from zolr.cli.workload import longest_text
     from zolr.memory import Prediction, predict
 
     plan = plan_of(settings, own)
@@ -325,12 +346,7 @@ def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
             f"--device-map {plan.device_map}: what is in memory between two uses is not predicted; leave it out"
         )
     config, length, rows = config_of(plan.model), plan.max_length or 0, plan.batch_size or 0
-    # a config file has no tokenizer, whose limit would be the other one
-    longest = longest_text(config, SimpleNamespace(model_max_length=10**9))
-    if longest is not None and length > longest:
-        raise UsageError(
-            f"--max-length {length} is more than model '{plan.model}' can read; use {longest} or less"
-        )
+    _check_length(config, length, plan.model)
     objective = settings.head if "head" not in own else plan.head
     select = plan.selection
 

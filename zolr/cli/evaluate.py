@@ -58,7 +58,7 @@ def run(settings: Evaluate) -> None:
     folder = Path(settings.model)
     finished = (folder / runs.TASK).is_file()
     if not finished and settings.task is None and settings.data is None:
-        _check_run(folder)
+        _check_run(settings.model)
     task, head, examples = _of_run(settings, folder) if finished else _of_model(settings)
     quantize = settings.quantize
     if finished and quantize is None:  # an adapter fits the codes that it was trained beside
@@ -147,8 +147,17 @@ def _of_run(settings: Evaluate, folder: Path) -> tuple[Task, str, list[Example]]
     return task, saved["head"], splits.test
 
 
-def _check_run(folder: Path) -> None:
-    """Refuse the folder of a run that names no examples to evaluate on."""
+def _check_run(name: str) -> None:
+    """Refuse what names no examples to evaluate on: the folder of a run without any, or a folder that is not there."""
+    folder = Path(name)
+    if not folder.exists() and name != "demo":
+        from zolr.models import PRESETS, located
+
+        located(name)  # says so of what can be nothing but a path
+        if name not in PRESETS:
+            raise DataError(
+                f"there is no folder '{name}'; give a run folder, or --task or --data too where this is a model of the hub"
+            )
     if (folder / runs.RESULT).is_file() and runs.read_json(folder / runs.RESULT).get("verb") == "pretrain":
         raise UsageError(
             f"{folder} is a run of zolr pretrain, whose held-out loss is in {folder / runs.RESULT}; give --task or --data "

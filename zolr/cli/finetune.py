@@ -30,6 +30,8 @@ from zolr.cli.workload import DataChoice, Machine, ModelChoice, Ranks, Workload,
 from zolr.errors import BudgetError, NonFiniteError, UsageError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from zolr.distributed import Team
     from zolr.engine import Engine
     from zolr.methods import Adapter, Method
@@ -684,14 +686,18 @@ class Finetune(Writing, Inspection, Holding, Ranks, Machine, Schedule, Compositi
 
 def run(settings: Finetune, dry_run: bool) -> None:
     """Fine-tune a language model on a task or on your own file."""
+    from zolr.cli.screen import console
+    from zolr.cli.workload import noting
+
     with teamed(settings, settings.device, toml(settings)) as team:
-        _run(settings, dry_run, team)
+        shown = console(settings.quiet or not team.first)
+        with noting(shown):
+            _run(settings, dry_run, team, shown)
 
 
-def _run(settings: Finetune, dry_run: bool, team: Team) -> None:
-    from zolr.cli.screen import console, size
+def _run(settings: Finetune, dry_run: bool, team: Team, shown: Console) -> None:
+    from zolr.cli.screen import size
 
-    shown = console(settings.quiet or not team.first)
     folder = Path(settings.output) if settings.output else runs.free_folder(settings.name)
     done = None
     if not dry_run and team.first:

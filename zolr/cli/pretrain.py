@@ -34,6 +34,7 @@ from zolr.cli.workload import Machine, Ranks, Trust, teamed
 from zolr.errors import DataError, NonFiniteError, UsageError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from torch import Tensor, device, nn
 
     from zolr.distributed import Team
@@ -368,14 +369,16 @@ class Pretrain(Writing, Inspection, Ranks, Machine, Course, Composition, Text, A
 
 def run(settings: Pretrain) -> None:
     """Train a language model on plain text, from random weights or from a checkpoint."""
-    with teamed(settings, settings.device, toml(settings)) as team:
-        _run(settings, team)
-
-
-def _run(settings: Pretrain, team: Team) -> None:
     from zolr.cli.screen import console
+    from zolr.cli.workload import noting
 
-    shown = console(settings.quiet or not team.first)
+    with teamed(settings, settings.device, toml(settings)) as team:
+        shown = console(settings.quiet or not team.first)
+        with noting(shown):
+            _run(settings, team, shown)
+
+
+def _run(settings: Pretrain, team: Team, shown: Console) -> None:
     folder = Path(settings.output) if settings.output else runs.free_folder("pretrain")
     folder = Path(team.told(str(folder)))
     done = settings.left(folder, shown) if team.first else None
