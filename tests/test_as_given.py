@@ -424,3 +424,58 @@ def test_a_head_that_reads_the_table_of_words_moves_it(legacy: bool) -> None:
     assert len(exact) > 10
     for name, gradient in exact.items():
         torch.testing.assert_close(taken[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+# ---- the count of a run is that of all its steps ------------------------------------------------------------------------------
+
+GROWING: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "held": (lambda: zolr.compose("stiefel", "fo", rank=4, refresh_every=2), {"hold": True, "hold_rank": 16}),
+    "held, forward only": (
+        lambda: zolr.compose("stiefel", "zo", rank=4, refresh_every=2, eps=1e-3),
+        {"hold": True, "hold_rank": 16},
+    ),
+    "blocks": (lambda: zolr.compose("lisa", set=["blocks.every=2"]), {}),
+    "spectra": (lambda: zolr.compose("dependent", "fo", rank=4, refresh_every=3), {}),
+    "coins": (lambda: zolr.compose("gum", rank=4, refresh_every=2, set=["residual.q=0.5"]), {}),
+    "chosen": (lambda: zolr.compose("stiefel", "zo", rank=4, refresh_every=3), {"lr": None}),
+}
+
+
+@pytest.mark.parametrize("case", GROWING)
+def test_the_steps_that_are_counted_have_the_peak_of_all(case: str) -> None:
+    from zolr.cli.record import Meter
+    from zolr.memory import LiveBytes
+    from zolr.models import build, prompt_loss
+
+    made, more = GROWING[case]
+    numbers = torch.Generator().manual_seed(0)
+    batches = []
+    for length in (7, 9, 8, 9, 5, 9, 9, 6) * 3:
+        ids = torch.randint(5, 200, (2, length), generator=numbers)
+        mask = torch.ones_like(ids)
+        mask[:, -1] = 0
+        data = {"input_ids": ids, "attention_mask": mask}
+        data |= {"positions": torch.ones(2, dtype=torch.long), "labels": torch.zeros(2, dtype=torch.long)}
+        batches.append(data)
+    peaks, counted = [], 0
+    for every in (True, False):
+        net: Any = build(
+            "llama-20m", num_hidden_layers=3, hidden_size=64, intermediate_size=128, vocab_size=200, seed=0
+        )
+        run = zolr.Engine(net, made(), loss=prompt_loss((5, 6)), **{"lr": 1e-3, **more})
+        meter = Meter(run, torch.device("cpu"))
+        peak = 0
+        for data in batches:
+            if every:
+                live = LiveBytes()
+                live.track(run, data)
+                with live:
+                    run.step([data])
+                peak = max(peak, live.peak)
+            else:
+                with meter.around([data]):
+                    run.step([data])
+                counted += meter.counting
+        peaks.append(peak if every else meter.peak)
+    assert counted < len(batches)
+    assert peaks[1] == peaks[0]

@@ -28,7 +28,7 @@ class Meter:
     On CUDA the allocator counts by itself. Elsewhere live tensors are counted, which slows a step down, so only those
     steps are counted that can set a new peak: whose padded batch is larger than any before, or as large as the largest
     for the second time (the first one may have made the optimizer's state), those before which the engine holds more than
-    before any that were counted, and of those that open a new window the first, second, fourth and so on.
+    before any that were counted, and of those that open a new window the first, second, fourth and so on, of dense methods all.
 
     Args:
         engine: whose steps they are.
@@ -103,8 +103,8 @@ class Meter:
             return
         opens = bool(every and engine.step_count and engine.step_count % every == 0)
         self._opened += opens
-        # windows differ where they are drawn by coins: some of many are enough
-        opens = opens and self._opened & (self._opened - 1) == 0
+        # a dense method may leave other weights whole in each window, and its opening is slow anyway
+        opens = opens and (engine.method.dense or self._opened & (self._opened - 1) == 0)
         held = held_bytes(engine)
         new = not any(tokens <= t and held <= h for t, h in self._counted)
         self.counting = new or (tokens == most and self._times < 2) or opens
