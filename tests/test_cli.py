@@ -534,6 +534,28 @@ def test_a_classification_head(zolr: Run, learn: list[object], tmp_path: Path) -
     )
 
 
+NOTE = "note: model family 'llama' is computed by its stock forward, which holds full logits"
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("verb", ["finetune", "pretrain"])
+def test_a_warning_is_a_note_and_said_once(
+    zolr: Run, learn: list[object], reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    from zolr import models
+
+    monkeypatch.delitem(models.HEADS, "llama")
+    sizes = ("--batch-size", 4, "--steps", 2, "--eval-every", 1)
+    asked = [*learn[:-2], *sizes, "--paradigm", "fo"]
+    if verb == "pretrain":
+        asked = ["pretrain", "--model", MODEL, "--data", reviews, "--length", 16, *sizes]
+    code, _, err = zolr(*asked, "--output", tmp_path / "loud")
+    assert code == 0 and err.splitlines().count(NOTE) == 1, err
+    assert err.count("stock forward") == 1 and "Warning" not in err
+    code, _, err = zolr(*asked, "--output", tmp_path / "quiet", "--quiet")
+    assert code == 0 and err == ""
+
+
 @pytest.mark.parametrize("objective", ["accuracy", "f1"])
 def test_objectives_without_a_derivative(
     zolr: Run, learn: list[object], tmp_path: Path, objective: str

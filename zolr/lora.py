@@ -92,6 +92,7 @@ def _quietly() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", r"The following \w+_pattern keys")  # PEFT's own, of mixtures
             yield
     finally:
         logging.disable(before)
