@@ -92,13 +92,20 @@ class Meter:
     @contextmanager
     def around(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[None]:
         """Count one step."""
+        from zolr.estimators import setting
+
         shape = max((tuple(batch["input_ids"].shape) for batch in batches), key=lambda s: s[0] * s[1])
         tokens, most = shape[0] * shape[1], self.shape[0] * self.shape[1]
         engine, every = self._engine, self._engine.method.refresh_every
         self._stepped = True
         if self._device.type == "cuda":
             self.shape = max(shape, self.shape, key=lambda s: s[0] * s[1])
-        if self._device.type == "cuda" or self._blind:
+        # a first step that chooses makes many forward passes, which hold no more than the step itself does
+        chooses = engine.tuning is None and (
+            engine.base_lr is None or setting(engine.method.estimator, "eps", 1.0) is None
+        )
+        if self._device.type == "cuda" or self._blind or chooses:
+            self.counting = False
             yield
             return
         opens = bool(every and engine.step_count and engine.step_count % every == 0)
