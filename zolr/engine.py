@@ -1185,9 +1185,8 @@ class Engine:
             "norm": None if self._norm is None else self._norm.clone(),
             "seed": self.seed,
             "lr": [float(group["lr"]) for group in self.optimizer.param_groups],
-            "groups": [
-                _numbers_of(group) for group in self.optimizer.param_groups
-            ],  # schedules move momenta too
+            # schedules move momenta too
+            "groups": [_numbers_of(group) for group in self.optimizer.param_groups],
             "base_lr": self.base_lr,
             "tuning": None if self.tuning is None else self.tuning.as_dict(),
             "scheduler": None if self._scheduler is None else _plain(self._scheduler.state_dict()),

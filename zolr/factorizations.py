@@ -32,13 +32,9 @@ def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         Both in float64 for a float64 matrix, else in float32.
     """
     m, n = matrix.shape
-    if m < n:
+    if m < n or matrix.dtype == torch.float64:
         _, values, right = triples(matrix, rank)
         return values, right
-    if matrix.dtype == torch.float64:
-        with one_thread():
-            _, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        return _copy(values[:rank]), _copy(right.mT[:, :rank])
     values, right = _of_columns(matrix, rank)
     return values.float(), right.float()
 

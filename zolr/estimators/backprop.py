@@ -20,7 +20,8 @@ class Backprop:
 
     The dense `G (m, n)` is never formed and autograd saves `x P (tokens, r)` in place of `x (tokens, n)`. During the
     backward of the last micro-batch every gradient as large as a matrix is emitted as soon as it is complete, so that a caller
-    that uses it at once has one alive; those of vectors and coordinates follow together. Those of earlier micro-batches are summed, or handed to `Variable.gathered` as they come.
+    that uses it at once has one alive; those of vectors and coordinates follow together. Those of earlier micro-batches are
+    summed, or handed to `Variable.gathered` as they come.
     """
 
     paradigm: ClassVar[Literal["fo", "zo", "fwd"]] = "fo"
@@ -42,9 +43,8 @@ class Backprop:
         emit = share.in_order(variables, emit)
         values = [v.value for v in variables]
         pending = {id(v.value): v for v in variables}
-        late: list[
-            Variable
-        ] = []  # complete, and too small for the order to matter: they are divided in one call
+        # complete, and too small for the order to matter: they are divided in one call
+        late: list[Variable] = []
         handles = []
         total: Tensor | None = None
         n: Tensor | float = 0.0
@@ -78,9 +78,8 @@ class Backprop:
                 value.grad = None
             with same_noise(values[0].device), torch.enable_grad():
                 for i, batch in enumerate(batches):
-                    with narrowed(
-                        variables
-                    ):  # backward too: what is computed again there has to see the same
+                    # around backward too: what is computed again there has to see the same
+                    with narrowed(variables):
                         part, n = totals(loss(batch))
                         count = count + n
                         total = part.detach().double() if total is None else total + part.detach().double()
