@@ -22,6 +22,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for path in by_length[::2] + by_length[1::2] for item in files[path]]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Tests draw the same whatever ran before them in their worker: one seed, before any fixture."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def zolr(capsys: pytest.CaptureFixture[str]) -> Run:
     """Run the command line in this process: exit code, stdout, stderr."""

@@ -111,7 +111,8 @@ def test_a_loss_inside_leaves_the_model_as_it_was() -> None:
 
     called = sharded.inside(loss)
     value = called(model, torch.ones(1, 3))
-    assert seen == ["together", "loss", "apart"] and torch.equal(value, model.weight.sum())
+    assert seen == ["together", "loss", "apart"]
+    torch.testing.assert_close(value, model.weight.sum())  # close: the sums may be taken in another order
     with pytest.raises(ValueError, match="no number"):
         called(model, torch.full((1, 3), float("nan")))
     assert "forward" not in vars(model) and model(torch.ones(1, 3)).shape == (1, 2)
