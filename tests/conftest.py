@@ -1,5 +1,6 @@
 """What several test files use: the command line run in this process, and a number of threads for a while."""
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,12 @@ Run = Callable[..., tuple[int, str, str]]
 
 # files whose tests take longest: workers begin with them, so that none is left with one at the end
 LONG = ("test_launched", "test_rows_run", "test_benchmarks", "test_distributed", "test_compare")
+
+
+def pytest_configure() -> None:
+    """Tests that interrupt themselves mean it, also where a shell started them in the background, with SIGINT ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

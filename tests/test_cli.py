@@ -554,6 +554,9 @@ def test_a_warning_is_a_note_and_said_once(
     assert err.count("stock forward") == 1 and "Warning" not in err
     code, _, err = zolr(*asked, "--output", tmp_path / "quiet", "--quiet")
     assert code == 0 and err == ""
+    if verb == "finetune":
+        code, _, err = zolr("evaluate", tmp_path / "quiet", "--json")
+        assert code == 0 and err.splitlines() == [NOTE]
 
 
 @pytest.mark.parametrize("objective", ["accuracy", "f1"])

@@ -13,7 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LambdaLR,
+    LRScheduler,
+    OneCycleLR,
+    ReduceLROnPlateau,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zolr import checkpoints
@@ -622,6 +628,17 @@ def test_a_schedule_gives_the_rates_of_torch(schedule, optimizer, paradigm):
         assert {group["lr"] for group in engine.optimizer.param_groups} == {
             infos[-1].lr * 0 + engine.optimizer.param_groups[0]["lr"]
         }
+
+
+@pytest.mark.parametrize(
+    ("schedule", "what"),
+    [(ReduceLROnPlateau, "a ReduceLROnPlateau"), (lambda step: torch.tensor(0.5), "a Tensor")],
+)
+def test_a_schedule_that_does_not_follow_the_step_is_refused_before_training(schedule, what):
+    model = net()
+    with pytest.raises(UsageError, match=f"schedule gives {what}.*give a factor"):
+        Engine(model, small("stiefel", "fo"), lr=1e-2, loss=loss, schedule=schedule)
+    Engine(model, small("stiefel", "fo"), lr=1e-2, loss=loss).detach()  # the model was left as it came
 
 
 def test_a_scheduled_rate_is_the_one_that_is_used():

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from zolr.compiled import Compiled
 from zolr.dense import Core
@@ -141,7 +142,7 @@ class _Numbers:
                 own = group["params"]
                 group.clear()
                 group.update(old, params=own)
-            if self.scheduler is not None:
+            if self.scheduler is not None and engine._scheduler is not None:
                 engine._scheduler.load_state_dict(self.scheduler)
 
 
@@ -311,7 +312,7 @@ class Engine:
         self._sharded = any(is_sharded(parameter) for parameter in model.parameters())
         self.base_lr = lr
         self._schedule = schedule
-        self._scheduler: Any = None
+        self._scheduler: LRScheduler | None = None
         self._refreshed_at = 0
         self._dropped = False  # a streamed gradient of this step was not finite
         self._norm: Tensor | None = None  # of the streamed gradients of the step before
@@ -1132,6 +1133,12 @@ class Engine:
             self._follow_schedule()
         else:
             self._scheduler = self._schedule(self.optimizer)
+            if not isinstance(self._scheduler, LRScheduler) or isinstance(self._scheduler, ReduceLROnPlateau):
+                raise UsageError(
+                    f"schedule gives a {type(self._scheduler).__name__}, which does not follow the step; give a factor (a number) as "
+                    "a function of the step, which may look at what you measured, or a function that gives another "
+                    "torch.optim.lr_scheduler"
+                )
 
     def _follow_schedule(self) -> None:
         if self._schedule is not None and self._scheduler is None and self.base_lr is not None:

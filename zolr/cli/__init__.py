@@ -10,9 +10,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from typing import Any
 
 import typer
 
@@ -34,6 +36,9 @@ VERBS = {
 }
 
 RANKED = ("finetune", "pretrain")  # verbs that several processes can share
+
+# warnings of what a library will do otherwise one day, which who runs a program cannot change
+FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
 INTERRUPTED = 128  # exit codes above this one: ended by a signal, with everything saved
 
@@ -65,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         before = None
     try:
-        return _main(arguments)
+        with noting(_say):
+            return _main(arguments)
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
@@ -110,6 +116,31 @@ def _say_no_more() -> None:
     """Have nothing of our output left that Python would try to write once more at its end."""
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def noting(say: Callable[[str], None]) -> Iterator[None]:
+    """Hand on the warnings of a block as they come, each text once and in one line.
+
+    Args:
+        say: takes a line for the screen.
+    """
+    said: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        line = note(message)
+        if line not in said and not issubclass(category, FOR_DEVELOPERS):
+            said.add(line)
+            say(line)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def note(message: Warning | str) -> str:
+    """A warning as a line for the screen."""
+    return f"note: {' '.join(str(message).split())}"
 
 
 class _Ended(BaseException):

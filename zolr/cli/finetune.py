@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import cos, pi, prod
 from pathlib import Path
 from shutil import rmtree
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import typer
 from annotated_types import Ge, Gt
 
-from zolr.cli import runs
+from zolr.cli import noting, runs
 from zolr.cli.budget import (
     SIZE,
     Way,
@@ -687,11 +687,10 @@ class Finetune(Writing, Inspection, Holding, Ranks, Machine, Schedule, Compositi
 def run(settings: Finetune, dry_run: bool) -> None:
     """Fine-tune a language model on a task or on your own file."""
     from zolr.cli.screen import console
-    from zolr.cli.workload import noting
 
     with teamed(settings, settings.device, toml(settings)) as team:
         shown = console(settings.quiet or not team.first)
-        with noting(shown):
+        with noting(partial(shown.print, markup=False)):
             _run(settings, dry_run, team, shown)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
-from zolr.cli import explained, runs
+from zolr.cli import explained, noting, runs
 from zolr.cli.finetune import Finetune, Job, factor_at
 from zolr.errors import UsageError
 
@@ -244,7 +244,8 @@ def main() -> int:
         print(json.dumps(json.loads(runs.as_json(part))), file=out, flush=True)
 
     try:
-        race(Finetune(**values), say=say, **plan)
+        with noting(lambda line: print(line, file=sys.stderr)):
+            race(Finetune(**values), say=say, **plan)
     except Exception as error:
         code, text = explained(error)
         print(" ".join(text.split()), file=sys.stderr)

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
 
+from zolr.cli import note
 from zolr.cli.config import Settings, flag, nearest
 from zolr.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
     from torch import Tensor, nn
 
     from zolr.distributed import Team
@@ -31,9 +31,6 @@ REFERENCE_WIDTH = 768  # of the model that default rates of backprop are stated 
 EVAL_ROWS = 500
 
 SLOW_VMAP = "There is a performance drop"  # torch, of masks that a prediction makes on tensors without data
-
-# warnings of what a library will do otherwise one day, which who runs a program cannot change
-FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -507,28 +504,4 @@ def noted() -> Iterator[list[str]]:
         warnings.simplefilter("default", UserWarning)
         warnings.filterwarnings("ignore", SLOW_VMAP)
         yield notes
-    notes += [_note(w.message) for w in caught if issubclass(w.category, UserWarning)]
-
-
-@contextmanager
-def noting(shown: Console) -> Iterator[None]:
-    """Warnings of a block go to the screen as they come, each text once and in one line.
-
-    Args:
-        shown: a quiet one shows none.
-    """
-    said: set[str] = set()
-
-    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        note = _note(message)
-        if note not in said and not issubclass(category, FOR_DEVELOPERS):
-            said.add(note)
-            shown.print(note, markup=False)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield
-
-
-def _note(message: Warning | str) -> str:
-    return f"note: {' '.join(str(message).split())}"
+    notes += [note(w.message) for w in caught if issubclass(w.category, UserWarning)]
