@@ -1,8 +1,13 @@
-"""What several test files use: the command line run in this process, and a number of threads for a while."""
+"""What several test files use: programs in this process and in others that begin warm, and a number of threads for a while."""
 
+import multiprocessing
+import os
+import runpy
 import signal
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -55,6 +60,35 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ZOLR_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+def begun(program: str, arguments: list[str], where: Mapping[str, str], out: Path, err: Path) -> BaseProcess:
+    """Start a Python program in a process that begins with its imports done, which take longer than most of what tests run.
+
+    Args:
+        program: a script, or a package with a `__main__`.
+        where: what its environment has more.
+        out, err: files for what it prints.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["zolr.cli.finetune", "zolr.training", "transformers.modeling_utils"])
+    process = context.Process(target=_program, args=(program, arguments, dict(where), out, err))
+    process.start()
+    return process
+
+
+def _program(program: str, arguments: list[str], where: dict[str, str], out: Path, err: Path) -> None:
+    os.environ |= where
+    sys.path[:0] = where.get("PYTHONPATH", "").split(os.pathsep)
+    for number, path in ((1, out), (2, err)):
+        with open(path, "wb") as file:
+            os.dup2(file.fileno(), number)
+    sys.argv = [program, *arguments]
+    if program.endswith(".py"):
+        sys.path.insert(0, str(Path(program).parent))
+        runpy.run_path(program, run_name="__main__")
+    else:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
 
 
 @contextmanager

@@ -2,15 +2,15 @@
 
 import json
 import os
-import subprocess
-import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import begun
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -19,11 +19,13 @@ def ran(script: str, *arguments: object, path: Path | None = None) -> str:
     """Standard output of a benchmark on one thread."""
     folders = [str(path)] if path else []
     where = os.pathsep.join([*folders, str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": where, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    environment = {"PYTHONPATH": where, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        done = begun(str(BENCHMARKS / script), [str(a) for a in arguments], environment, out, err)
+        done.join(900)
+        assert done.exitcode == 0, err.read_text()
+        return out.read_text()
 
 
 def smoke(tmp_path: Path, only: str, *more: object) -> dict[str, dict[str, Any]]:

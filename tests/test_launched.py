@@ -1,9 +1,9 @@
 """Runs started as users start them: by torchrun and by accelerate launch, stopped by signals, and from a script."""
 
 import json
-import multiprocessing
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run, threads
+from conftest import Run, begun, threads
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -29,58 +29,51 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
-def done(*command: object) -> str:
-    """Run a command to its end; what it printed."""
+def launched(launcher: str, *arguments: object) -> None:
+    """Run a command of a launcher to its end."""
     ended = subprocess.run(
-        [sys.executable, "-m", *map(str, command)],
+        [sys.executable, "-m", launcher, *map(str, arguments)],
         env=environment(),
         capture_output=True,
         text=True,
         timeout=LIMIT,
     )
     assert ended.returncode == 0, ended.stderr
-    return ended.stdout
-
-
-def launched(*arguments: object) -> str:
-    """The same on two processes of torchrun."""
-    return done("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "zolr", *arguments)
-
-
-def _rank(arguments: list[str], where: dict[str, str], said: Path) -> None:
-    """What a process of a run does that was started without a launcher; what it says goes into a file."""
-    from zolr.__main__ import main
-
-    os.environ |= environment(**where)
-    with open(said, "wb") as file, open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.argv = ["zolr", *arguments]
-    main()
 
 
 class Ranks:
-    """Two processes without a launcher, which begin with their imports done."""
+    """Processes of a run without a launcher, which begin with their imports done.
 
-    def __init__(self, said: Path, *arguments: object) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["zolr.cli.finetune", "zolr.training", "transformers.modeling_utils", __name__]
-        )
+    Args:
+        place: where their output goes, a file each.
+        program: a script, or a package.
+        size: how many.
+    """
+
+    def __init__(self, place: Path, program: object, *arguments: object, size: int = 2) -> None:
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = str(found.getsockname()[1])
-        where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        self.said = [said.with_suffix(f".{rank}") for rank in range(2)]
-        self.processes = [
-            context.Process(
-                target=_rank,
-                args=([*map(str, arguments)], {"RANK": str(r), "LOCAL_RANK": str(r), **where}, self.said[r]),
-            )
-            for r in range(2)
+        where = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        self.files = [
+            (place.with_suffix(f".out{rank}"), place.with_suffix(f".err{rank}")) for rank in range(size)
         ]
-        for process in self.processes:
-            process.start()
+        self.processes = [
+            begun(
+                str(program),
+                [str(a) for a in arguments],
+                environment(RANK=str(rank), LOCAL_RANK=str(rank), **where),
+                *self.files[rank],
+            )
+            for rank in range(size)
+        ]
+
+    def done(self) -> str:
+        """Wait until all have done what they should; what the first one printed."""
+        for rank in range(len(self.processes)):
+            code, said = self.ended(rank)
+            assert code == 0, said
+        return self.files[0][0].read_text()
 
     def at(self, folder: Path, step: int) -> None:
         """Wait until the run has done a step."""
@@ -103,7 +96,7 @@ class Ranks:
         process.join(LIMIT)
         if process.exitcode is None:
             process.kill()
-        return process.exitcode or 0, self.said[rank].read_text()
+        return process.exitcode or 0, self.files[rank][1].read_text()
 
 
 def weights(folder: Path) -> dict[str, Any]:
@@ -111,9 +104,13 @@ def weights(folder: Path) -> dict[str, Any]:
     return load_file(folder / "model.safetensors")
 
 
-def test_torchrun_gives_the_bits_of_one_process(tmp_path: Path) -> None:
-    for name, run in (("one", lambda *a: done("zolr", *a)), ("two", launched)):
-        run(*TASK, "--paradigm", "zo", "--output", tmp_path / name)
+def test_torchrun_gives_the_bits_of_one_process(zolr: Run, tmp_path: Path) -> None:
+    line = [*TASK, "--paradigm", "zo", "--threads", 1]
+    with threads(1):
+        code, _, err = zolr(*line, "--output", tmp_path / "one")
+    assert code == 0, err
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "zolr"]
+    launched(*launcher, *line, "--output", tmp_path / "two")
     bits = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
     assert bits[0] == bits[1]
     one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
@@ -125,28 +122,20 @@ def test_torchrun_gives_the_bits_of_one_process(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines if "eval" not in line] == [1, 2, 3, 4]
 
 
-def test_accelerate_launch_pretrains_as_one_process_does(tmp_path: Path) -> None:
+def test_accelerate_launch_pretrains_as_one_process_does(zolr: Run, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("".join(f"The {i} mice of house {i % 7} met {i * i % 11} cats.\n\n" for i in range(900)))
     common = ["pretrain", "--data", text, "--train-tokenizer", "--vocab-size", 300, "--length", 16]
-    common += [
-        "--hidden-size",
-        32,
-        "--layers",
-        1,
-        "--heads",
-        2,
-        "--steps",
-        3,
-        "--quiet",
-        "--method",
-        "galore",
-    ]
-    common += ["--rank", 4, "--batch-size", 4, "--accumulate", 2, "--eval-rows", 16]
-    done("zolr", *common, "--output", tmp_path / "one")
+    common += (
+        "--hidden-size 32 --layers 1 --heads 2 --steps 3 --quiet --method galore --rank 4 --threads 1".split()
+    )
+    common += "--batch-size 4 --accumulate 2 --eval-rows 16".split()
+    with threads(1):
+        code, _, err = zolr(*common, "--output", tmp_path / "one")
+    assert code == 0, err
     launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
-    done(*launcher, "-m", "zolr", *common, "--output", tmp_path / "two")
+    launched(*launcher, "-m", "zolr", *common, "--output", tmp_path / "two")
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert one.keys() == two.keys()
     for name, weight in one.items():
@@ -157,6 +146,7 @@ def test_accelerate_launch_pretrains_as_one_process_does(tmp_path: Path) -> None
 
 
 def test_a_signal_to_one_rank_ends_all_saved_at_one_step_and_a_silent_rank_ends_the_others(
+    zolr: Run,
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "stopped"
@@ -175,19 +165,21 @@ def test_a_signal_to_one_rank_ends_all_saved_at_one_step_and_a_silent_rank_ends_
     ]
     long[long.index("--steps") + 1] = "1000"
     long[long.index("--eval-every") + 1] = "1000"
-    ranks = Ranks(tmp_path / "said", *long, "--output", folder)
+    ranks = Ranks(tmp_path / "said", "zolr", *long, "--output", folder)
     ranks.at(folder, 3)
     ranks.send(signal.SIGTERM)
     for rank in range(2):
         code, said = ranks.ended(rank)
         assert code == 143, said
     step = int(re.search(r"after step (\d+); saved", said).group(1))  # pyright: ignore[reportOptionalMemberAccess]
-    done("zolr", *long, "--resume", "--steps", step + 2, "--output", folder)  # on with one process
+    with threads(1):  # on with one process
+        code, _, err = zolr(*long, "--resume", "--steps", step + 2, "--output", folder)
+    assert code == 0, err
     assert (folder / "model.safetensors").exists()
 
     for rank in (1, 0):  # the first one keeps the store by which all others find each other
         place = tmp_path / f"silent-{rank}"
-        silent = Ranks(tmp_path / f"said-{rank}", *long, "--output", place, "--peer-timeout", "4")
+        silent = Ranks(tmp_path / f"said-{rank}", "zolr", *long, "--output", place, "--peer-timeout", "4")
         silent.at(place, 2)
         silent.send(signal.SIGSTOP, rank)
         code, said = silent.ended(1 - rank)
@@ -203,9 +195,7 @@ def test_the_script_of_the_docs_runs_on_two_ranks_as_on_one(tmp_path: Path) -> N
     code = page.split("```python\n")[1].split("```")[0]
     script = tmp_path / "own.py"
     script.write_text(code)
-    one, two = (
-        done("torch.distributed.run", "--standalone", f"--nproc-per-node={size}", script) for size in (1, 2)
-    )
+    one, two = (Ranks(tmp_path / f"of-{size}", script, size=size).done() for size in (1, 2))
     assert one.split(",")[0] == two.split(",")[0] != ""
 
 
@@ -227,14 +217,14 @@ config = AutoConfig.for_model(
 )
 
 
-def begin(team=None):
+def begin(paradigm, team=None):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     if team is not None:
         for layer in model.model.layers:
             fully_shard(layer)
         fully_shard(model)
-    method = zolr.compose("stiefel", sys.argv[2], rank=4, refresh_every=2, **({"eps": 1e-3} if sys.argv[2] == "zo" else {}))
+    method = zolr.compose("stiefel", paradigm, rank=4, refresh_every=2, **({"eps": 1e-3} if paradigm == "zo" else {}))
     return zolr.Engine(model, method, lr=1e-2, loss=loss, hold=True, realization="side", team=team)
 
 
@@ -243,44 +233,42 @@ def loss(model, ids):
 
 
 ids = torch.randint(61, (4, 2, 9), generator=torch.Generator().manual_seed(1))
-folder = Path(sys.argv[1])
 if __name__ == "__main__":
     team = Processes()
-    engine = begin(team)
-    for step in range(5):
-        engine.step(list(ids))
-    sharded.save(folder / "shards", engine)
-    if team.first:
-        (folder / "plain").mkdir()
-        sharded.consolidate(folder / "shards", folder / "plain" / "model.safetensors")
-        config.save_pretrained(folder / "plain")
+    for paradigm in ("zo", "fo"):
+        folder = Path(sys.argv[1]) / paradigm
+        engine = begin(paradigm, team)
+        for step in range(5):
+            engine.step(list(ids))
+        sharded.save(folder / "shards", engine)
+        if team.first:
+            (folder / "plain").mkdir()
+            sharded.consolidate(folder / "shards", folder / "plain" / "model.safetensors")
+            config.save_pretrained(folder / "plain")
     team.close()
 """
 
 
-@pytest.mark.parametrize("paradigm", ["zo", "fo"])
-def test_a_sharded_model_is_a_plain_one_that_transformers_load(tmp_path: Path, paradigm: str) -> None:
+def test_a_sharded_model_is_a_plain_one_that_transformers_load(tmp_path: Path) -> None:
     """Against one process that holds the whole model."""
-    import runpy
-
     import torch
     from transformers import AutoModelForCausalLM
 
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
-    done("torch.distributed.run", "--standalone", "--nproc-per-node=2", script, tmp_path, paradigm)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(script), str(tmp_path), paradigm])
-        own = runpy.run_path(str(script), run_name="own")
-        engine, untrained = own["begin"](), own["begin"]().model.eval()
-    for _ in range(5):
-        engine.step(list(own["ids"]))
-    assert load_file(tmp_path / "plain" / "model.safetensors").keys() == untrained.state_dict().keys()
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
-    with torch.no_grad():
-        found, expected = (m.eval()(input_ids=own["ids"][0]).logits for m in (model, engine.model))
-        first = untrained(input_ids=own["ids"][0]).logits
-    assert (found - expected).abs().max() < 1e-5 < 1e-3 < (found - first).abs().max()
+    Ranks(tmp_path / "said", script, tmp_path).done()
+    own = runpy.run_path(str(script), run_name="own")
+    for paradigm in ("zo", "fo"):
+        engine, untrained = own["begin"](paradigm), own["begin"](paradigm).model.eval()
+        for _ in range(5):
+            engine.step(list(own["ids"]))
+        plain = tmp_path / paradigm / "plain"
+        assert load_file(plain / "model.safetensors").keys() == untrained.state_dict().keys()
+        model = AutoModelForCausalLM.from_pretrained(plain)
+        with torch.no_grad():
+            found, expected = (m.eval()(input_ids=own["ids"][0]).logits for m in (model, engine.model))
+            first = untrained(input_ids=own["ids"][0]).logits
+        assert (found - expected).abs().max() < 1e-5 < 1e-3 < (found - first).abs().max(), paradigm
 
 
 def test_a_sharded_run_on_two_ranks_is_that_of_one_process(zolr: Run, tmp_path: Path) -> None:
@@ -290,7 +278,7 @@ def test_a_sharded_run_on_two_ranks_is_that_of_one_process(zolr: Run, tmp_path: 
     with threads(1):
         code, _, err = zolr(*line, "--output", tmp_path / "one")
     assert code == 0, err
-    launched(*line, "--output", tmp_path / "two")
+    Ranks(tmp_path / "said", "zolr", *line, "--output", tmp_path / "two").done()
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
     sent = json.loads((tmp_path / "two" / "result.json").read_text())["ranks"]["sent_bytes"]

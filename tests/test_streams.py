@@ -2,13 +2,14 @@
 
 import json
 import lzma
-import subprocess
-import sys
+import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import begun
 
 from zolr.errors import DataError
 from zolr.tasks.shards import pack
@@ -522,12 +523,13 @@ def test_a_killed_run_goes_on_to_the_same_weights(corpus, tmp_path):
     command += "galore --documents apart --clip 0.5 --accumulate 2".split()
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main([*command, "--output", str(whole)]) == 0
-    process = subprocess.Popen([sys.executable, "-m", "zolr", *command, "--output", str(killed)])
+    nowhere = Path(os.devnull)
+    process = begun("zolr", [*command, "--output", str(killed)], {}, nowhere, nowhere)
     wait = time.monotonic() + 120
     while not (killed / "checkpoints" / "step-14").exists() and time.monotonic() < wait:
         time.sleep(0.005)
     process.kill()
-    process.wait()
+    process.join()
     assert not (killed / "result.json").exists(), "the run was over before it was killed"
     assert main([*command, "--output", str(killed), "--resume"]) == 0
     assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
