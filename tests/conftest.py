@@ -71,7 +71,7 @@ def begun(program: str, arguments: list[str], where: Mapping[str, str], out: Pat
         out, err: files for what it prints.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["zolr.cli.finetune", "zolr.training", "transformers.modeling_utils"])
+    context.set_forkserver_preload(["zolr.cli.warm", "zolr.training"])
     process = context.Process(target=_program, args=(program, arguments, dict(where), out, err))
     process.start()
     return process

@@ -3,11 +3,15 @@
 import json
 import os
 import re
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run
+from conftest import Run, begun
 from transformers import AutoConfig
 
 from zolr.cli import estimate
@@ -350,3 +354,31 @@ def test_methods_predicted_side_by_side_are_those_one_by_one(
         "stiefel:fo",
     ]
     assert len(rows_of(alone)) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="helpers are found by what the system lists")
+def test_an_interrupted_run_leaves_no_helper(tmp_path: Path) -> None:
+    mark = f"MARK={tmp_path}".encode()
+
+    def helpers() -> int:
+        found = 0
+        for place in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):
+                found += mark in place.read_bytes().split(b"\0")
+        return found
+
+    def until(reached: Callable[[], bool]) -> None:
+        end = time.monotonic() + 120
+        while not reached():
+            assert time.monotonic() < end, (tmp_path / "err").read_text()
+            time.sleep(0.1)
+
+    asked = ["estimate", "--model", "roberta-base", "--batch-size", "4", "--max-length", "64"]
+    asked += ["--method", "all", "--processes", "2"]
+    process = begun("zolr", asked, {"MARK": str(tmp_path)}, tmp_path / "out", tmp_path / "err")
+    until(lambda: helpers() >= 3)  # the one that others are forked from, and two
+    os.kill(process.pid or 0, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    until(lambda: helpers() == 0)

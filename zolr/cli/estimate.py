@@ -22,6 +22,8 @@ from zolr.cli.variants import variant
 from zolr.errors import BudgetError, DataError, UsageError, ZolrError
 
 if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
+
     from rich.console import Console
     from rich.table import Table
     from transformers import PreTrainedConfig
@@ -280,10 +282,7 @@ def _all_rows(
     if not left:
         return
     others = set(multiprocessing.active_children())
-    # of a fresh interpreter: this one may have threads, or a card
-    pool = ProcessPoolExecutor(
-        min(processes, len(left)), multiprocessing.get_context("spawn"), initializer=_helping
-    )
+    pool = ProcessPoolExecutor(min(processes, len(left)), _fresh(), initializer=_helping)
     try:
         tasks = [(given, pool.submit(_row, given)) for given in left]
         for given, task in tasks:
@@ -297,6 +296,15 @@ def _all_rows(
         pool.shutdown(wait=False, cancel_futures=True)
         for helper in set(multiprocessing.active_children()) - others:  # an interrupted run waits for none
             helper.terminate()
+
+
+def _fresh() -> BaseContext:
+    """Processes that share nothing with this one, which may have threads or a card, but, where that is possible, their imports."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["zolr.cli.warm"])
+    return context
 
 
 def _helping() -> None:
