@@ -336,7 +336,7 @@ def test_a_file_without_a_line_break_is_packed_in_bounded_memory(tmp_path: Path,
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     """
     peaks = {}
-    for megabytes in (4, 12):
+    for megabytes in (4, 24):
         path = tmp_path / f"{megabytes}.txt"
         with path.open("w") as handle:
             for _ in range(megabytes):
@@ -344,8 +344,8 @@ def test_a_file_without_a_line_break_is_packed_in_bounded_memory(tmp_path: Path,
         given = [str(tmp_path / "tokenizer"), str(path), str(tmp_path / "cache")]
         (said,) = scripts(tmp_path, code, [given])
         peaks[megabytes] = int(said) / 1024
-    # 8 MB of text more, which are 7 million ids
-    assert peaks[12] - peaks[4] < 5, peaks
+    # 20 MB of text more, which are 18 million ids
+    assert peaks[24] - peaks[4] < 16, peaks
 
 
 def scripts(folder: Path, code: str, given: list[list[str]]) -> list[str]:
