@@ -145,6 +145,18 @@ def test_a_step_that_is_not_taken_leaves_running_statistics_alone(fails: str) ->
     assert not all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
 
 
+def test_a_pass_that_measures_the_norm_leaves_running_statistics_alone() -> None:
+    seen = []
+    for clip in (None, 0.1):
+        net = normed().train()
+        method = zolr.compose("galore", "fo", rank=2, clip_by="twice")
+        run = zolr.Engine(net, method, lr=1e-3, loss=loss, clip=clip)
+        run.step([(X, Y)])
+        seen.append({name: buffer.clone() for name, buffer in net.named_buffers()})
+    once, twice = seen
+    assert once and all(torch.equal(buffer, twice[name]) for name, buffer in once.items())
+
+
 # ---- schedules ----------------------------------------------------------------------------------------------------------------
 
 SCHEDULES: dict[str, Callable[[Any], Any]] = {

@@ -606,12 +606,15 @@ class Engine:
 
     def _begin_undo(self) -> None:
         self.windows.undo.begin()
-        learning = [m for m in self._norms if m.training and self.windows.undo.keeps]
-        self._statistics = [(buffer, buffer.clone()) for m in learning for buffer in m.buffers()]
         if self.windows.undo.keeps:
+            self._statistics = self._running()
             self._numbers = _Numbers.of(self)
         if self.undo:
             self.windows.keep([v for v in self.variables if v.realization == "inplace"], "weight")
+
+    def _running(self) -> list[tuple[Tensor, Tensor]]:
+        """The statistics that normalizations in training mode are about to change, and what they are now."""
+        return [(buffer, buffer.clone()) for m in self._norms if m.training for buffer in m.buffers()]
 
     def _keep_values(self, variables: Sequence[Variable]) -> None:
         """Keep what an update writes."""
@@ -852,8 +855,10 @@ class Engine:
             def measure(variable: Variable, gradient: Tensor) -> None:
                 squares.append(self._square(variable, variable.mask(gradient, own=True)))
 
-            self._measured = 1
+            self._measured, before = 1, self._running()
             run(measure)
+            for buffer, old in before:  # the second pass sees the same batch, which counts once
+                buffer.copy_(old)
             norm = torch.stack(squares).sum().sqrt()
         return (self.clip / (norm + 1e-6)).clamp(max=1.0)
 
