@@ -23,7 +23,9 @@ import methods as table
 import torch
 from torch import Tensor
 
-from zolr.cli.finetune import Finetune, Job, schedule_of
+from zolr.cli.choices import schedule_of
+from zolr.cli.finetune import Finetune
+from zolr.cli.job import Job
 from zolr.keys import Key
 from zolr.methods import Method, compose
 from zolr.optim import OptimizerRule

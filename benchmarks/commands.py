@@ -161,7 +161,7 @@ def prepare() -> None:
     import zolr.cli.screen
     import zolr.memory
     import zolr.sharded  # noqa: F401
-    from zolr.cli.finetune import Job
+    from zolr.cli.job import Job
 
     setattr(Job, "predicted", None)  # noqa: B010
     if len(os.listdir("/proc/self/task")) > 1:

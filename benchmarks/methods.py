@@ -116,7 +116,9 @@ def finetuned(case: dict[str, Any]) -> dict[str, Any]:
     """One run on the demo."""
     from dataclasses import dataclass
 
-    from zolr.cli.finetune import Finetune, Job, schedule_of
+    from zolr.cli.choices import schedule_of
+    from zolr.cli.finetune import Finetune
+    from zolr.cli.job import Job
     from zolr.methods import METHODS
 
     @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def pretrained(case: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig
 
-    from zolr.cli.finetune import schedule_of
+    from zolr.cli.choices import schedule_of
     from zolr.engine import Engine
     from zolr.errors import UsageError
     from zolr.methods import METHODS, compose

@@ -359,14 +359,15 @@ def fuzz(count: int, where: Path) -> dict[str, Any]:
     from hypothesis import HealthCheck, Phase, given, seed, settings
     from hypothesis import strategies as st
 
-    import zolr.cli.finetune as finetune
+    import zolr.cli.job as job
     from zolr.cli.config import spelled
+    from zolr.cli.finetune import Finetune
     from zolr.cli.pretrain import Pretrain
 
     tally = Tally()
     box = where / "box"
     box.mkdir(parents=True)
-    kinds = {"finetune": finetune.Finetune, "pretrain": Pretrain}
+    kinds = {"finetune": Finetune, "pretrain": Pretrain}
     flags = {verb: [f"--{spelled(n)}" for n in kind.__dataclass_fields__] for verb, kind in kinds.items()}
     words = st.one_of(st.sampled_from(WORDS), st.text(max_size=12).filter(lambda s: "\0" not in s))
     good = b"text,label\n" + b"".join(b"a line %d,%d\n" % (i, i % 2) for i in range(40))
@@ -390,10 +391,10 @@ def fuzz(count: int, where: Path) -> dict[str, Any]:
     def stopped(*arguments: Any, **more: Any) -> Any:
         raise _Enough("ready")
 
-    workload, finetune_workload = None, finetune.Workload
+    loaded = job.Workload
     os.chdir(box)
     try:
-        finetune.Workload = stopped  # type: ignore[assignment, misc]  # what comes after the data is heavy
+        job.Workload = stopped  # type: ignore[assignment, misc]  # what comes after the data is heavy
 
         @many(0.4, st.data())
         def flags_case(data: Any) -> None:
@@ -471,9 +472,8 @@ def fuzz(count: int, where: Path) -> dict[str, Any]:
             tally.call(lambda: course(begin("stiefel", "zo"), toys[1], steps=12, resume=True), "checkpoint")
 
     finally:
-        finetune.Workload = finetune_workload  # type: ignore[misc]
+        job.Workload = loaded  # type: ignore[misc]
         os.chdir(here)
-    del workload
     changed = [name for name, mark in _tree(box).items() if before.get(name) != mark]
     changed += [name for name in before if not (box / name).exists()]
     hangs = sum("TimeoutError" in failure for failure in tally.failures)

@@ -44,7 +44,7 @@ def learn(
     reviews: Path, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> list[object]:
     """Arguments of a small run; paths are inside `tmp_path`, where nothing else is."""
-    from zolr.cli.finetune import Job
+    from zolr.cli.job import Job
 
     if "predicting" not in request.fixturenames:
         monkeypatch.setattr(Job, "predicted", None)
@@ -442,7 +442,7 @@ def test_a_run_from_end_to_end(
     paradigm: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from zolr.cli import finetune
+    from zolr.cli import job
 
     numbers = FO if paradigm == "fo" else ZO
     run = tmp_path / "run"
@@ -511,7 +511,7 @@ def test_a_run_from_end_to_end(
     ) == pytest.approx(1)
 
     # its config file repeats it, elsewhere
-    monkeypatch.setattr(finetune.Job, "predicted", None)
+    monkeypatch.setattr(job.Job, "predicted", None)
     monkeypatch.chdir(tmp_path)
     code, out, err = zolr("finetune", "--config", run / "config.toml", "--quiet")
     again = tmp_path / "runs" / f"reviews-stiefel-{paradigm}-0"
@@ -761,7 +761,8 @@ def test_doctor(zolr: Run) -> None:
 
 
 def test_the_demo_recipe_is_the_default() -> None:
-    from zolr.cli.finetune import DEFAULTS, Finetune
+    from zolr.cli.choices import DEFAULTS
+    from zolr.cli.finetune import Finetune
     from zolr.methods import METHODS
 
     root = Path(__file__).parent.parent / "recipes"
@@ -782,7 +783,8 @@ def test_the_demo_recipe_is_the_default() -> None:
 def test_every_part_of_a_method_has_a_flag() -> None:
     import inspect
 
-    from zolr.cli.finetune import PARTS, Finetune
+    from zolr.cli.choices import PARTS
+    from zolr.cli.finetune import Finetune
     from zolr.methods import compose
 
     flags = {field.name for field in dataclasses.fields(Finetune)}
@@ -816,7 +818,7 @@ def test_a_switch_goes_with_and_without_a_word(
 
 
 def test_help_names_every_part_that_a_flag_takes(zolr: Run) -> None:
-    from zolr.cli.finetune import Composition
+    from zolr.cli.choices import Composition
     from zolr.methods import PROJECTORS, RESIDUALS, TRANSPORTS
 
     told = {field.name: field.metadata["flag"].help for field in dataclasses.fields(Composition)}

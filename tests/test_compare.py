@@ -260,7 +260,7 @@ def test_seconds_are_all_used_whatever_the_first_step_takes() -> None:
 
 @pytest.mark.parametrize("course", ["constant", "linear", "cosine"])
 def test_a_budget_of_forwards_has_the_course_of_as_many_steps(course: Any) -> None:
-    from zolr.cli.finetune import schedule_of
+    from zolr.cli.choices import schedule_of
 
     usual = schedule_of(course, 0, 50) or (lambda step: 1.0)
     allowance = Allowance("forwards", 150, course, 0, forwards=3)

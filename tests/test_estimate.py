@@ -83,7 +83,8 @@ def test_a_config_file_is_the_folder_it_lies_in(zolr: Run, folder: Path, tmp_pat
 
 @pytest.mark.parametrize("paradigm", ["zo", "fo"])
 def test_the_number_is_that_of_a_dry_run(zolr: Run, paradigm: str) -> None:
-    from zolr.cli.finetune import Finetune, Job
+    from zolr.cli.finetune import Finetune
+    from zolr.cli.job import Job
 
     given: list[object] = ["--k", 4, "--batch-size", 3, "--eval-rows", 4]
     code, out, err = zolr("finetune", "--paradigm", paradigm, *given, "--dry-run", "--json", "--quiet")
@@ -225,7 +226,7 @@ def test_settings_of_a_run_change_the_figures(zolr: Run, folder: Path) -> None:
 
 
 def test_batches_are_those_of_finetune_unless_given(zolr: Run, folder: Path) -> None:
-    from zolr.cli.finetune import DEFAULTS
+    from zolr.cli.choices import DEFAULTS
 
     asked = ("estimate", "--model", folder, "--max-length", 4, "--method", "sgd,mezo", "--json")
     for row in rows_of(zolr(*asked)):

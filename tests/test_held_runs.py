@@ -25,7 +25,7 @@ Arguments = list[object]
 @pytest.fixture
 def learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Arguments:
     """Arguments of a small run on own data."""
-    from zolr.cli.finetune import Job
+    from zolr.cli.job import Job
 
     if "predicting" not in request.fixturenames:
         monkeypatch.setattr(Job, "predicted", None)

@@ -28,7 +28,7 @@ IDS = torch.arange(3, 27).reshape(2, 12)
 @pytest.fixture
 def unpredicted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without a memory prediction, which takes longer than they do."""
-    from zolr.cli.finetune import Job
+    from zolr.cli.job import Job
 
     monkeypatch.setattr(Job, "predicted", None)
 

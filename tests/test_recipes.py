@@ -146,7 +146,7 @@ def test_a_recipe_gives_again_what_it_gave(zolr: Run, recipe: Callable[..., Path
 def test_a_recipe_of_fine_tuning_is_reproduced(
     zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from zolr.cli.finetune import Job
+    from zolr.cli.job import Job
 
     monkeypatch.setattr(Job, "predicted", None)
     rows = "\n".join(f"what is number {i}?,NUM\nwho is person {i}?,HUM" for i in range(12))

@@ -16,7 +16,7 @@ TEXTS = "the answer is no\nwho was first\n"
 @pytest.fixture(autouse=True)
 def unpredicted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without a memory prediction, which takes longer than they do."""
-    from zolr.cli.finetune import Job
+    from zolr.cli.job import Job
 
     monkeypatch.setattr(Job, "predicted", None)
 

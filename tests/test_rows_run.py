@@ -90,7 +90,7 @@ def test_every_row_runs_and_goes_on_after_a_kill_to_the_same_weights(
     verb: str, objective: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from zolr.cli import pretrain as verb_pretrain
-    from zolr.cli.finetune import Job
+    from zolr.cli.job import Job
 
     monkeypatch.setattr(
         Job, "predicted", None

@@ -490,7 +490,7 @@ def test_steps_after_the_last_checkpoint_are_taken_from_the_journal(
     zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a command as people give it, whose journal says much of the run; no step is made by forward passes again."""
-    from zolr.cli.finetune import Job
+    from zolr.cli.job import Job
 
     monkeypatch.setattr(Job, "predicted", None)
     run = tmp_path / "run"
@@ -518,7 +518,7 @@ def test_a_reader_that_has_left_and_a_full_log_do_not_end_a_run(
     zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int
 ) -> None:
     from zolr.cli import main
-    from zolr.cli.finetune import Job
+    from zolr.cli.job import Job
 
     class Deaf(io.StringIO):
         def write(self, text: str) -> int:
@@ -543,7 +543,7 @@ def test_what_a_step_keeps_aside_is_the_users_to_say(
     zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a disk that takes nothing: asked for, it ends the run; by default it is said; refused, nothing is tried."""
-    from zolr.cli.finetune import Job
+    from zolr.cli.job import Job
 
     monkeypatch.setattr(Job, "predicted", None)
     monkeypatch.setattr(os, "pwritev", full)
@@ -585,11 +585,11 @@ def test_out_of_memory_says_what_fits(zolr: Run, tmp_path: Path, monkeypatch: py
 def test_a_signal_before_training_ends_with_its_number(
     zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import zolr.cli.finetune as finetune
+    import zolr.cli.job as job
 
     for number in (signal.SIGINT, signal.SIGTERM):
         with monkeypatch.context() as patch:
-            patch.setattr(finetune, "Workload", lambda *a, number=number, **k: os.kill(os.getpid(), number))
+            patch.setattr(job, "Workload", lambda *a, number=number, **k: os.kill(os.getpid(), number))
             before = signal.getsignal(number)
             code, _, err = zolr(*TINY, "--output", tmp_path / "run")
         assert code == 128 + number and "interrupted by SIG" in err and signal.getsignal(number) is before

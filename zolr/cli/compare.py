@@ -16,8 +16,9 @@ from typing import Any
 import typer
 
 from zolr.cli import runs
+from zolr.cli.choices import Schedule, TablePolicy
 from zolr.cli.config import Settings, add, flag, nearest, spelled
-from zolr.cli.finetune import Finetune, Schedule, TablePolicy
+from zolr.cli.finetune import Finetune
 from zolr.cli.race import choosing, unpaid
 from zolr.cli.variants import variant
 from zolr.cli.workload import DEMO_TASK, REFERENCE_WIDTH, DataChoice, Machine, ModelChoice
@@ -195,7 +196,7 @@ def register(app: typer.Typer) -> None:
 
 def _check_same_workload(competitors: Mapping[str, Mapping[str, Any]]) -> None:
     """A method's own settings must leave the model and the examples alone."""
-    from zolr.cli.finetune import Writing
+    from zolr.cli.choices import Writing
 
     shared = {f.name for kind in (ModelChoice, DataChoice, Writing) for f in fields(kind)}
     shared |= {"k", "train_rows", "validation", "test", "data_seed"}

@@ -232,7 +232,8 @@ def plan_of(settings: Estimate, own: Mapping[str, Any]) -> Finetune:
     """
     from dataclasses import replace
 
-    from zolr.cli.finetune import DEFAULTS, Finetune
+    from zolr.cli.choices import DEFAULTS
+    from zolr.cli.finetune import Finetune
 
     shared = {
         "model": settings.model,

@@ -29,8 +29,8 @@ from zolr.cli.budget import (
     told,
     verdict,
 )
+from zolr.cli.choices import PARTS, Composition, Inspection, Writing
 from zolr.cli.config import Settings, add, as_dict, flag, resolve, toml
-from zolr.cli.finetune import PARTS, Composition, Inspection, Writing
 from zolr.cli.workload import Machine, Ranks, Trust, teamed
 from zolr.errors import DataError, NonFiniteError, UsageError
 

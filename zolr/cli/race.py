@@ -17,7 +17,9 @@ from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
 from zolr.cli import explained, noting, runs
-from zolr.cli.finetune import Finetune, Job, factor_at
+from zolr.cli.choices import factor_at
+from zolr.cli.finetune import Finetune
+from zolr.cli.job import Job
 from zolr.errors import UsageError
 
 if TYPE_CHECKING:

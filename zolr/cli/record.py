@@ -17,7 +17,7 @@ from zolr.cli.screen import number, size
 if TYPE_CHECKING:
     import torch
 
-    from zolr.cli.finetune import Job
+    from zolr.cli.job import Job
     from zolr.engine import Engine
     from zolr.training import Outcome
 

@@ -127,7 +127,7 @@ def about(
     """
     import torch
 
-    from zolr.cli.finetune import PARTS
+    from zolr.cli.choices import PARTS
 
     kept = {name: getattr(settings, name, None) for name in (*KEPT, *PARTS)}
     kept |= {"train": settings.selection, "hold_rank": getattr(settings, "hold_rank", None)}

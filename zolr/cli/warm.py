@@ -5,5 +5,5 @@ from importlib import import_module
 from zolr.cli import quieten
 
 quieten()  # before the libraries
-for name in ("zolr.cli.finetune", "zolr.memory"):
+for name in ("zolr.cli.job", "zolr.memory"):
     import_module(name)
