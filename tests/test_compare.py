@@ -165,7 +165,63 @@ def test_what_was_run_is_shown_when_the_rest_is_interrupted(
     assert code == 130 and "1 of 3 methods were run" in err and "as it happens" in out
     assert "| `sgd` | failed |" in table.read_text()
     assert len(json.loads((root / "compare.json").read_text())["methods"]) == 1
-    failed(zolr(*given), 4, "is not empty; choose another --output$")
+    failed(zolr(*given), 4, "is not empty; choose another --output, or --resume if it holds this comparison$")
+
+
+def test_a_comparison_goes_on_with_what_is_missing(
+    zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    ends: dict[str, str | None] = {"sgd": DONE, "mezo": FAILED, "adamw": None}
+
+    def raced(plan: Any, terms: Terms) -> dict[str, Any]:
+        ran.append(plan.method)
+        assert not Path(
+            plan.output
+        ).exists()  # what is left of an earlier start is not mixed with the new one
+        Path(plan.output).mkdir(parents=True)
+        if (status := ends[plan.method]) is None:
+            raise KeyboardInterrupt
+        row = {
+            "status": status,
+            "metric": "accuracy",
+            "before": 0.25,
+            "after": 0.5,
+            "steps": 2,
+            "seconds": 1.0,
+            "forwards": 6,
+            "peak_bytes_measured": 9,
+        }
+        return {**row, "error": "error: bad luck", "exit_code": 1, "folder": plan.output}
+
+    monkeypatch.setattr(compare, "_raced", raced)
+    root, table = tmp_path / "all", tmp_path / "all.md"
+    given = ("compare", "--output", root, "--markdown", table, "--json", "--methods")
+    failed(zolr(*given, "sgd", "--resume"), 4, "nothing to resume: .* does not exist")
+    failed(
+        zolr("compare", "--methods", "sgd", "--resume"), 2, "--resume needs the comparison .* give --output"
+    )
+    code, out, err = zolr(*given, "sgd,mezo,adamw")
+    assert code == 130 and f"go on with --resume --output {root}" in err, err
+    assert ran == ["sgd", "mezo", "adamw"]
+    ends |= {"mezo": DONE, "adamw": DONE, "lomo": DONE}
+    failed(
+        zolr(*given, "sgd", "--resume", "--steps", 9),
+        2,
+        "--steps of 'sgd:fo' is 9 here and was 300 in .*compare.json",
+    )
+    failed(zolr(*given, "sgd", "--resume", "--no-timing"), 2, "'timing' is False here and True in")
+    assert len(ran) == 3
+    code, out, err = zolr(*given, "adamw,sgd,mezo,lomo", "--resume")
+    assert code == 0, err
+    assert ran[3:] == ["adamw", "mezo", "lomo"]  # one was done, one had failed, one was cut short, one is new
+    assert [row["method"] for row in json.loads(out)] == ["adamw", "sgd", "mezo", "lomo"]
+    assert {row["status"] for row in json.loads(out)} == {DONE} and table.read_text().count("| `") == 4
+    assert json.loads((root / "compare.json").read_text())["methods"] == json.loads(out)
+    code, again, _ = zolr(*given, "adamw,sgd,mezo,lomo", "--resume")
+    assert code == 0 and json.loads(again) == json.loads(out) and len(ran) == 6
+    (root / "compare.json").unlink()
+    failed(zolr(*given, "sgd", "--resume"), 4, "is no comparison to go on with: it has no compare.json")
 
 
 # ---- mistakes -----------------------------------------------------------------------------------------------------

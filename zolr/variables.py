@@ -583,23 +583,26 @@ class Variable:
 
         Only in full precision: a weight that is rounded after it was put together may lose what the coordinates add.
         """
-        if not torch.is_grad_enabled() or self.realization != "auto" or kind != "linear" or self.held:
+        if self.realization != "auto" or not self._by_hand(kind, x):
             return False
         kinds = {x.dtype, point.dtype, self.weight.dtype, getattr(self.subspace, "basis", x).dtype}
-        whole = kinds <= {torch.float32} or kinds <= {torch.float64}
-        if not whole or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+        if not (kinds <= {torch.float32} or kinds <= {torch.float64}):
             return False
         return module.__dict__.get("weight") is None and merged.pays(self.subspace, _tokens(x), self.folds)
 
     def goes_beside(self, module: nn.Module, kind: Kind, x: Tensor) -> bool:
         """Whether backprop to this site is written by hand (see `zolr.beside`): where all is of one type and plain."""
-        if not torch.is_grad_enabled() or kind != "linear" or self.held or not self._plain:
+        if not self._plain or not self._by_hand(kind, x):
             return False
         loose: Any = module
         kinds = {x.dtype, loose.weight.dtype, x.dtype if loose.bias is None else loose.bias.dtype}
-        if len(kinds) > 1 or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+        return len(kinds) == 1 and beside.covers(self.subspace) and not is_packed(module, "weight")
+
+    def _by_hand(self, kind: Kind, x: Tensor) -> bool:
+        """Whether a backward pass that is written by hand may stand for this site's at all."""
+        if not torch.is_grad_enabled() or kind != "linear" or self.held:
             return False
-        return beside.covers(self.subspace) and not is_packed(module, "weight")
+        return not torch.is_autocast_enabled(x.device.type) and not torch.compiler.is_compiling()
 
 
 def _widened(subspace: Subspace, dtype: torch.dtype) -> Subspace:

@@ -11,13 +11,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import typer
 
 from zolr.cli import runs
 from zolr.cli.choices import Schedule, TablePolicy
-from zolr.cli.config import Settings, add, flag, nearest, spelled
+from zolr.cli.config import Settings, add, flag, nearest, spelled, toml
 from zolr.cli.finetune import Finetune
 from zolr.cli.race import choosing, unpaid
 from zolr.cli.variants import variant
@@ -71,6 +72,12 @@ class Report(Settings):
         saved=False,
     )
     markdown: str | None = flag(None, "Table for a README: an md file.", "Output", saved=False)
+    resume: bool = flag(
+        False,
+        "Go on with --output: methods that have been run are not run again; more can be named.",
+        "Output",
+        saved=False,
+    )
     json: bool = flag(False, "Print JSON.", "Output", saved=False)
     quiet: bool = flag(False, "Print nothing but the table and errors.", "Output", saved=False)
 
@@ -112,16 +119,21 @@ def run(settings: Compare) -> None:
         )
     _check_same_workload(competitors)
     terms = _terms(settings, competitors)
+    if settings.resume and not settings.output:
+        raise UsageError("--resume needs the comparison to go on with; give --output FOLDER")
     root = Path(settings.output) if settings.output else runs.free_folder(f"compare-{terms.task}")
     _check_places(settings, root)
     plans = _plans(settings, competitors, terms)
+    before = _before(root, terms, plans) if settings.resume else {}
     signal.signal(
         signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
     )  # so that the child is told, too
     rows: list[dict[str, Any]] = []
     try:
-        _run_all(settings, competitors, terms, plans, root, rows, shown)
+        _run_all(competitors, terms, plans, root, before, rows, shown)
     except (KeyboardInterrupt, SystemExit) as end:
+        if root.is_dir():
+            _save(root, terms, plans, rows)
         if rows:
             _report(settings, rows, terms)
         raise _interrupted(end, len(rows), len(plans), root) from None
@@ -131,31 +143,79 @@ def run(settings: Compare) -> None:
 
 
 def _run_all(
-    settings: Compare,
     competitors: Mapping[str, Mapping[str, Any]],
     terms: Terms,
     plans: Mapping[str, Finetune | ZolrError],
     root: Path,
+    before: Mapping[str, dict[str, Any]],
     rows: list[dict[str, Any]],
     shown: Any,
 ) -> None:
-    """Run one after the other; every row is added to `rows` as soon as it is known."""
+    """Run one after the other; every row is added to `rows` as soon as it is known.
+
+    Args:
+        before: outcomes that are known.
+    """
     names = labels(competitors)
     for number, (name, plan) in enumerate(plans.items(), start=1):
         shown.print(f"{number}/{len(plans)} {names[name]} ...", markup=False)
         row: dict[str, Any] = {"name": name, "label": names[name]}
         row |= {"method": competitors[name]["method"], "paradigm": competitors[name]["paradigm"]}
         row["checkpointing"] = (isinstance(plan, Finetune) and plan.checkpointing) or False
-        if isinstance(plan, Finetune):
+        if name in before:
+            row = {**before[name], **row}
+        elif isinstance(plan, Finetune):
             place = root / re.sub(r"[^\w.=+-]+", "-", name)
+            rmtree(
+                place, ignore_errors=True
+            )  # of a comparison that is gone on with: what did not come to its end
             row |= _raced(replace(plan, output=str(place)), terms)
         else:
             row |= {"status": FAILED, "error": f"error: {plan}", "exit_code": plan.exit_code}
         rows.append(row)
         _against_adamw(rows)
         if root.is_dir():  # after every row: what is done stays if the next one is interrupted
-            runs.write_json(root / RESULTS, {**asdict(terms), "methods": rows})
+            _save(root, terms, plans, rows)
         shown.print(f"    {_said(row)}", markup=False)
+
+
+def _save(
+    root: Path, terms: Terms, plans: Mapping[str, Finetune | ZolrError], rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """What is known so far, and from what settings."""
+    settings = {name: toml(plan) for name, plan in plans.items() if isinstance(plan, Finetune)}
+    runs.write_json(root / RESULTS, {**asdict(terms), "methods": rows, "settings": settings})
+
+
+def _before(root: Path, terms: Terms, plans: Mapping[str, Finetune | ZolrError]) -> dict[str, dict[str, Any]]:
+    """What has become of methods in an earlier start; those that failed are run again.
+
+    Raises:
+        StorageError: there is no comparison in the folder.
+        UsageError: it is another one.
+    """
+    path = root / RESULTS
+    if not path.is_file():
+        raise StorageError(f"{root} is no comparison to go on with: it has no {RESULTS}; leave --resume out")
+    found = runs.read_json(path)
+    now = json.loads(json.dumps(asdict(terms)))
+    for key, value in now.items():
+        if found.get(key) != value:
+            raise UsageError(
+                f"'{key}' is {value} here and {found.get(key)} in {path}; go on with the same settings, or choose another --output"
+            )
+    for name, plan in plans.items():
+        was = found.get("settings", {}).get(name)
+        if was is None or not isinstance(plan, Finetune):
+            continue
+        old, new = (dict(line.split(" = ", 1) for line in text.splitlines()) for text in (was, toml(plan)))
+        for key in old.keys() | new.keys():
+            if old.get(key) != new.get(key):
+                raise UsageError(
+                    f"--{key} of '{name}' is {new.get(key, 'not given')} here and was {old.get(key, 'not given')} in {path}; "
+                    "go on with the same settings, or choose another --output"
+                )
+    return {row["name"]: row for row in found["methods"] if row["name"] in plans and row["status"] != FAILED}
 
 
 def _report(settings: Compare, rows: Sequence[dict[str, Any]], terms: Terms) -> None:
@@ -178,7 +238,7 @@ def _interrupted(end: BaseException, done: int, of: int, root: Path) -> ZolrErro
     code = end.code if isinstance(end, SystemExit) and isinstance(end.code, int) else 128 + signal.SIGINT
     error = ZolrError(
         f"interrupted by {signal.Signals(code - 128).name}: {done} of {of} methods were run, and their rows are in "
-        f"{root / RESULTS}; start again with another --output"
+        f"{root / RESULTS}; go on with --resume --output {root}"
         if done
         else f"interrupted by {signal.Signals(code - 128).name} before a method was done; what there is lies in {root}"
     )
@@ -306,12 +366,12 @@ def _check_pays(name: str, plan: Any, amount: float) -> None:
 
 def _check_places(settings: Compare, root: Path) -> None:
     """Refuse, before hours of runs, what could not be written after them; nothing is created or replaced."""
-    if root.is_dir() and any(root.iterdir()):
-        raise StorageError(f"output folder {root} is not empty; choose another --output")
-    runs.check_free(root, overwrite=False, resume=False)
+    runs.check_free(
+        root, overwrite=False, resume=settings.resume, way_out="--resume if it holds this comparison"
+    )
     for name, endings in (("plot", (".png", ".pdf", ".svg")), ("markdown", (".md",))):
         if getattr(settings, name) is not None:
-            _check_file(Path(getattr(settings, name)), f"--{name}", endings)
+            _check_file(Path(getattr(settings, name)), f"--{name}", endings, settings.resume)
     if settings.plot is not None:
         try:
             import matplotlib  # noqa: F401  # pyright: ignore[reportMissingImports]
@@ -321,12 +381,12 @@ def _check_places(settings: Compare, root: Path) -> None:
             ) from None
 
 
-def _check_file(path: Path, name: str, endings: Sequence[str]) -> None:
+def _check_file(path: Path, name: str, endings: Sequence[str], replaces: bool) -> None:
     if path.suffix.lower() not in endings:
         raise UsageError(
             f"{name} {path}: the name has to end in {' or '.join(endings)}, which says what it holds"
         )
-    if path.exists():
+    if path.exists() and not (replaces and path.is_file()):
         raise StorageError(f"{name} {path} exists; choose another name, or remove it")
     above = next(p for p in path.absolute().parents if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
