@@ -19,6 +19,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import (
@@ -125,6 +127,9 @@ PRESETS: dict[str, Preset] = {
 
 
 # --- loading and building -----------------------------------------------------------------------------------
+
+# of a loaded model the weights that its checkpoint does not hold
+_FRESH: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
 
 
 def load_model(
@@ -253,6 +258,7 @@ def load_model(
             "they start random",
             stacklevel=2,
         )
+    _FRESH[model] = tuple(missing)
     if quantize is not None:
         _keep_codes(model)
         return model.eval()  # it is on its device, and transformers refuses to move some codes
@@ -261,6 +267,17 @@ def load_model(
     if device_map is not None:
         return _offloaded(model, device_map, device, offload_folder)
     return model.to(device).eval()
+
+
+def fresh_modules(model: nn.Module) -> list[str]:
+    """The largest modules of a loaded model of which its checkpoint holds no weight: a new head, a pooler."""
+    missing = set(_FRESH.get(model, ()))
+    found: list[str] = []
+    for name, module in model.named_modules():  # from the outside in
+        own = {f"{name}.{key}" for key, _ in module.named_parameters()}
+        if name and own and own <= missing and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    return found
 
 
 def _offloaded(
@@ -460,12 +477,23 @@ def build(
     probe = torch.empty(0)
     meta = "meta" in (torch.device(device).type, probe.device.type)
     if meta or type(probe) is not Tensor:
-        with torch.device("meta" if meta else device):
+        with torch.device("meta" if meta else device), _undrawn():
             return auto.from_config(config, dtype=dtype, **options).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = auto.from_config(config, dtype=dtype, **options)
     return model.to(device).eval()
+
+
+@contextmanager
+def _undrawn() -> Iterator[None]:
+    """Weights are made and tied, and not initialized: some families read values for that, where there are none."""
+    before = PreTrainedModel.initialize_weights
+    PreTrainedModel.initialize_weights = lambda self: None
+    try:
+        yield
+    finally:
+        PreTrainedModel.initialize_weights = before
 
 
 def load_tokenizer(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:

@@ -181,7 +181,7 @@ class Rebuilt:
         import torch
 
         from zolr import lora, models
-        from zolr.cli.workload import noted
+        from zolr.cli.workload import classifies, noted
         from zolr.engine import Engine
 
         settings, header = self.settings, self._header
@@ -209,9 +209,7 @@ class Rebuilt:
                 )
             self.tokenizer = models.load_tokenizer(self.base, trust_remote_code=trust)
         if classes:
-            config: Any = self.model.config
-            config.id2label = dict(enumerate(classes))
-            config.label2id = {label: i for i, label in enumerate(classes)}
+            classifies(self.model, classes, self.tokenizer)
         self.own = own_modules(self.model) if classes else []
         self.wrapped: Any = settings.adapter and lora.wrap(
             self.model, settings.adapter, classifier=bool(classes), seed=settings.seed
@@ -275,13 +273,16 @@ def _tokenizer_of(run: Path) -> Any:
 
 
 def own_modules(model: nn.Module) -> list[str]:
-    """Modules that a classifier has beside its base model."""
+    """Modules that a classifier has beside its base model, and those of the base that its checkpoint holds nothing of."""
+    from zolr.models import fresh_modules
+
     base = getattr(model, "base_model", None)
-    return [
+    beside = [
         name
         for name, module in model.named_children()
         if module is not base and next(module.parameters(), None) is not None
     ]
+    return beside + [name for name in fresh_modules(model) if name.split(".")[0] not in beside]
 
 
 def _none(model: Any, batch: Any) -> Any:

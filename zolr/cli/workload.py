@@ -371,8 +371,7 @@ class Workload:
         self.input: Prompt | ClassInput
         if head == "classes":
             self.input = task.class_input(self.tokenizer)
-            config.id2label = dict(enumerate(task.classes))
-            config.label2id = {label: i for i, label in enumerate(task.classes)}
+            classifies(self.model, task.classes, self.tokenizer)
             self.logits: Callable[[nn.Module, Any], Tensor] = models.class_logits
             self.loss: Callable[[nn.Module, Any], Tensor] = models.class_loss
         else:
@@ -484,6 +483,24 @@ def longest_text(config: Any, tokenizer: Any) -> int | None:
     if (positions := positions_of(config)) is not None:
         limits.append(positions)
     return min(limits, default=None)
+
+
+def classifies(model: nn.Module, classes: Sequence[str], tokenizer: Any) -> None:
+    """Write into a classifier's config what its classes are, and what rows are padded with.
+
+    Args:
+        tokenizer: that makes its rows; None where it is not known.
+    """
+    from zolr.models import is_masked
+    from zolr.tasks import pad_id
+
+    config: Any = model.config
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {label: i for i, label in enumerate(classes)}
+    if tokenizer is not None and not is_masked(
+        model
+    ):  # these find the last token of a row by what it is padded with
+        config.get_text_config().pad_token_id = pad_id(tokenizer)
 
 
 def positions_of(config: Any) -> int | None:
