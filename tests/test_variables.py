@@ -657,10 +657,8 @@ def test_verify_passes_below_float32(projector, realization):
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.attention = (
-            nn.Embedding(VOCABULARY, 8),
-            nn.MultiheadAttention(8, 2, batch_first=True),
-        )
+        own = type("OwnAttention", (nn.MultiheadAttention,), {})  # of which nobody knows what it reads
+        self.embed, self.attention = nn.Embedding(VOCABULARY, 8), own(8, 2, batch_first=True)
         self.head = nn.Linear(8, VOCABULARY)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -705,3 +703,48 @@ def test_verify_names_a_weight_that_is_read_past_its_modules_forward(model, name
     ]
     rest = lambda n, p: not n.startswith(wrong)  # noqa: E731
     Engine(broken, method(projector), lr=1e-2, loss=loss, check=BATCH, select=rest).step([BATCH])
+
+
+class Encoder(nn.Module):
+    """Layers of torch that read the weights of their parts past these: attention always, the layers in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+        self.layers, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(8, VOCABULARY)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        blank = None if attention_mask is None else attention_mask == 0
+        return self.head(self.layers(self.embed(input_ids), src_key_padding_mask=blank))
+
+
+@pytest.mark.parametrize("paradigm", ["fo", "zo"])
+@pytest.mark.parametrize("select", ["all", "linear", "narrow"])
+def test_an_encoder_of_torch_is_evaluated_at_its_live_weights(paradigm: str, select: str) -> None:
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        seen = batch["attention_mask"] > 0  # torch makes zeros of what is not
+        return F.cross_entropy(model(**batch)[seen], batch["input_ids"][seen])
+
+    model = Encoder()
+    used = (lambda n, p: ".linear1." in n) if select == "narrow" else select
+    eps = {"eps": 1e-3} if paradigm == "zo" else {}
+    run = Engine(
+        model, compose("stiefel", paradigm, rank=2, **eps), lr=3e-2, loss=loss, check=BATCH, select=used
+    )
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    for _ in range(3):
+        run.step([BATCH])
+    found = []
+    for training, grad in ((True, True), (False, True), (False, False)):
+        model.train(training)
+        with torch.set_grad_enabled(grad):
+            found.append(float(loss(model, BATCH)))
+    assert torch.backends.mha.get_fastpath_enabled()
+    plain = run.detach().eval()
+    with torch.no_grad():
+        found.append(float(loss(plain, BATCH)))
+    assert found == pytest.approx(found[:1] * 4, rel=1e-5)
+    moved = {name for name, weight in plain.named_parameters() if not torch.equal(weight, before[name])}
+    attention = {"layers.layers.0.self_attn.out_proj.weight", "layers.layers.1.self_attn.in_proj_weight"}
+    assert (attention <= moved) == (select != "narrow") and "layers.layers.0.linear1.weight" in moved

@@ -6,7 +6,7 @@ written between folds.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from types import MethodType
@@ -792,6 +792,7 @@ def _tokens(x: Any) -> int:
 @cache
 def _attached(cls: type[nn.Module]) -> type[nn.Module]:
     """A subclass of `cls` that evaluates its bound weights at their variables' points."""
+    around = _around(cls)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         tensors: dict[str, Tensor] | None = None
@@ -812,14 +813,34 @@ def _attached(cls: type[nn.Module]) -> type[nn.Module]:
                     tensors = tensors or {}
                     tensors[name] = dense
         run = partial(compute, self, cls.forward) if side is None else partial(_with_side, cls, self, side)
-        if tensors is None:
+        if tensors is None and around is None:
             return run(*args, **kwargs)
-        with _shadowed(self, tensors):
+        with _shadowed(self, tensors or {}), nullcontext() if around is None else around(self):
             return run(*args, **kwargs)
 
     return type(
         cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "_zolr_original": cls}
     )
+
+
+def _around(cls: type[nn.Module]) -> Callable[[Any], AbstractContextManager[None]] | None:
+    """What the forward of a module of torch has to run in that reads weights of its parts past them; None for all others."""
+    if cls is nn.MultiheadAttention:
+        return lambda module: as_read(module.out_proj)
+    if issubclass(cls, nn.TransformerEncoder | nn.TransformerEncoderLayer):
+        return _part_by_part
+    return None
+
+
+@contextmanager
+def _part_by_part(_: nn.Module) -> Iterator[None]:
+    """Keep encoder layers from the kernel that takes all of their weights at once, in evaluation without gradients."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _with_side(
@@ -997,7 +1018,10 @@ def attach(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in model.modules():
-        if is_decoded(module) and _BINDINGS not in module.__dict__:  # not trained, but in the way of backward
+        if _BINDINGS in module.__dict__:
+            continue
+        # not trained, but in the way of backward, or reads what is trained in its parts
+        if is_decoded(module) or (_around(type(module)) is not None and is_attached(module)):
             module.__dict__[_BINDINGS] = {}
             _become(module, _attached(type(module)))
     return Variables(variables)
