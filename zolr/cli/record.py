@@ -356,6 +356,11 @@ def _held_lines(job: Job, result: Mapping[str, Any]) -> list[str]:
         "",
         f"A LoRA adapter: load `{s.model}` with transformers, then `peft.PeftModel.from_pretrained(model, folder)`.",
     ]
+    if any(v.stack is not None and len(v.sites) > 1 for v in job.engine.variables):
+        lines += [
+            "It changes a weight that is tied to another one at both places. Use it unmerged: `merge_and_unload` adds both to the one",
+            "weight that there is, unless the base is untied first.",
+        ]
     if s.quantize:
         lines += [
             f"It was trained beside {s.quantize} codes. `zolr.models.load_model(folder, quantize='{s.quantize}')` loads",
