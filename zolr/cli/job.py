@@ -55,6 +55,7 @@ class Job:
         from zolr.tasks import TrainingBatches, own_task, truncation_share
 
         self.team, self._shown = team or Team(), shown
+        self.by_clock = False  # its rate follows seconds, which no settings repeat
         if adapters.is_adapter(Path(settings.model)):
             raise UsageError(
                 f"--model {settings.model} is an adapter, whose base is {adapters.base_of(Path(settings.model))}; "

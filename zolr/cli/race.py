@@ -17,7 +17,7 @@ from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
 from zolr.cli import explained, noting, runs
-from zolr.cli.choices import factor_at
+from zolr.cli.choices import factor_at, schedule_of
 from zolr.cli.finetune import Finetune
 from zolr.cli.job import Job
 from zolr.errors import UsageError
@@ -35,13 +35,14 @@ PAIRS, PAIR_SECONDS = (5, 21), 10.0
 
 @dataclass
 class Allowance:
-    """What a run may spend, and how far it has got; the rate follows the share that is spent.
+    """What a run may spend, and how far it has got; the rate follows the steps that forwards pay for, or the share of seconds.
 
     Args:
         unit: "forwards" (a backward counts as two) or "seconds" (of steps, not of evaluations).
         amount: of them.
         course, warmup: of the learning rate, as in the settings of a run.
         forwards: of one step.
+        steps: that the forwards pay for.
     """
 
     unit: str
@@ -49,6 +50,7 @@ class Allowance:
     course: str
     warmup: int
     forwards: int = 0
+    steps: int = 0
     step: int = 0
     spent: float = 0.0
     each: float = 0.0  # what the cheapest step took: the first one may search a rate
@@ -65,10 +67,12 @@ class Allowance:
 
     def factor(self, step: int) -> float:
         """Factor on the learning rate; what has been spent is known up to the step before."""
+        if self.unit == "forwards":  # as a run of so many steps has it, so that its settings repeat it
+            course = schedule_of(self.course, self.warmup, self.steps)
+            return 1.0 if course is None else course(step)
         if step < self.warmup:
             return (step + 1) / self.warmup
-        each = self.forwards if self.unit == "forwards" else self.each
-        return factor_at(self.course, min(1.0, (self.spent + (step - self.step) * each) / self.amount))
+        return factor_at(self.course, min(1.0, (self.spent + (step - self.step) * self.each) / self.amount))
 
 
 def race(
@@ -116,20 +120,21 @@ def _allow(job: Job, allowance: Allowance, eval_every: int | None) -> None:
 
     allowance.forwards = job.engine.method.estimator.forwards(job.settings.accumulate or 1)
     if allowance.unit == "forwards":
-        bound = expected = int(allowance.amount // allowance.forwards)
+        first = choosing(job.engine.method, job.engine.base_lr, job.settings.accumulate or 1)
+        bound = expected = int((allowance.amount - first) // allowance.forwards)
+        if bound < 1 and first:
+            raise UsageError(unpaid(allowance.amount, job.settings.method or "", first))
         if bound < 1:
             raise UsageError(
                 f"--equal forwards={allowance.amount:g} pays for no step of method '{job.settings.method}', "
                 f"which takes {allowance.forwards}; give more"
             )
-        first = choosing(job.engine.method, job.engine.base_lr, job.settings.accumulate or 1)
-        if first and first + allowance.forwards > allowance.amount:
-            raise UsageError(unpaid(allowance.amount, job.settings.method or "", first))
+        allowance.steps = bound
     else:
         batch = job._moved(job.batches(0)[0])
         with torch.no_grad():  # how far apart evaluations are is all that hangs on this guess
             each = min(_seconds(lambda: job.work.loss(job.work.model, batch)) for _ in range(2))
-        bound = UNBOUNDED
+        bound, job.by_clock = UNBOUNDED, True
         expected = int(allowance.amount / (each * allowance.forwards))
     every = eval_every or max(1, expected // EVALUATIONS)
     job.settings = replace(job.settings, steps=bound, eval_every=every)

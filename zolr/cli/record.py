@@ -325,7 +325,12 @@ def card(job: Job, result: Mapping[str, Any], memory: Mapping[str, Any]) -> str:
         f"| peak memory, predicted | {size(memory['peak_bytes_predicted'])} |",
         *_held_lines(job, result),
         "",
-        "`zolr predict` labels texts with this folder; `config.toml` repeats the run:",
+        "`zolr predict` labels texts with this folder; `config.toml` "
+        + (
+            "trains as many steps, at a rate that does not follow the clock:"
+            if job.by_clock
+            else "repeats the run:"
+        ),
         "",
         "```",
         "zolr finetune --config config.toml",
