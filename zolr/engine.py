@@ -511,9 +511,10 @@ class Engine:
         unread = [v.name for v in self.active if not v.touched]
         if unread and len(unread) < len(self.active):  # a rank without a micro-batch has none
             more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+            fate = "moved by chance alone" if self.method.paradigm == "zo" else "not trained"
             warnings.warn(
                 f"no forward of the first step used weight '{unread[0]}'{more} through its module: what it does not use, or reads past the "
-                "module, is not trained; leave it out by select (--train), or compare by check=batch",
+                f"module, is {fate}; leave it out by select (--train), or compare by check=batch",
                 stacklevel=3,
             )
 
