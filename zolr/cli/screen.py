@@ -8,10 +8,11 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from zolr.engine import Info
@@ -80,12 +81,23 @@ def outcome_cells(result: Mapping[str, Any]) -> list[Any]:
     ]
 
 
+class Titled(Table):
+    """A table below a title that has the width of the console: that of few columns would break it."""
+
+    def __init__(self, text: str, **how: Any) -> None:
+        super().__init__(**how)
+        self.text = text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The title, then the table."""
+        yield Text(self.text, style="bold")
+        yield from super().__rich_console__(console, options)
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     """A table with numbers to the right."""
-    made = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
+    made = Titled(
+        title,
         box=SIMPLE_HEAD,
         show_header=any(columns),
         padding=(0, 1, 0, 0),
