@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from zolr.cli import runs
@@ -15,6 +16,8 @@ from zolr.cli import runs
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "-.", ":")  # one for each time the colors are through
+
+AXIS_LETTERS, KEY_LETTERS = 30, 44  # of a line of a name beside its bars, and among the curves
 
 SPREAD = 25  # ratio of the longest to the shortest run from which on costs are drawn on a logarithmic axis
 
@@ -50,14 +53,26 @@ def draw(rows: Sequence[Mapping[str, Any]], budget: int | None, path: Path, *, t
     from matplotlib.figure import Figure
 
     metric = next((row["metric"] for row in rows if "metric" in row), "accuracy")
-    height = max(4.2, 1.4 + 0.52 * len(rows))
+    lines = [wrapped(row["label"], AXIS_LETTERS).count("\n") + 1 for row in rows]
+    height = max(4.2, 1.4 + len(rows) * max(0.52, 0.08 + 0.17 * max(lines)))
     figure = Figure(figsize=(13.5, height), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = _both(figure.subfigures(1, 2, width_ratios=(1.0, 1.35), wspace=0.02))
-    _memory(left.subplots(), rows, budget)
+    _memory(left, rows, budget)
     _quality(right, rows, metric)
     figure.suptitle(title, fontweight="bold")
     figure.savefig(path, dpi=150)
+
+
+def wrapped(label: str, letters: int) -> str:
+    """A label in lines of so many letters at most, broken between its settings where that is possible.
+
+    >>> print(wrapped("stiefel:fo lr=0.003 rank=4 + selective checkpointing", 30))
+    stiefel:fo lr=0.003 rank=4
+    + selective checkpointing
+    """
+    parts = label.replace(" + ", "\n+ ").splitlines() if len(label) > letters else [label]
+    return "\n".join(line for part in parts for line in wrap(part, letters, break_on_hyphens=False))
 
 
 def _both(parts: Any) -> tuple[Any, Any]:
@@ -82,8 +97,9 @@ def _styles(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return styles
 
 
-def _memory(axes: Any, rows: Sequence[Mapping[str, Any]], budget: int | None) -> None:
+def _memory(figure: Any, rows: Sequence[Mapping[str, Any]], budget: int | None) -> None:
     """Two bars a method, the first one on top: predicted above measured."""
+    axes = figure.subplots()
     peaks = [row.get(key) or 0 for row in rows for key in ("peak_bytes_predicted", "peak_bytes_measured")]
     most = max([*peaks, budget or 0, 1])
     unit, size = next(
@@ -106,15 +122,16 @@ def _memory(axes: Any, rows: Sequence[Mapping[str, Any]], budget: int | None) ->
         ):
             text = f"{value / size:#.3g}" if value else missing
             axes.annotate(
-                text, ((value or 0) / size, at), (4, 0), textcoords="offset points", va="center", fontsize=8
-            )
+                text, ((value or 0) / size, at), (4, 0), textcoords="offset points", va="center", fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},  # the line of the budget ends there
+            )  # fmt: skip
     if budget is not None:
         axes.axvline(budget / size, color="black", linestyle="--", linewidth=1)
         axes.annotate(
             "budget", (budget / size, 1.0), (0, 2), ("data", "axes fraction"), "offset points", ha="center",
             fontsize=8,
         )  # fmt: skip
-    axes.set_yticks(range(len(rows)), [row["label"].replace(" + ", "\n+ ") for row in rows])
+    axes.set_yticks(range(len(rows)), [wrapped(row["label"], AXIS_LETTERS) for row in rows], fontsize=9)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, 1.14 * most / size)
     axes.set_xlabel(f"peak memory of a step ({unit})")
@@ -125,7 +142,7 @@ def _memory(axes: Any, rows: Sequence[Mapping[str, Any]], budget: int | None) ->
         Patch(facecolor="white", edgecolor="0.35", hatch="////", label="predicted"),
         Patch(facecolor="0.35", edgecolor="0.35", label="measured"),
     ]
-    axes.legend(handles=kinds, loc="lower center", bbox_to_anchor=(0.5, 1.03), ncols=2, frameon=False)
+    figure.legend(handles=kinds, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
 
 
 def _quality(figure: Any, rows: Sequence[Mapping[str, Any]], metric: str) -> None:
@@ -160,9 +177,19 @@ def _quality(figure: Any, rows: Sequence[Mapping[str, Any]], metric: str) -> Non
     by_forwards.set_ylabel(f"validation {metric}")
     if curves:
         handles, names = by_forwards.get_legend_handles_labels()
-        figure.legend(
-            handles, names, loc="outside upper center", ncols=min(3, len(names)), frameon=False, fontsize=9
+        names = [wrapped(name, KEY_LETTERS) for name in names]
+        _key(figure, handles, names)
+
+
+def _key(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
+    """A legend above the axes, of as many columns as there is room for."""
+    for columns in range(min(3, len(names)), 0, -1):
+        key = figure.legend(
+            handles, names, loc="outside upper center", ncols=columns, frameon=False, fontsize=9
         )
+        if columns == 1 or key.get_window_extent().width < 0.98 * figure.bbox.width:
+            return
+        key.remove()
 
 
 def _plain(axes: Any, grid: str) -> None:
