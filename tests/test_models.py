@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from zolr import models
@@ -352,6 +352,18 @@ def test_presets_build_in_fake_mode_and_under_the_meta_device():
         assert fake.lm_head.weight.device.type == "cpu" and type(fake.lm_head.weight.data) is not torch.Tensor
     with torch.device("meta"):
         assert build("llama-20m").lm_head.weight.is_meta
+
+
+def test_nothing_is_initialized_where_weights_have_no_numbers(monkeypatch):
+    """Initializations that read values need some: that of ModernBERT does, by `trunc_normal_` of torch 2.13."""
+    ran = []
+    monkeypatch.setattr(PreTrainedModel, "_init_weights", lambda self, module: ran.append(module))
+    config = PRESETS["bert-base"].config(**SMALL, tie_word_embeddings=True)
+    with FakeTensorMode():
+        fake = build(config)
+    assert not ran and fake.get_output_embeddings().weight is fake.get_input_embeddings().weight
+    build(config)
+    assert ran
 
 
 def test_random_weights_depend_on_the_seed_alone():
