@@ -125,6 +125,25 @@ def test_other_weights_are_noticed(tmp_path: Path) -> None:
         journal.replay(begin(), replace(found, made=tuple(made)))
 
 
+@pytest.mark.parametrize("way", ["cpu", "disk"])
+def test_weights_that_are_away_have_the_fingerprint_of_those_that_are_there(way: str, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    plain, away, other = Toy(), Toy(), Toy()
+    assert journal.fingerprint(plain) == journal.fingerprint(other)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.add_(1)
+    for model in (away, other):
+        if way == "cpu":
+            accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        else:
+            accelerate.disk_offload(
+                model, str(tmp_path / f"{id(model)}"), execution_device=torch.device("cpu")
+            )
+    assert journal.fingerprint(away) == journal.fingerprint(plain) != journal.fingerprint(other)
+    assert all(weight.is_meta for weight in away.parameters())  # gone again
+
+
 def test_every_cut_leaves_a_prefix(tmp_path: Path) -> None:
     run_of(tmp_path)
     path = tmp_path / journal.NAME

@@ -48,12 +48,12 @@ KINDS = {
     "lora, classes": ("--method", "lora", "--head", "classes"),
     "held": ("--hold", "--refresh-every", 2),
     "int8": ("--quantize", "int8", "--refresh-every", 2),
+    "away": ("--device-map", "cpu", "--device", "cpu", "--refresh-every", 2),
 }
+SLOW = ("lora, classes", "int8")
 
 
-@pytest.mark.parametrize(
-    "kind", ["lora", "held", *(pytest.param(k, marks=pytest.mark.slow) for k in list(KINDS)[1::2])]
-)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k in SLOW)) for k in KINDS])
 def test_a_run_made_again_is_the_run_and_can_be_used(zolr: Run, tmp_path: Path, kind: str) -> None:
     pytest.importorskip("torchao" if kind == "int8" else "peft")
     run, again, texts = tmp_path / "run", tmp_path / "again", tmp_path / "texts.txt"

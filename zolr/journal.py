@@ -31,6 +31,7 @@ from torch import nn
 from zolr import checkpoints
 from zolr.engine import Engine, Made
 from zolr.errors import DataError, StorageError, UsageError
+from zolr.held import opened
 
 NAME = "journal"
 MAGIC, FORMAT = "zolr-journal", 1
@@ -251,18 +252,31 @@ def described(engine: Engine) -> dict[str, Any]:
 def fingerprint(model: nn.Module) -> str:
     """A short hash of a model's weights: names, shapes, types, and some thousand entries of each.
 
-    It tells models apart, not bits: what was changed in one entry shows in the hashes at checkpoints.
+    It tells models apart, not bits: what was changed in one entry shows in the hashes at checkpoints. Offloaded weights are
+    brought back for it, those of one module at a time.
     """
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if not isinstance(tensor, torch.Tensor):
             continue
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.device.type != "meta" and tensor.numel() and type(tensor) in (torch.Tensor, nn.Parameter):
-            flat = tensor.detach().reshape(-1)
-            some = flat[:: max(1, flat.numel() // _SAMPLE)].cpu().contiguous()
-            found.update(some.view(torch.uint8).numpy().data)
+        if tensor.device.type != "meta":
+            found.update(_some(tensor))
+            continue
+        owner, _, own = name.rpartition(".")
+        module = model.get_submodule(owner)
+        with opened(module):
+            found.update(_some(getattr(module, own)))
     return found.hexdigest()[:16]
+
+
+def _some(tensor: torch.Tensor) -> bytes:
+    """Some thousand entries of a tensor; none where it has no numbers, or they are not plain ones."""
+    if tensor.device.type == "meta" or not tensor.numel() or type(tensor) not in (torch.Tensor, nn.Parameter):
+        return b""
+    flat = tensor.detach().reshape(-1)
+    some = flat[:: max(1, flat.numel() // _SAMPLE)].cpu().contiguous()
+    return some.view(torch.uint8).numpy().tobytes()
 
 
 def shared(found: Read, header: Mapping[str, Any]) -> bytes:

@@ -141,6 +141,8 @@ class Finetune(Writing, Inspection, Holding, Ranks, Machine, Schedule, Compositi
             method=self.method or "stiefel",
             paradigm=method.paradigm,
             probes=self.probes or self.all_probes,
+            # said, since a journal keeps this and not where the weights were
+            hold=self.hold or self.device_map is not None,
             checkpointing=self.checkpointing if self.memory_budget else self.checkpointing or False,
             task=self.task or (None if self.data or self.model != "demo" else "questions"),
             steps=self.steps if self.steps or self.epochs else numbers.steps,
@@ -259,17 +261,19 @@ def _run(settings: Finetune, dry_run: bool, team: Team, shown: Console) -> None:
             _present(runs.read_json(folder / runs.RESULT), settings)
         return
     job = Job(settings, team=team, shown=shown)
-    for note in job.notes:
-        shown.print(note, markup=False)
-    shown.print(job.summary(), markup=False)
-    for line in job.examples():
+    before = len(job.notes)
+    for line in (*job.notes, job.summary(), *job.examples()):
         shown.print(line, markup=False)
-    if dry_run:
-        if team.first:
-            _rehearsed(job, settings)
+    if dry_run and not team.first:
         return
-    if job.predicted is not None:
-        shown.print(f"expected peak memory of a step: {size(job.predicted)}")
+    peak = job.predicted  # takes seconds, and notes why there is none
+    for note in job.notes[before:]:
+        shown.print(note, markup=False)
+    if dry_run:
+        _rehearsed(job, settings)
+        return
+    if peak is not None:
+        shown.print(f"expected peak memory of a step: {size(peak)}")
     with runs.claimed_by_first(
         folder, team, overwrite=settings.overwrite, resume=bool(settings.resume)
     ) as place:
