@@ -696,6 +696,14 @@ def test_a_dry_run_writes_nothing(zolr: Run, learn: list[object], tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.usefixtures("predicting")
+def test_why_there_is_no_prediction_is_said(zolr: Run, learn: list[object], dry: bool) -> None:
+    away = ("--device-map", "cpu", "--device", "cpu")
+    code, _, err = zolr(*learn, *ZO, *away, *(["--dry-run"] if dry else []))
+    assert code == 0 and err.count("note: no memory prediction for weights that are away") == 1, err
+
+
 def test_comparing_keeps_rows_that_failed(zolr: Run, learn: list[object], tmp_path: Path) -> None:
     small = (
         "--steps",
@@ -800,10 +808,19 @@ SWITCHED: list[tuple[tuple[str, ...], str]] = [
     (("--checkpointing",), "true"),
     (("--checkpointing", "--lr", "1e-3"), "true"),
     (("--checkpointing", "on"), "true"),
+    (("--checkpointing", "true"), "true"),
+    (("--checkpointing", "false"), "false"),
     (("--checkpointing=off",), "false"),
     (("--no-checkpointing",), "false"),
     (("--checkpointing", "selective"), '"selective"'),
 ]
+
+
+@pytest.mark.parametrize("written", ["true", '"true"', '"on"'])
+def test_a_switch_of_a_config_file(zolr: Run, tmp_path: Path, written: str) -> None:
+    (tmp_path / "run.toml").write_text(f'paradigm = "fo"\ncheckpointing = {written}\n')
+    code, out, err = zolr("finetune", "--config", tmp_path / "run.toml", "--print-config")
+    assert code == 0 and "checkpointing = true\n" in out, err
 
 
 @pytest.mark.parametrize(("words", "expected"), SWITCHED)

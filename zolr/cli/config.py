@@ -32,6 +32,7 @@ from zolr.errors import UsageError
 
 _FLAG = "flag"
 VERB, RECORDED = "verb", "recorded"  # keys of a recipe that are no settings: what runs it, and what it gave
+_SWITCHED = {"on": True, "true": True, "off": False, "false": False}  # both spellings of a switch
 _ACTIONS = "Run"  # panel of what a verb can do instead of running
 
 
@@ -324,7 +325,7 @@ def _checked(kind: type[S], values: dict[str, Any], where: dict[str, str]) -> S:
                 f"unknown setting '{spelled(name)}'{where[name]}; {nearest(spelled(name), known)}"
             )
         if _is_switch(hints[name]):
-            value = value == "on" if value in ("on", "off") else value
+            value = _SWITCHED.get(value, value) if isinstance(value, str) else value
         elif get_origin(_plain(hints[name])) is list:  # in files; one column may be written without brackets
             value = (value,) if isinstance(value, str) else _frozen(value)
         try:
