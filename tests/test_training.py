@@ -285,7 +285,8 @@ def test_a_loss_that_stays_bad_ends_the_run_and_keeps_the_best(tmp_path: Path) -
 
     run._loss = spoiled
     with pytest.raises(
-        NonFiniteError, match=rf"{NON_FINITE_LIMIT} steps in a row.*step 4\) are kept in .*best-4.*--lr"
+        NonFiniteError,
+        match=rf"loss or the gradient was not finite in {NON_FINITE_LIMIT} steps in a row.*step 4\) are kept in .*best-4.*--lr",
     ):
         train(run, batches, steps=100, evaluate=evaluation(run), eval_every=4, folder=tmp_path)
     assert run.step_count == 4

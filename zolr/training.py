@@ -192,7 +192,7 @@ def train(
 
     Raises:
         UsageError: patience where nothing says what is better.
-        NonFiniteError: the loss was not finite in 20 steps in a row, or weights to be saved are not.
+        NonFiniteError: loss or gradient was not finite in 20 steps in a row, or weights to be saved are not.
         PeerLostError: another rank is gone; the weights before the step are saved first, unless an engine with undo=False
             was cut short while it wrote.
         PeersDifferError: a weight is not the same on all ranks.
@@ -503,7 +503,7 @@ class _Run:
         self.reporter.stepped(now, info)
         if now.skipped_in_a_row >= NON_FINITE_LIMIT:
             raise NonFiniteError(
-                f"the loss was not finite in {NON_FINITE_LIMIT} steps in a row, up to step {now.step}; "
+                f"the loss or the gradient was not finite in {NON_FINITE_LIMIT} steps in a row, up to step {now.step}; "
                 f"{self._kept()}; try a smaller --lr, --dtype float32, or --clip"
             )
 
