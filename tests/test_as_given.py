@@ -386,6 +386,74 @@ def test_weights_that_no_forward_comes_by_are_named_once() -> None:
         zolr.Engine(normed(), zolr.compose("stiefel", "fo", rank=2), lr=1e-3, loss=loss).step([(X, Y)])
 
 
+class Idle(nn.Module):
+    """A model with a layer that its forward leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(6, 3), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+@pytest.mark.parametrize(("model", "name"), [(Past, "last"), (Idle, "idle")])
+def test_weights_that_no_forward_comes_by_are_refused_where_they_are_checked(
+    model: Callable[[], nn.Module], name: str
+) -> None:
+    message = f"'{name}.weight' is used by no forward of its module .*: it is not used, or read past.*--train"
+    with pytest.raises(UsageError, match=message):
+        zolr.Engine(model(), zolr.compose("stiefel", "fo", rank=2), lr=1e-3, loss=loss, check=(X, Y))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.out = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.cells(x[:, None])[0][:, -1])
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * 2
+
+
+class Own(Idle):
+    def forward(self, x: Tensor) -> Tensor:
+        return Doubled.apply(self.used(x))
+
+
+class Unfinished(Idle):
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError("of the model's own")
+
+
+def weight_normed() -> nn.Module:
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 8)), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize(
+    ("model", "named"), [(Recurrent, "rnn|lstm"), (weight_normed, "weight_norm"), (Own, "autograd.Function")]
+)
+def test_what_has_no_derivative_in_forward_mode_is_named(model: Callable[[], nn.Module], named: str) -> None:
+    run = zolr.Engine(model(), zolr.compose("stiefel", "fwd", rank=2), lr=1e-3, loss=loss)
+    with pytest.raises(UsageError, match=f"cannot derive .*({named}).*use paradigm 'fo' or 'zo'$"):
+        run.step([(X, Y)])
+
+
+def test_other_refusals_of_a_forward_stay_as_they_are() -> None:
+    run = zolr.Engine(Unfinished(), zolr.compose("stiefel", "fwd", rank=2), lr=1e-3, loss=loss)
+    with pytest.raises(NotImplementedError, match="of the model's own"):
+        run.step([(X, Y)])
+
+
 @pytest.mark.parametrize("way", ["data", "assign", "double"])
 def test_weights_that_were_put_elsewhere_are_refused(way: str) -> None:
     net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))

@@ -22,7 +22,7 @@ def verify(
         tolerance: on the loss; by default from the precision of the weight and the size of the effect.
 
     Raises:
-        UsageError: a weight whose effect is not the same, by name (read past its module's forward, usually).
+        UsageError: a weight whose effect is not the same, by name (not used, or read past its module's forward, usually).
     """
     for variable in variables:
         variable.touched = False
@@ -30,8 +30,8 @@ def verify(
     unused = [v.name for v in variables if not v.touched]
     if unused:
         raise UsageError(
-            f"weight '{unused[0]}' is read past its module's forward{_others(unused)}, so nothing would train it; leave it out "
-            f"with a narrower selection (--train attention, or select={_without(unused)})"
+            f"weight '{unused[0]}' is used by no forward of its module{_others(unused)}: it is not used, or read past the module, and "
+            f"nothing would train it; leave it out with a narrower selection (--train attention, or select={_without(unused)})"
         )
     for variable in variables:
         if variable.held:  # there is no dense weight to compare with

@@ -1,7 +1,8 @@
 """Forward-mode differentiation along random directions."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -61,6 +62,21 @@ class _Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def _refusals_explained() -> Iterator[None]:
+    """One line for an operation that torch cannot derive in forward mode."""
+    try:
+        yield
+    except NotImplementedError as error:
+        if "forward AD" not in str(error) and "forward mode AD" not in str(error):
+            raise
+        named = re.search(r"forward AD with (\w+)", str(error))
+        what = f"'{named[1]}'" if named else "a torch.autograd.Function without a jvp of its own"
+        raise UsageError(
+            f"torch cannot derive {what} in forward mode, and the loss uses it; use paradigm 'fo' or 'zo'"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Forward(BySlopes):
     """`(1/k) sum_i ⟨∇L, z_i⟩ z_i` with exact directional derivatives, from one forward each.
@@ -73,7 +89,7 @@ class Forward(BySlopes):
         law: "rademacher", "gaussian" or "sphere".
 
     Raises:
-        UsageError: an argument out of range.
+        UsageError: an argument out of range, or in a step an operation that torch cannot derive in forward mode.
 
     Reference: Baydin et al., Gradients without backpropagation (2022).
     """
@@ -102,7 +118,12 @@ class Forward(BySlopes):
         with same_noise(variables[0].value.device) as rewind:
             for direction in own:
                 rewind()
-                with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
+                with (
+                    _refusals_explained(),
+                    forward_ad.dual_level(),
+                    sdpa_kernel(SDPBackend.MATH),
+                    ExitStack() as stack,
+                ):
                     if variables[0].value.device.type == "cpu":  # where memory is counted by such a mode
                         stack.enter_context(_Seen())
                     stack.enter_context(_TangentsLikeValues())
