@@ -162,6 +162,8 @@ def test_all_stands_for_every_row_under_every_paradigm() -> None:
     assert expanded(["all"]) == pairs and len(pairs) > len(METHODS)
     assert expanded(["all:fo@rank=4"]) == [f"{pair}@rank=4" for pair in pairs if pair.endswith(":fo")]
     assert expanded(["mezo, all:fwd", "lozo"]) == ["mezo", "stiefel:fwd", "lozo"]
+    ranks = "@ranks=q_proj=16,up_proj=8"
+    assert expanded([f"mezo,all:fwd{ranks},lozo"]) == ["mezo", f"stiefel:fwd{ranks}", "lozo"]
 
 
 def test_every_method_has_its_row(zolr: Run, tmp_path: Path) -> None:

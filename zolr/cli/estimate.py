@@ -18,7 +18,7 @@ from annotated_types import Ge
 from zolr.cli import quieten
 from zolr.cli.budget import bytes_of
 from zolr.cli.config import Settings, add, flag
-from zolr.cli.variants import variant
+from zolr.cli.variants import methods_in, variant
 from zolr.errors import BudgetError, DataError, UsageError, ZolrError
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def expanded(words: Sequence[str]) -> list[str]:
     from zolr.methods import METHODS
 
     result = []
-    for word in (word.strip() for part in words for word in part.split(",")):
+    for word in methods_in(words):
         head, at, own = word.partition("@")
         name, colon, paradigm = head.partition(":")
         if name != EVERY:

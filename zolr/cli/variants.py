@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from typing import Any
 
 from zolr.cli.config import nearest, resolve
 from zolr.errors import UsageError
+
+
+def methods_in(parts: Sequence[str]) -> list[str]:
+    """The methods of a flag, one a word, of parts that each may hold several.
+
+    What has a `=` before any `@` names no method: it is the rest of a value with a comma in it.
+
+    >>> methods_in(["adamw, stiefel:fo@ranks=q_proj=16,up_proj=8@lr=1e-3", "mezo"])
+    ['adamw', 'stiefel:fo@ranks=q_proj=16,up_proj=8@lr=1e-3', 'mezo']
+    """
+    words: list[str] = []
+    for part in parts:
+        for place, piece in enumerate(part.split(",")):
+            if place and "=" in piece.partition("@")[0]:
+                words[-1] += f",{piece.strip()}"
+            else:
+                words.append(piece.strip())
+    return words
 
 
 def variant(word: str, flag: str = "--methods") -> tuple[str, dict[str, Any]]:
