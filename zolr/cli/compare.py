@@ -21,7 +21,7 @@ from zolr.cli.choices import Schedule, TablePolicy
 from zolr.cli.config import Settings, add, flag, nearest, spelled, toml
 from zolr.cli.finetune import Finetune
 from zolr.cli.race import choosing, unpaid
-from zolr.cli.variants import variant
+from zolr.cli.variants import methods_in, variant
 from zolr.cli.workload import DEMO_TASK, REFERENCE_WIDTH, DataChoice, Machine, ModelChoice
 from zolr.errors import BudgetError, StorageError, UsageError, ZolrError
 
@@ -111,8 +111,7 @@ def run(settings: Compare) -> None:
     from zolr.cli.screen import console
 
     shown = console(settings.quiet)
-    words = [word.strip() for part in settings.methods for word in part.split(",")]
-    competitors = dict(variant(word) for word in words)
+    competitors = dict(variant(word) for word in methods_in(settings.methods))
     if not competitors:
         raise UsageError(
             "nothing to compare; give --methods stiefel:zo,stiefel:fo,adamw (zolr methods lists them)"
@@ -124,19 +123,25 @@ def run(settings: Compare) -> None:
     root = Path(settings.output) if settings.output else runs.free_folder(f"compare-{terms.task}")
     _check_places(settings, root)
     plans = _plans(settings, competitors, terms)
-    before = _before(root, terms, plans) if settings.resume else {}
+    found = _before(root, terms, plans) if settings.resume else {}
     signal.signal(
         signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
     )  # so that the child is told, too
-    rows: list[dict[str, Any]] = []
+    names = labels(competitors)
     try:
-        _run_all(competitors, terms, plans, root, before, rows, shown)
+        _run_all(competitors, names, terms, plans, root, found, shown)
     except (KeyboardInterrupt, SystemExit) as end:
+        rows = _in_order(plans, found)
+        if rows:  # also where all of them failed before they wrote a file: --resume needs the folder
+            root.mkdir(parents=True, exist_ok=True)
         if root.is_dir():
             _save(root, terms, plans, rows)
         if rows:
-            _report(settings, rows, terms)
+            missing = ", ".join(names[name] for name in plans if name not in found)
+            incomplete = f"incomplete: {len(rows)} of {len(plans)} methods were run, and {missing} not; --resume --output {root} goes on"
+            _report(settings, rows, terms, incomplete if missing else "")
         raise _interrupted(end, len(rows), len(plans), root) from None
+    rows = _in_order(plans, found)
     _report(settings, rows, terms)
     if not any(row["status"] == DONE for row in rows):
         raise _none_left(rows)
@@ -144,26 +149,28 @@ def run(settings: Compare) -> None:
 
 def _run_all(
     competitors: Mapping[str, Mapping[str, Any]],
+    names: Mapping[str, str],
     terms: Terms,
     plans: Mapping[str, Finetune | ZolrError],
     root: Path,
-    before: Mapping[str, dict[str, Any]],
-    rows: list[dict[str, Any]],
+    found: dict[str, dict[str, Any]],
     shown: Any,
 ) -> None:
-    """Run one after the other; every row is added to `rows` as soon as it is known.
+    """Run one after the other.
 
     Args:
-        before: outcomes that are known.
+        names: of the methods, for people.
+        found: rows that are known; every other one is added as soon as it is.
     """
-    names = labels(competitors)
+    for name in found:  # with other methods beside it, one may be called otherwise than before
+        found[name]["label"] = names[name]
     for number, (name, plan) in enumerate(plans.items(), start=1):
         shown.print(f"{number}/{len(plans)} {names[name]} ...", markup=False)
         row: dict[str, Any] = {"name": name, "label": names[name]}
         row |= {"method": competitors[name]["method"], "paradigm": competitors[name]["paradigm"]}
         row["checkpointing"] = (isinstance(plan, Finetune) and plan.checkpointing) or False
-        if name in before:
-            row = {**before[name], **row}
+        if name in found:
+            row = found[name]
         elif isinstance(plan, Finetune):
             place = root / re.sub(r"[^\w.=+-]+", "-", name)
             rmtree(
@@ -172,11 +179,17 @@ def _run_all(
             row |= _raced(replace(plan, output=str(place)), terms)
         else:
             row |= {"status": FAILED, "error": f"error: {plan}", "exit_code": plan.exit_code}
-        rows.append(row)
+        found[name] = row
+        rows = _in_order(plans, found)
         _against_adamw(rows)
         if root.is_dir():  # after every row: what is done stays if the next one is interrupted
             _save(root, terms, plans, rows)
         shown.print(f"    {_said(row)}", markup=False)
+
+
+def _in_order(plans: Mapping[str, Any], found: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that are known, as the methods were named."""
+    return [found[name] for name in plans if name in found]
 
 
 def _save(
@@ -218,14 +231,18 @@ def _before(root: Path, terms: Terms, plans: Mapping[str, Finetune | ZolrError])
     return {row["name"]: row for row in found["methods"] if row["name"] in plans and row["status"] != FAILED}
 
 
-def _report(settings: Compare, rows: Sequence[dict[str, Any]], terms: Terms) -> None:
-    """Table, files and picture of the rows that there are."""
+def _report(settings: Compare, rows: Sequence[dict[str, Any]], terms: Terms, incomplete: str = "") -> None:
+    """Table, files and picture of the rows that there are.
+
+    Args:
+        incomplete: what is missing, as a sentence; "" for nothing.
+    """
     if settings.json:
         print(runs.as_json(rows))
     else:
-        _print(rows, terms)
+        _print(rows, terms, incomplete)
     if settings.markdown is not None:
-        _write(Path(settings.markdown), markdown(rows, terms))
+        _write(Path(settings.markdown), markdown(rows, terms, incomplete))
     if settings.plot is not None:
         from zolr.cli.picture import draw
 
@@ -240,7 +257,8 @@ def _interrupted(end: BaseException, done: int, of: int, root: Path) -> ZolrErro
         f"interrupted by {signal.Signals(code - 128).name}: {done} of {of} methods were run, and their rows are in "
         f"{root / RESULTS}; go on with --resume --output {root}"
         if done
-        else f"interrupted by {signal.Signals(code - 128).name} before a method was done; what there is lies in {root}"
+        else f"interrupted by {signal.Signals(code - 128).name} before a method was done"
+        + (f"; what there is lies in {root}" if root.is_dir() else "")
     )
     error.exit_code = code
     return error
@@ -258,14 +276,19 @@ def _check_same_workload(competitors: Mapping[str, Mapping[str, Any]]) -> None:
     """A method's own settings must leave the model and the examples alone."""
     from zolr.cli.choices import Writing
 
-    shared = {f.name for kind in (ModelChoice, DataChoice, Writing) for f in fields(kind)}
+    written = {f.name for f in fields(Writing)}
+    shared = {f.name for kind in (ModelChoice, DataChoice) for f in fields(kind)}
     shared |= {"k", "train_rows", "validation", "test", "data_seed"}
     for word, own in competitors.items():
         for name in own:
+            start = f"--methods: '{spelled(name)}' in '{word}'"
+            if name in written:
+                raise UsageError(
+                    f"{start}: where and how often a run is written is the same for all of them; leave it out"
+                )
             if name in shared:
                 raise UsageError(
-                    f"--methods: '{spelled(name)}' in '{word}' would make it another task; "
-                    f"give --{spelled(name)} for all of them, or leave it out"
+                    f"{start} would make it another task; give --{spelled(name)} for all of them, or leave it out"
                 )
 
 
@@ -463,6 +486,13 @@ def outcome(code: int, out: str, said: str) -> dict[str, Any]:
     if found.get("fits") is False:
         return {"status": NOT_RUN, **row}
     reason = (said.strip().splitlines() or [f"ended with exit code {code}"])[-1]
+    # one code for both: a memory budget of the method's own is refused before a step is predicted
+    if (
+        code == BudgetError.exit_code
+        and "peak_bytes_predicted" not in found
+        and "out of memory" not in reason
+    ):
+        return {"status": NOT_RUN, "error": reason, "exit_code": code, **row}
     exhausted = code == BudgetError.exit_code or "OutOfMemoryError" in reason or "MemoryError" in reason
     if code < 0:
         number = signal.Signals(-code)
@@ -483,13 +513,14 @@ def _against_adamw(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _none_left(rows: Sequence[Mapping[str, Any]]) -> ZolrError:
-    first = rows[0]
-    if all(row["status"] == NOT_RUN for row in rows):
+    first = next((row for row in rows if "error" in row), None)
+    if first is None:
         return BudgetError(
             "no method fits the memory budget; use a larger --memory-budget, or a smaller --batch-size or --max-length"
         )
-    first = next(row for row in rows if "error" in row)
-    error = ZolrError(f"every method failed; the first one with: {first['error']}")
+    if all(row["status"] == NOT_RUN for row in rows):
+        return BudgetError(f"no method fits its memory budget; the first one: {_reason(first)}")
+    error = ZolrError(f"every method failed; the first one with: {_reason(first)}")
     error.exit_code = first["exit_code"] if first["exit_code"] > 0 else BudgetError.exit_code
     return error
 
@@ -497,12 +528,21 @@ def _none_left(rows: Sequence[Mapping[str, Any]]) -> ZolrError:
 # ---- what is shown ------------------------------------------------------------------------------------------------
 
 
+def _reason(row: Mapping[str, Any]) -> str:
+    """Why a row has no result."""
+    from zolr.cli.screen import size
+
+    if "error" in row:
+        return row["error"].removeprefix("error: ")
+    return f"predicted {size(row['peak_bytes_predicted'])}"
+
+
 def _said(row: Mapping[str, Any]) -> str:
     """One line about a run that has just ended."""
     from zolr.cli.screen import size
 
     if row["status"] == NOT_RUN:
-        return f"does not fit: predicted {size(row['peak_bytes_predicted'])}"
+        return f"does not fit: {_reason(row)}"
     if row["status"] != DONE:
         return row["error"]
     return (
@@ -578,11 +618,13 @@ def _title(rows: Sequence[Mapping[str, Any]], terms: Terms) -> str:
     return f"{terms.task}, {terms.model}{start}"
 
 
-def notes(rows: Sequence[Mapping[str, Any]], terms: Terms, columns: Sequence[Column]) -> list[str]:
-    """What the columns mean, and what became of the rows that have no result."""
+def notes(
+    rows: Sequence[Mapping[str, Any]], terms: Terms, columns: Sequence[Column], incomplete: str = ""
+) -> list[str]:
+    """What is missing, what the columns mean, and what became of the rows that have no result."""
     from zolr.cli.screen import size
 
-    texts = []
+    texts = [incomplete] if incomplete else []
     if terms.equal is not None:
         unit, amount = terms.equal
         spent = {
@@ -613,13 +655,13 @@ def notes(rows: Sequence[Mapping[str, Any]], terms: Terms, columns: Sequence[Col
             )
     for row in rows:
         if row["status"] == NOT_RUN:
-            texts.append(f"{row['label']} does not fit: predicted {size(row['peak_bytes_predicted'])}")
+            texts.append(f"{row['label']} does not fit: {_reason(row)}")
         elif row["status"] != DONE:
-            texts.append(f"{row['label']}: {row['error'].removeprefix('error: ')}")
+            texts.append(f"{row['label']}: {_reason(row)}")
     return texts
 
 
-def _print(rows: Sequence[Mapping[str, Any]], terms: Terms) -> None:
+def _print(rows: Sequence[Mapping[str, Any]], terms: Terms, incomplete: str = "") -> None:
     from rich.console import Console
 
     from zolr.cli.screen import table
@@ -630,11 +672,11 @@ def _print(rows: Sequence[Mapping[str, Any]], terms: Terms) -> None:
     for column in made.columns[1:]:
         column.justify, column.no_wrap = "right", True
     console.print(made)
-    for text in notes(rows, terms, columns):
+    for text in notes(rows, terms, columns, incomplete):
         console.print(text, markup=False)
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], terms: Terms) -> str:
+def markdown(rows: Sequence[Mapping[str, Any]], terms: Terms, incomplete: str = "") -> str:
     """The table as GitHub shows it, with what its columns mean below."""
     columns = _columns(rows, 10**6)
     lines = [
@@ -646,7 +688,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], terms: Terms) -> str:
     for row in rows:
         cells = [cell.replace("|", "\\|") for cell in _cells(row, columns)]
         lines.append(f"| `{cells[0]}` | {' | '.join(cells[1:])} |")
-    return "\n".join([*lines, "", *(f"- {text}" for text in notes(rows, terms, columns))]) + "\n"
+    return "\n".join([*lines, "", *(f"- {text}" for text in notes(rows, terms, columns, incomplete))]) + "\n"
 
 
 def _write(path: Path, text: str) -> None:
