@@ -78,3 +78,19 @@ def test_what_the_base_has_no_weights_for_is_kept_beside_held_ones(
         with torch.no_grad():
             logits.append(model(**tokenizer("it was a day", return_tensors="pt")).logits)
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("train", ["all", "attention"])
+def test_the_head_of_an_offloaded_model_is_stored(
+    zolr: Run, learn: Arguments, tmp_path: Path, train: str
+) -> None:
+    """Its weights are elsewhere when the run is written, and are held as all others are."""
+    run = tmp_path / "run"
+    learn[learn.index("--paradigm") + 1] = "zo"
+    learn[learn.index("--train") + 1] = train
+    code, _, err = zolr(*learn, "--device-map", "cpu", "--eps", 1e-3, "--output", run)
+    assert code == 0, err
+    code, out, err = zolr("evaluate", run, "--json")
+    assert code == 0, err
+    after = json.loads((run / "result.json").read_text())["metrics"]["test"]["after"]
+    assert json.loads(out)["loss"] == pytest.approx(after["loss"], rel=1e-5)

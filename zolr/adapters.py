@@ -7,6 +7,7 @@ A matrix becomes a pair of factors at scale 1, a bias is stored beside them, and
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from zolr.checkpoints import write_text
 from zolr.errors import DataError, UsageError
 from zolr.held import opened
-from zolr.variables import Variable, Variables, attach, detach
+from zolr.variables import Site, Variable, Variables, attach, detach
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -51,36 +52,33 @@ def write(
         model: the model the variables are of, attached or not.
         variables: `Engine.variables`.
         base: folder or hub name of the model's own weights.
-        keep: names of modules to store whole, trained or not, such as a head that the base does not have; what they
-            hold must not be held.
+        keep: names of modules to store whole, trained or not, such as a head that the base does not have.
 
     Raises:
-        UsageError: a variable outside of `keep` is not held, so its part of the result is in the model, or one inside
-            is held.
+        UsageError: a variable outside of `keep` is not held, so its part of the result is in the model.
     """
     from safetensors.torch import save_file
 
     kept: dict[str, Tensor] = {}  # live weights of variables inside of what is stored whole
+    beside: list[Variable] = []
     for variable in variables:
-        inside = any(variable.name.startswith(f"{name}.") for name in keep)
-        if inside and not variable.held:
-            dense = variable.dense(variable.point())
+        if not any(variable.name.startswith(f"{name}.") for name in keep):
+            beside.append(variable)
+        elif variable.stack is not None:
+            kept |= {site.name: _moved(variable, site) for site in variable.sites}
+        else:
+            dense = variable.value.detach() if variable.held else variable.dense(variable.point())
             kept |= {site.name: site.weight if dense is None else dense for site in variable.sites}
-        elif inside:
-            raise UsageError(
-                f"weight '{variable.name}' is held, so its module cannot be stored whole; do not hold it"
-            )
-        elif not variable.held:
-            raise UsageError(
-                f"weight '{variable.name}' is not held, so no adapter can tell what it was moved by; train with hold=True"
-            )
-    variables = [variable for variable in variables if variable.held]
+    if (written := next((v.name for v in beside if not v.held), None)) is not None:
+        raise UsageError(
+            f"weight '{written}' is not held, so no adapter can tell what it was moved by; train with hold=True"
+        )
     modules = dict(model.named_modules())
     ranks: dict[str, int] = {}
     tensors: dict[str, Tensor] = {}
     whole: dict[str, dict[str, Tensor]] = {}
     transposed = False
-    for variable in variables:
+    for variable in beside:
         if variable.stack is None:
             for site in variable.sites:
                 value = variable.value.detach()
@@ -89,10 +87,7 @@ def write(
         left, right = variable.moved_by()
         for site in variable.sites:
             if site.kind == "other":  # no LoRA layer for it: the module is stored with its weight
-                with opened(site.module):
-                    weight = site.weight.detach()
-                    moved = weight + (left @ right.mT).to(weight)
-                whole.setdefault(site.module_name, {})[site.parameter] = moved
+                whole.setdefault(site.module_name, {})[site.parameter] = _moved(variable, site)
                 continue
             transposed |= site.kind == "conv1d"
             ranks[site.module_name] = max(1, left.shape[1])
@@ -118,7 +113,10 @@ def write(
             state = {**module.state_dict(), **trained}
             tensors |= {f"{_PREFIX}{name}.{key}": tensor for key, tensor in state.items()}
     for name in keep:
-        state = {f"{name}.{key}": tensor for key, tensor in modules[name].state_dict().items()}
+        with ExitStack() as stack:
+            for module in modules[name].modules():  # offloaded ones hold no numbers but in their forward
+                stack.enter_context(opened(module))
+            state = {f"{name}.{key}": tensor for key, tensor in modules[name].state_dict().items()}
         tensors |= {f"{_PREFIX}{key}": tensor for key, tensor in {**state, **kept}.items() if key in state}
         whole[name] = {}
     if not ranks:
@@ -252,6 +250,15 @@ def _value(config: Mapping[str, Any], pattern: str, default: str, module: str) -
         if re.match(rf"(.*\.)?({key})$", module):
             return float(value)
     return float(config[default])
+
+
+def _moved(variable: Variable, site: Site) -> Tensor:
+    """The weight at one of its places with what it was moved by."""
+    left, right = variable.moved_by()
+    change = left @ right.mT
+    with opened(site.module):
+        weight = site.weight.detach()
+        return weight + (change.mT if variable.transposed else change).to(weight)
 
 
 def _factors(name: str, left: Tensor, right: Tensor, embedding: bool) -> dict[str, Tensor]:
