@@ -266,6 +266,10 @@ def test_a_comparison_goes_on_with_what_is_missing(
     assert json.loads((root / "compare.json").read_text())["methods"] == json.loads(out)
     code, again, _ = zolr(*given, "adamw,sgd,mezo,lomo", "--resume")
     assert code == 0 and json.loads(again) == json.loads(out) and len(ran) == 6
+    code, one, _ = zolr(*given, "sgd", "--resume")  # of which the others are not lost
+    assert code == 0 and len(json.loads(one)) == 1
+    code, again, _ = zolr(*given, "adamw,sgd,mezo,lomo", "--resume")
+    assert code == 0 and json.loads(again) == json.loads(out) and len(ran) == 6
     (root / "compare.json").unlink()
     failed(zolr(*given, "sgd", "--resume"), 4, "is no comparison to go on with: it has no compare.json")
 

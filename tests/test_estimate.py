@@ -307,7 +307,7 @@ def failed(outcome: tuple[int, str, str], code: int, message: str) -> None:
         (["--method", "all:first"], 2, "no method runs under 'first'; use one of .*fo"),
         (["--method", "adamw@lr"], 2, "--method: 'lr' in 'adamw@lr' is no setting"),
         (["--method", "adamw@bacth-size=2"], 2, "unknown setting 'bacth-size'; did you mean 'batch-size'"),
-        (["--method", ""], 2, "method '' is not known"),
+        (["--method", ""], 2, "nothing to estimate; give --method"),
         (["--model", "roberta-larg"], 3, "did you mean 'roberta-large'"),
         (["--model", "/nowhere/model"], 3, "'/nowhere/model' does not exist"),
         (["--batch-size", 0], 2, "--batch-size 0: .*greater than or equal to 1"),

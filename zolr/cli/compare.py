@@ -173,9 +173,7 @@ def _run_all(
             row = found[name]
         elif isinstance(plan, Finetune):
             place = root / re.sub(r"[^\w.=+-]+", "-", name)
-            rmtree(
-                place, ignore_errors=True
-            )  # of a comparison that is gone on with: what did not come to its end
+            rmtree(place, ignore_errors=True)  # what did not come to its end in an earlier start
             row |= _raced(replace(plan, output=str(place)), terms)
         else:
             row |= {"status": FAILED, "error": f"error: {plan}", "exit_code": plan.exit_code}
@@ -195,9 +193,13 @@ def _in_order(plans: Mapping[str, Any], found: Mapping[str, dict[str, Any]]) -> 
 def _save(
     root: Path, terms: Terms, plans: Mapping[str, Finetune | ZolrError], rows: Sequence[Mapping[str, Any]]
 ) -> None:
-    """What is known so far, and from what settings."""
+    """What is known so far, and from what settings; what an earlier start knew of other methods stays."""
+    path = root / RESULTS
+    before = runs.read_json(path) if path.is_file() else {}
+    others = [row for row in before.get("methods", []) if row["name"] not in plans]
     settings = {name: toml(plan) for name, plan in plans.items() if isinstance(plan, Finetune)}
-    runs.write_json(root / RESULTS, {**asdict(terms), "methods": rows, "settings": settings})
+    known = {"methods": [*rows, *others], "settings": before.get("settings", {}) | settings}
+    runs.write_json(path, {**asdict(terms), **known})
 
 
 def _before(root: Path, terms: Terms, plans: Mapping[str, Finetune | ZolrError]) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ def methods_in(parts: Sequence[str]) -> list[str]:
 
     What has a `=` before any `@` names no method: it is the rest of a value with a comma in it.
 
-    >>> methods_in(["adamw, stiefel:fo@ranks=q_proj=16,up_proj=8@lr=1e-3", "mezo"])
+    >>> methods_in(["adamw, stiefel:fo@ranks=q_proj=16,up_proj=8@lr=1e-3,", "mezo"])
     ['adamw', 'stiefel:fo@ranks=q_proj=16,up_proj=8@lr=1e-3', 'mezo']
     """
     words: list[str] = []
@@ -23,7 +23,7 @@ def methods_in(parts: Sequence[str]) -> list[str]:
         for place, piece in enumerate(part.split(",")):
             if place and "=" in piece.partition("@")[0]:
                 words[-1] += f",{piece.strip()}"
-            else:
+            elif piece.strip():
                 words.append(piece.strip())
     return words
 
