@@ -96,6 +96,7 @@ class Ranks:
         process.join(LIMIT)
         if process.exitcode is None:
             process.kill()
+            process.join()
         return process.exitcode or 0, self.files[rank][1].read_text()
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from annotated_types import Ge, Gt
 
 from zolr.cli import runs
-from zolr.cli.config import Settings, flag, resolve, toml
+from zolr.cli.config import Settings, differing, flag, resolve, toml
 from zolr.errors import UsageError
 
 if TYPE_CHECKING:
@@ -395,11 +395,10 @@ class Writing(Settings):
             before: its settings.
             more: settings that may differ, besides those that may in every verb.
         """
-        was, now = (dict(line.split(" = ", 1) for line in toml(s).splitlines()) for s in (before, self))
-        for key in was.keys() | now.keys():
-            if was.get(key) != now.get(key) and key.replace("-", "_") not in (*MAY_CHANGE, *more):
+        for key, was, now in differing(toml(before), toml(self)):
+            if key.replace("-", "_") not in (*MAY_CHANGE, *more):
                 raise UsageError(
-                    f"--{key} {now.get(key, 'not given')} differs from the run to resume ({was.get(key, 'not given')} in "
+                    f"--{key} {now} differs from the run to resume ({was} in "
                     f"{Path(self.output or '') / runs.CONFIG}); leave it out, or start a new run"
                 )
 

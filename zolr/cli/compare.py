@@ -18,7 +18,7 @@ import typer
 
 from zolr.cli import runs
 from zolr.cli.choices import Schedule, TablePolicy
-from zolr.cli.config import Settings, add, flag, nearest, spelled, toml
+from zolr.cli.config import Settings, add, differing, flag, nearest, spelled, toml
 from zolr.cli.finetune import Finetune
 from zolr.cli.race import choosing, unpaid
 from zolr.cli.variants import methods_in, variant
@@ -223,13 +223,11 @@ def _before(root: Path, terms: Terms, plans: Mapping[str, Finetune | ZolrError])
         was = found.get("settings", {}).get(name)
         if was is None or not isinstance(plan, Finetune):
             continue
-        old, new = (dict(line.split(" = ", 1) for line in text.splitlines()) for text in (was, toml(plan)))
-        for key in old.keys() | new.keys():
-            if old.get(key) != new.get(key):
-                raise UsageError(
-                    f"--{key} of '{name}' is {new.get(key, 'not given')} here and was {old.get(key, 'not given')} in {path}; "
-                    "go on with the same settings, or choose another --output"
-                )
+        for key, old, new in differing(was, toml(plan)):
+            raise UsageError(
+                f"--{key} of '{name}' is {new} here and was {old} in {path}; go on with the same settings, or choose another "
+                "--output"
+            )
     return {row["name"]: row for row in found["methods"] if row["name"] in plans and row["status"] != FAILED}
 
 

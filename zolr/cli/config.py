@@ -127,6 +127,21 @@ def toml(settings: Settings) -> str:
     return "\n".join(lines) + "\n"
 
 
+def differing(before: str, now: str) -> list[tuple[str, str, str]]:
+    """What two of the texts of `toml` have otherwise: name, value before, value now.
+
+    >>> differing("rank = 4\\nlr = 0.1\\n", "rank = 8\\nlr = 0.1\\nclip = 1.0\\n")
+    [('clip', 'not given', '1.0'), ('rank', '4', '8')]
+    """
+    old, new = (dict(line.split(" = ", 1) for line in text.splitlines()) for text in (before, now))
+    absent = "not given"
+    return [
+        (key, old.get(key, absent), new.get(key, absent))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
 def as_dict(settings: Settings) -> dict[str, Any]:
     """The saved settings by name, for result files."""
     return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if _info(f).saved}

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import typer
 
 from zolr.cli import noting, runs
-from zolr.cli.budget import (
-    bytes_of,
-)
+from zolr.cli.budget import bytes_of
 from zolr.cli.choices import (
     DEFAULTS,
     PARTS,

@@ -17,11 +17,13 @@ def methods_in(parts: Sequence[str]) -> list[str]:
 
     >>> methods_in(["adamw, stiefel:fo@ranks=q_proj=16,up_proj=8@lr=1e-3,", "mezo"])
     ['adamw', 'stiefel:fo@ranks=q_proj=16,up_proj=8@lr=1e-3', 'mezo']
+    >>> methods_in([",lr=1"])
+    ['lr=1']
     """
     words: list[str] = []
     for part in parts:
         for place, piece in enumerate(part.split(",")):
-            if place and "=" in piece.partition("@")[0]:
+            if place and words and "=" in piece.partition("@")[0]:
                 words[-1] += f",{piece.strip()}"
             elif piece.strip():
                 words.append(piece.strip())

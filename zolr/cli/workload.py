@@ -497,9 +497,8 @@ def classifies(model: nn.Module, classes: Sequence[str], tokenizer: Any) -> None
     config: Any = model.config
     config.id2label = dict(enumerate(classes))
     config.label2id = {label: i for i, label in enumerate(classes)}
-    if tokenizer is not None and not is_masked(
-        model
-    ):  # these find the last token of a row by what it is padded with
+    # causal ones find the last token of a row by what it is padded with
+    if tokenizer is not None and not is_masked(model):
         config.get_text_config().pad_token_id = pad_id(tokenizer)
 
 
