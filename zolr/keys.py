@@ -13,20 +13,14 @@ from torch import Tensor
 SIGNS_PER_COUNTER = 128  # one Philox counter gives four 32-bit words, one bit an entry
 
 _ROUNDS = 10
-_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
-_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+_WEYL = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
 
 
 def name_hash(name: str) -> int:
     """64-bit hash of a name, the same on every machine and Python version."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
-
-
-def _multiply(constant: int, words: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of `constant * words`, in int64."""
-    product = constant * words  # wraps modulo 2**64, so its 64 bits are those of the unsigned product
-    return (product >> 32).bitwise_and_(_MASK), product.bitwise_and_(_MASK)
 
 
 def philox(counters: Tensor, key: int) -> Tensor:
@@ -41,15 +35,24 @@ def philox(counters: Tensor, key: int) -> Tensor:
 
     Reference: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011).
     """
-    c0, c1, c2, c3 = counters.unbind(-1)
-    k0, k1 = key & _MASK, key >> 32 & _MASK
-    for _ in range(_ROUNDS):
-        high0, low0 = _multiply(_MULTIPLIER_0, c0)
-        high1, low1 = _multiply(_MULTIPLIER_1, c2)
-        c0, c2 = high1.bitwise_xor_(c1).bitwise_xor_(k0), high0.bitwise_xor_(c3).bitwise_xor_(k1)
-        c1, c3 = low1, low0
-        k0, k1 = (k0 + _WEYL_0) & _MASK, (k1 + _WEYL_1) & _MASK
-    return torch.stack((c0, c1, c2, c3), dim=-1)
+    # Two words at once, (2, blocks): on a GPU a draw costs what its calls cost. Words 0 and 2 of a round are made of the products
+    # of words 2 and 0 before it, so they change places, and with them multipliers and keys. Products are taken modulo 2**64,
+    # which keeps all bits of an unsigned one; what lies above the low half of `odd` goes when it has been mixed in.
+    rows = counters.mT.contiguous()
+    even, odd = rows[0::2], rows[1::2]
+    index = torch.arange(2, device=counters.device)[:, None]
+    here, there = (start + index * (stop - start) for start, stop in (_MULTIPLIERS, _MULTIPLIERS[::-1]))
+    keys = key >> 32 & _MASK, key & _MASK
+    for done in range(_ROUNDS):
+        products = here * even
+        even = products >> 32
+        for row, word in enumerate(keys if done % 2 == 0 else keys[::-1]):
+            even[row].bitwise_xor_(odd[1 - row]).bitwise_xor_(word)
+        even, odd = even.bitwise_and_(_MASK), products
+        here, there = there, here
+        keys = (keys[0] + _WEYL[1]) & _MASK, (keys[1] + _WEYL[0]) & _MASK
+    odd = odd.bitwise_and_(_MASK)
+    return torch.stack((even[0], odd[0], even[1], odd[1]), dim=-1)  # in place again after an even number of rounds
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cache, partial
+from math import prod
 from types import MethodType
 from typing import Any, Literal
 
@@ -32,11 +33,13 @@ from zolr.held import (
     stand_in,
 )
 from zolr.keys import Key
-from zolr.probes import Layout, Space, row_blocks
+from zolr.probes import BLOCK, Layout, Space, row_blocks
 from zolr.subspaces import Coded, Full, Left, Right, Subspace, TwoSided, Viewed
 
 Realization = Literal["auto", "side", "rebuild", "inplace"]
 REALIZATIONS = ("auto", "side", "rebuild", "inplace")
+
+SMALL = 1 / 32  # of the model: matrices that are trained whole and together are at most this are never worked on one by one
 Shift = Tensor | Callable[[slice], Tensor]
 Kind = Literal["linear", "conv1d", "embedding", "other"]
 
@@ -162,6 +165,7 @@ class Variable:
         self._value: nn.Parameter | None = None
         self._space: tuple[Subspace, Space] | None = None
         self.steady = False
+        self.small = False  # beside the model: see `_mark_small`
         self.folds = self.folding = False
         self._offset: Callable[[], Tensor] | None = None
         self.steps_in: Subspace | None = (
@@ -248,7 +252,8 @@ class Variable:
         """The coordinates as a space that probes are drawn in."""
         if self._space is None or self._space[0] is not self.subspace:  # asked for many times a step
             shape = self.subspace.coords_shape
-            self._space = self.subspace, Space(self.name, shape, blocked=self.is_full and len(shape) > 1)
+            blocked = self.is_full and len(shape) > 1 and not self.small
+            self._space = self.subspace, Space(self.name, shape, blocked)
         return self._space[1]
 
     # ---- windows -------------------------------------------------------------------------------------------------
@@ -1008,6 +1013,7 @@ def attach(
         Variable(group, realization, held=wanted, cap=cap, dtype=dtype)
         for group, wanted in zip(chosen, held, strict=True)
     ]
+    _mark_small(variables, sum(parameter.numel() for _, parameter in first.values()))
     for variable in variables:
         for site in variable.sites:
             module = site.module
@@ -1025,6 +1031,21 @@ def attach(
             module.__dict__[_BINDINGS] = {}
             _become(module, _attached(type(module)))
     return Variables(variables)
+
+
+def _mark_small(variables: Sequence[Variable], entries: int) -> None:
+    """Say which matrices are so small beside the model, all together, that a direction over them may be drawn and applied whole.
+
+    A draw for each of them, at every use anew, would cost many times as many calls as the forward pass itself: adapters are
+    hundreds of such matrices.
+
+    Args:
+        entries: of all weights of the model.
+    """
+    left = entries * SMALL
+    for variable in sorted(variables, key=lambda variable: prod(variable.shape)):
+        left -= prod(variable.shape)
+        variable.small = left >= 0 and prod(variable.shape) <= BLOCK // 4
 
 
 def _become(module: nn.Module, cls: type[nn.Module]) -> None:
