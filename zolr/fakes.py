@@ -64,6 +64,13 @@ _GROUPED = (
     getattr(torch.ops.aten._grouped_mm, "default", None) if hasattr(torch.ops.aten, "_grouped_mm") else None
 )
 
+# of draws with a generator and of those without: torch describes the first by running them, a hundred times as slow, and to
+# numbers that are not there the generator means nothing
+_DRAWN = {
+    op.generator: op.default
+    for op in (torch.ops.aten.randn, torch.ops.aten.rand, torch.ops.aten.randperm)
+}
+
 # what an operation returned for arguments of one look, and the type that several outputs come in
 _known: dict[Any, tuple[type | None, list[_Output]]] = {}
 
@@ -92,6 +99,9 @@ class Fakes(FakeTensorMode):
         if func is _GROUPED and args[0].dtype != torch.bfloat16:
             made = self._grouped(*args, **(kwargs or {}))
             return self.dispatch(torch.ops.aten.new_empty.default, types, made[:2], {"dtype": made[2]})
+        if func in _DRAWN:
+            func = _DRAWN[func]
+            kwargs = {name: value for name, value in kwargs.items() if name != "generator"}
         key: list[Any] = [
             func,
             torch.get_default_dtype(),
