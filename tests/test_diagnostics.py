@@ -316,6 +316,22 @@ def test_a_resumed_run_has_every_diagnosis_once(tmp_path: Path) -> None:
     assert [line["step"] for line in lines if "diagnosis" in line] == [2, 4, 6, 8]
 
 
+def test_a_diagnosis_after_a_resume_tells_of_changes_before_it(tmp_path: Path) -> None:
+    def lines(name: str, *sessions: int) -> list[dict[str, Any]]:
+        for number, steps in enumerate(sessions):
+            engine = run(rank=3, refresh_every=4)
+            watch = Diagnostics(engine, batches(0)[0], every=7, draws=2)
+            folder = tmp_path / name
+            train(engine, batches, steps=steps, folder=folder, save_every=6, resume=number > 0, observer=watch)
+        found = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        told = [line["diagnosis"] for line in found if "diagnosis" in line]
+        return [{k: v for k, v in line.items() if k != "seconds"} for line in told]
+
+    whole = lines("whole", 7)  # the change of step 5 comes before the checkpoint of step 6
+    assert any("moment_kept" in layer for layer in whole[0]["layers"].values())
+    assert lines("resumed", 6, 7) == whole
+
+
 def test_what_cannot_be_diagnosed_is_refused() -> None:
     engine = run(rank=2)
     for every, draws in ((0, 8), (1, 1)):

@@ -53,6 +53,15 @@ def written(folder: Path, suffix: str, column: str = "text", texts: list[str] = 
 # forms of text
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".jsonl"])
+def test_a_mark_of_the_byte_order_is_no_text(suffix: str, tmp_path: Path) -> None:
+    path = written(tmp_path, suffix)
+    data = gzip.decompress(path.read_bytes()) if suffix.endswith(".gz") else path.read_bytes()
+    marked = b"\xef\xbb\xbf" + data
+    path.write_bytes(gzip.compress(marked) if suffix.endswith(".gz") else marked)
+    assert list(documents([path])) == DOCUMENTS
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_every_form_of_a_file_has_the_same_documents(suffix: str, tmp_path: Path) -> None:
     path = written(tmp_path, suffix)

@@ -544,6 +544,86 @@ def test_a_killed_run_goes_on_to_the_same_weights(corpus, tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == 40
 
 
+def test_held_out_rows_stay_held_out_however_many_are_evaluated(corpus, tmp_path, capsys):
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(corpus, data)
+    (data / "valid.txt").unlink()  # the last rows of the text are held out
+    rows, weights = [], []
+    for first, more in (("8", "8"), ("8", "64"), ("64", "4")):
+        run = tmp_path / f"{first}-{more}"
+        assert pretrained(run, data, "--steps", "4", "--eval-rows", first) == 0
+        began = json.loads(capsys.readouterr().out)["rows"]
+        assert pretrained(run, data, "--steps", "6", "--eval-rows", more, "--resume") == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["rows"] == began
+        assert result["evaluated_tokens"] == min(int(more), began["held_out"]) * 16
+        rows.append(began["held_out"])
+        weights.append((run / "model.safetensors").read_bytes())
+    assert rows[0] == rows[1] == 8 < rows[2] and weights[0] == weights[1]
+
+
+def test_text_that_is_held_out_is_not_trained_on(corpus, tmp_path, capsys):
+    import shutil
+
+    one, other = corpus / "a-train.txt.xz", corpus / "b-train.txt"
+    assert pretrained(tmp_path / "whole", corpus, "--steps", "2") == 0
+    assert pretrained(tmp_path / "part", corpus, "--steps", "2", "--held-out", str(other)) == 0
+    sources = json.loads((tmp_path / "part" / "data.json").read_text())
+    assert [Path(s["name"]).name for s in sources["train"]["sources"]] == [one.name]
+    assert [Path(s["name"]).name for s in sources["held_out"]["sources"]] == [other.name]
+    capsys.readouterr()
+    assert pretrained(tmp_path / "none", one, "--held-out", str(corpus)) == 3
+    assert "nothing is left to train on" in capsys.readouterr().err
+
+    def said(name, data, *more):
+        from zolr.cli import main
+
+        given = "--train-tokenizer --vocab-size 300 --hidden-size 16 --heads 2 --layers 1 --length 16 --steps 1 --eval-rows 8"
+        files = [word for path in data for word in ("--data", str(path))]
+        assert main(["pretrain", *files, "--output", str(tmp_path / name), *given.split(), *more]) == 0
+        return " ".join(capsys.readouterr().err.split())
+
+    copied = tmp_path / "copied.txt"
+    shutil.copy(other, copied)
+    assert "b-train.txt is text to train on and held-out text" in said("same", [one, other], "--held-out", str(copied))
+    assert "a-train.txt.xz is there 2 times" in said("twice", [one, one])
+
+    # whatever the files of a folder are called, they are what is evaluated on
+    for name in ("valid.txt", "test.txt"):
+        folder = tmp_path / name.removesuffix(".txt")
+        folder.mkdir()
+        shutil.copy(corpus / "valid.txt", folder / name)
+        assert pretrained(tmp_path / f"run-{name}", one, "--steps", "2", "--held-out", str(folder)) == 0
+        found = json.loads((tmp_path / f"run-{name}" / "data.json").read_text())["held_out"]["sources"]
+        assert [Path(source["name"]).name for source in found] == [name]
+
+
+def test_a_run_that_ends_before_its_first_step_can_be_begun_again(corpus, tmp_path, capsys, monkeypatch):
+    from zolr.tasks import streams
+
+    class Killed(SystemExit):
+        """As a signal that cannot be caught: what is there stays."""
+
+    def ended(*_, **__):
+        raise stop
+
+    run, stop = tmp_path / "run", KeyboardInterrupt()
+    with monkeypatch.context() as patch:
+        patch.setattr(streams, "train_tokenizer", ended)
+        assert pretrained(run, corpus, "--steps", "2", "--resume", "auto") == 130
+        assert not run.exists()  # nothing is left that a second start would stumble on
+        from zolr.cli import runs
+
+        patch.setattr(runs.RunFolder, "discard", lambda self: None)
+        assert pretrained(run, corpus, "--steps", "2", "--resume", "auto") == 130
+        assert (run / "config.toml").is_file()
+    capsys.readouterr()
+    assert pretrained(run, corpus, "--steps", "2", "--resume", "auto") == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 2
+
+
 def test_a_run_is_not_resumed_on_other_data(corpus, tmp_path, capsys):
     import shutil
 
@@ -696,6 +776,10 @@ def test_pretraining_says_what_is_wrong(corpus, tokenizer, tmp_path, capsys, mon
             "a null byte at byte 0, in line 1",
         ),
         ([*data, "--model", str(model), "--tokenizer", str(large)], 2, "16 tokens, the tokenizer 300"),
+        ([*data, "--model", str(model), "--layers", "7"], 2, "--layers is for a model that is made from numbers"),
+        ([*data, "--tokenizer", str(large), "--vocab-size", "500"], 2, "--vocab-size is of a tokenizer to learn"),
+        ([*data, "--hidden-size", "12", "--heads", "4", "--train-tokenizer"], 2, "is 3 a head"),
+        ([*data, "--seed", str(1 << 70), "--train-tokenizer"], 2, "--seed 1180591620717411303424"),
     ):
         found, message = complaint(*arguments)
         assert (found, message.count("\n")) == (code, 1), message

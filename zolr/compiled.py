@@ -18,6 +18,9 @@ from zolr.variables import Variable, narrow
 
 GRAPHS = 16  # batch shapes that are recorded; others run as they are
 
+# why some runs are not compiled
+REDRAWN = "directions as large as a weight are drawn in each forward anew"
+
 Loss = Callable[[Any], Any]
 
 
@@ -67,25 +70,24 @@ class Compiled:
         warnings.warn(f"the loss is evaluated as it is, not compiled: {self.failed}", stacklevel=2)
 
     def _compiled(self, batch: Any) -> Any:
-        if self._fused is not None:
-            return self._fused(batch)
-        fused = torch.compile(self.loss)
+        if any(v.redrawn for v in self.variables):
+            self._give_up(RuntimeError(REDRAWN))
+            return self.loss(batch)
+        # in one piece or not at all: pieces are kept by what they were compiled for, and do not see that a module reads a
+        # weight which stands before its own parameter
+        self._fused = self._fused or cast(Loss, torch.compile(self.loss, fullgraph=True))
         try:
-            value = fused(batch)
+            return self._fused(batch)
         except Exception as error:
-            value = self.loss(
-                batch
-            )  # an error of the loss itself is raised here, as it would be without compile
+            value = self.loss(batch)  # an error of the loss itself is raised here, as it would be without compile
             self._give_up(error)
-        else:
-            self._fused = cast(Loss, fused)
-        return value
+            return value
 
     # ---- recording -----------------------------------------------------------------------------------------------
 
     def _replayed(self, batch: Any) -> Any:
         if any(v.redrawn for v in self.variables):
-            self._give_up(RuntimeError("directions as large as a weight are drawn in each forward anew"))
+            self._give_up(RuntimeError(REDRAWN))
             return self.loss(batch)
         if any(v.decay != 1.0 for v in self.variables):
             self._give_up(RuntimeError("weight decay changes a number inside of the forward at every step"))

@@ -479,6 +479,14 @@ class Diagnostics:
         found["seconds"] = time.perf_counter() - started
         yield {"step": progress.step, "diagnosis": _rounded(found)}
 
+    def state_dict(self) -> dict[str, Any]:
+        """What has been seen since the last diagnosis, of which the next one is to tell."""
+        return {"moments": {name: dict(moments) for name, moments in self.moments.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.moments = {name: dict(moments) for name, moments in state["moments"].items()}
+
     @torch.no_grad()
     def changed(
         self,

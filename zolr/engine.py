@@ -120,7 +120,7 @@ class _Numbers:
     def of(engine: "Engine") -> "_Numbers":
         """Those of an engine."""
         counts = ("step_count", "_refreshed_at", "_period", "active", "_resting", "_norm")
-        choices = ("method", "tuning", "_tune", "_untried", "base_lr", "_scheduler")
+        choices = ("method", "tuning", "_tune", "_untried", "_tried", "base_lr", "_scheduler")
         scheduler = engine._scheduler
         return _Numbers(
             {name: getattr(engine, name) for name in counts},
@@ -320,6 +320,7 @@ class Engine:
         # only for a rate that the engine chose, and that the slopes go into
         self._caution: Caution | None = None
         self._untried = setting(method.estimator, "signs") == "together"
+        self._tried: str | None = None  # how signs are evaluated since both ways have been compared
         try:
             self._begin(check)
         except BaseException:
@@ -762,7 +763,7 @@ class Engine:
                 f"step {self.step_count + 1} does not say what rate was chosen; the record is incomplete"
             )
         if made.signs is not None:
-            self.method = replace(self.method, estimator=changed(self.method.estimator, signs=made.signs))
+            self._evaluate_signs(made.signs)
         self._untried = False
 
     def _advance(self, batches: Share, key: Key, lr: float, forwards: int) -> "_Seen":
@@ -910,13 +911,19 @@ class Engine:
         """Evaluate both signs together and in sequence once, and go on in sequence where they differ on some rank."""
         estimator = cast(Spsa, self.method.estimator)
         settled, reason = estimator.tried(self._loss_of, batches, self.active, self.key.fold_in("signs"))
-        if self.team.largest(settled is not estimator):
+        differ = self.team.largest(settled is not estimator)
+        if differ:
             reason = reason or "so it is on another rank"
             warnings.warn(f"signs are evaluated in sequence, not together: {reason}", stacklevel=4)
-            self.method = replace(self.method, estimator=changed(estimator, signs="sequence"))
-        self._told_ahead["signs"] = setting(self.method.estimator, "signs")
-        self._untried = False
+        self._evaluate_signs("sequence" if differ else "together")
+        self._told_ahead["signs"] = self._tried
         return 4 * batches.total
+
+    def _evaluate_signs(self, way: str) -> None:
+        """Evaluate both signs of a probe in this way from now on, and compare no more."""
+        self._tried, self._untried = way, False
+        if setting(self.method.estimator, "signs") != way:
+            self.method = replace(self.method, estimator=changed(self.method.estimator, signs=way))
 
     def _trains(self) -> bool:
         return self.model.training
@@ -1204,6 +1211,7 @@ class Engine:
             "tuning": None if self.tuning is None else self.tuning.as_dict(),
             "scheduler": None if self._scheduler is None else _plain(self._scheduler.state_dict()),
             "caution": None if self._caution is None else asdict(self._caution),
+            "signs": self._tried,
             "variables": {v.name: self.windows.state(v) for v in self.variables},
         }
 
@@ -1249,6 +1257,8 @@ class Engine:
         norm = state.get("norm")
         self._norm = None if norm is None else norm.to(self.variables[0].value.device, copy=True)
         self._caution = None if state["caution"] is None else Caution(**state["caution"])
+        if self._untried and state.get("signs") is not None:
+            self._evaluate_signs(state["signs"])
         if self._scheduler is not None and state["scheduler"] is not None:
             self._scheduler.load_state_dict(state["scheduler"])
         for group, lr in zip(self.optimizer.param_groups, state["lr"], strict=True):

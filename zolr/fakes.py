@@ -67,8 +67,7 @@ _GROUPED = (
 # of draws with a generator and of those without: torch describes the first by running them, a hundred times as slow, and to
 # numbers that are not there the generator means nothing
 _DRAWN = {
-    op.generator: op.default
-    for op in (torch.ops.aten.randn, torch.ops.aten.rand, torch.ops.aten.randperm)
+    op.generator: op.default for op in (torch.ops.aten.randn, torch.ops.aten.rand, torch.ops.aten.randperm)
 }
 
 # what an operation returned for arguments of one look, and the type that several outputs come in

@@ -114,7 +114,9 @@ def compute(module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: 
 
 def is_decoded(module: nn.Module) -> bool:
     """Whether torch's own linear map decodes the module's weight, and autograd would keep the result (torchao)."""
-    return type(module.__dict__["_parameters"].get("weight")).__module__.startswith("torchao.")
+    cls = type(module.__dict__["_parameters"].get("weight"))
+    # the usual one first: torch.compile cannot trace what comes after
+    return cls is not nn.Parameter and cls.__module__.startswith("torchao.")
 
 
 def is_packed(module: nn.Module, parameter: str) -> bool:

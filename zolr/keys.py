@@ -52,7 +52,8 @@ def philox(counters: Tensor, key: int) -> Tensor:
         here, there = there, here
         keys = (keys[0] + _WEYL[1]) & _MASK, (keys[1] + _WEYL[0]) & _MASK
     odd = odd.bitwise_and_(_MASK)
-    return torch.stack((even[0], odd[0], even[1], odd[1]), dim=-1)  # in place again after an even number of rounds
+    # all words are in place again after an even number of rounds
+    return torch.stack((even[0], odd[0], even[1], odd[1]), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ class Key:
         """
         words = philox(counters, self.integer())  # (blocks, 4)
         device = counters.device
-        octets = (words[:, :, None] >> torch.arange(0, 32, 8, device=device)).bitwise_and_(255)  # (blocks, 4, 4)
+        shifts = torch.arange(0, 32, 8, device=device)
+        octets = (words[:, :, None] >> shifts).bitwise_and_(255)  # (blocks, 4, 4)
         # eight entries at once, from a table of what each octet stands for: no number of many bytes is made for each bit
         bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
         return (2 * bits - 1).to(dtype).index_select(0, octets.flatten()).flatten()

@@ -305,7 +305,7 @@ ZO_ADAMW = OptimizerRule("adamw", {"betas": (0.9, 0.99)})
 _ROWS = (
     Row(
         "stiefel",
-        "the gradient in a Haar-random subspace, the optimal law when nothing is known of it (default)",
+        "the gradient in a Haar-random subspace, the optimal law when nothing is known of it (default of `zolr finetune`)",
         {
             "zo": Method(Spsa(), Stiefel(rank=16), SGD, Reset(), 200),
             "fo": Method(Backprop(), Stiefel(rank=32), ADAMW, Reset(), 100),

@@ -120,6 +120,21 @@ class Meter(Protocol):
         ...
 
 
+class Observer(Protocol):
+    """Who adds lines to `metrics.jsonl`, and may remember something from one to the next."""
+
+    def __call__(self, progress: Progress) -> Iterable[Mapping[str, Any]]:
+        """The lines that are due after a step."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run has to know, in tensors, numbers and strings."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+
+
 class Silent:
     """A reporter that says nothing."""
 
@@ -153,7 +168,7 @@ def train(
     reporter: Reporter | None = None,
     until: Callable[[Progress], bool] | None = None,
     check_every: int = CHECK_EVERY,
-    observer: Callable[[Progress], Iterable[Mapping[str, Any]]] | None = None,
+    observer: Observer | None = None,
 ) -> Outcome:
     """Train `engine` up to `steps` steps and leave it at its best weights.
 
@@ -205,7 +220,7 @@ def train(
         )
     reporter = reporter or Silent()
     team = engine.team
-    run = _Run(engine, folder, metric, best, reporter, keep_last)
+    run = _Run(engine, folder, metric, best, reporter, keep_last, observer)
     run.open(resume, about or {})
     run.compare("before the first step", all_weights=True)
     loss, stopped = None, False
@@ -297,7 +312,9 @@ class _Run:
         best: Literal["max", "min"] | None,
         reporter: Reporter,
         keep_last: int,
+        observer: Observer | None,
     ) -> None:
+        self.observer = observer
         self.engine, self.metric, self.sign, self.reporter = (
             engine,
             metric,
@@ -427,6 +444,8 @@ class _Run:
             self.engine.load_state_dict(found.state["engine"])
             saved = found.state["progress"]
             self.progress = Progress(**{**saved, "saved": tuple(map(tuple, saved["saved"]))})
+            if self.observer is not None and "observer" in found.state:
+                self.observer.load_state_dict(found.state["observer"])
             if self.progress.step != found.step:
                 raise ValueError(f"it is of step {self.progress.step}")
         except ZolrError:
@@ -537,6 +556,8 @@ class _Run:
             state = self._sound(self.engine.state_dict())
             self._check_there()
             whole = {"engine": state, "progress": asdict(now)}
+            if self.observer is not None:
+                whole["observer"] = self.observer.state_dict()
             checkpoints.save(self.checkpoints / f"step-{now.step}", whole, self._mark)
             checkpoints.prune(self.checkpoints, self.keep_last)
         self.progress = now

@@ -39,7 +39,9 @@ from zolr.subspaces import Coded, Full, Left, Right, Subspace, TwoSided, Viewed
 Realization = Literal["auto", "side", "rebuild", "inplace"]
 REALIZATIONS = ("auto", "side", "rebuild", "inplace")
 
-SMALL = 1 / 32  # of the model: matrices that are trained whole and together are at most this are never worked on one by one
+# matrices that are trained whole and are together at most this share of the model are not worked on one by one
+SMALL = 1 / 32
+
 Shift = Tensor | Callable[[slice], Tensor]
 Kind = Literal["linear", "conv1d", "embedding", "other"]
 

@@ -8,7 +8,7 @@ from math import cos, pi
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 
 from zolr.cli import runs
 from zolr.cli.config import Settings, differing, flag, resolve, toml
@@ -46,6 +46,7 @@ PARTS = (
 )  # fmt: skip
 
 
+Seed = Annotated[int, Ge(-(1 << 63)), Lt(1 << 64)]  # what torch takes
 Realization = Literal["auto", "side", "rebuild", "inplace"]
 
 OBJECTIVES = ("loss", "accuracy", "f1")
@@ -275,8 +276,8 @@ class Schedule(Settings):
         shown="never",
         aliases=("early_stopping_patience",),
     )
-    seed: int = flag(0, "Seed of directions, subspaces and a fresh head.", "Training")
-    data_seed: int = flag(0, "Seed of splits and order of the data.", "Training")
+    seed: Seed = flag(0, "Seed of directions, subspaces and a fresh head.", "Training")
+    data_seed: Seed = flag(0, "Seed of splits and order of the data.", "Training")
     group_by_length: bool = flag(
         False, "Batches of examples of like length: faster where padding is much of a batch.", "Training"
     )

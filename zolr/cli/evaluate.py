@@ -10,6 +10,7 @@ import typer
 from annotated_types import Ge
 
 from zolr.cli import runs
+from zolr.cli.choices import Seed
 from zolr.cli.config import add, flag, resolve
 from zolr.cli.workload import EVAL_ROWS, DataChoice, Machine, Trust, Workload
 from zolr.errors import DataError, UsageError
@@ -36,9 +37,9 @@ class Evaluate(Machine, DataChoice, Subject):
     """Settings of `zolr evaluate`."""
 
     eval_rows: Annotated[int, Ge(1)] | None = flag(  # pyright: ignore[reportIncompatibleVariableOverride]
-        None, "Rows at most.", "Data", shown=f"those of the run, else {EVAL_ROWS}"
+        None, "Rows at most.", "Data", shown=f"those of the run on its own data, else {EVAL_ROWS}"
     )
-    data_seed: int = flag(0, "Seed of the splits of an own file without --task.", "Data")
+    data_seed: Seed = flag(0, "Seed of the splits of an own file without --task.", "Data")
     batch_size: Annotated[int, Ge(1)] = flag(32, "Examples of a forward pass.", "Memory")
     quantize: Literal["int8", "nf4"] | None = flag(
         None,
@@ -107,6 +108,14 @@ def _of_run(settings: Evaluate, folder: Path) -> tuple[Task, str, list[Example]]
     from zolr.tasks.fewshot import cut
 
     saved = runs.read_json(folder / runs.TASK)
+    if settings.head == "classes" and saved["head"] != "classes":
+        raise UsageError(
+            f"--head classes: {folder} was trained with --head {saved['head']} and has no other; leave --head out"
+        )
+    if settings.task is not None and settings.data is not None:
+        raise UsageError(
+            f"--task {settings.task}: a run reads a file of yours by the task that it was trained on; leave out --task, or --data"
+        )
     task = task_from(saved["task"], folder / runs.TASK)
     words = words_of(settings.label_words, task.classes) if settings.label_words else None
     task = task.changed(template=settings.template, words=words)

@@ -29,7 +29,7 @@ from zolr.cli.budget import (
     told,
     verdict,
 )
-from zolr.cli.choices import PARTS, Composition, Inspection, Writing
+from zolr.cli.choices import PARTS, Composition, Inspection, Seed, Writing
 from zolr.cli.config import Settings, add, as_dict, flag, resolve, toml
 from zolr.cli.workload import Machine, Ranks, Trust, teamed
 from zolr.errors import DataError, NonFiniteError, UsageError
@@ -45,8 +45,10 @@ if TYPE_CHECKING:
 
 TOKENIZER = "tokenizer"  # working files in a run folder until the run is complete
 DATA = "data.json"  # what a run was trained and evaluated on: sources, tokenizer and ids with their hashes
+SPLIT = "last_rows"  # its entry on the rows that are held out of the text to train on, where no other text is
 # on --resume; the text may have moved, what it says is compared
 MAY_CHANGE = ("eval_every", "save_every", "eval_rows", "memory_budget", "data", "held_out", "workers")
+NUMBERS = ("hidden_size", "layers", "heads", "ffn_size")  # what a model without a name is made from
 CHUNK_ENTRIES = 1 << 21  # logits alive at once on a CPU: 8 MiB stay in its cache, and more is slower
 BATCH_SIZE = 32
 
@@ -221,12 +223,12 @@ class Course(Settings):
     )
     patience: Annotated[int, Ge(1)] | None = flag(
         None,
-        "Stop after so many evaluations in a row without a lower loss, and keep the weights of the lowest.",
+        "Stop after so many evaluations in a row without a lower loss, and keep the weights of the lowest after the start.",
         "Training",
         shown="never; the last weights are kept",
         aliases=("early_stopping_patience",),
     )
-    seed: int = flag(0, "Seed of the weights, of the rows of each step and of directions.", "Training")
+    seed: Seed = flag(0, "Seed of the weights, of the rows of each step and of directions.", "Training")
     compute: Literal["float32", "bfloat16"] = flag(
         "float32", "Precision of matrix products; weights keep --dtype, losses are float32.", "Memory"
     )
@@ -260,6 +262,7 @@ class Course(Settings):
 class Pretrain(Writing, Inspection, Ranks, Machine, Course, Composition, Text, Architecture):
     """Settings of `zolr pretrain`."""
 
+    method: str | None = flag(None, "A row of `zolr methods`.", "Method", shown="adamw")
     paradigm: Literal["fo", "zo", "fwd"] | None = flag(
         None,
         "fo: backprop; zo: forward passes only; fwd: forward mode.",
@@ -277,6 +280,16 @@ class Pretrain(Writing, Inspection, Ranks, Machine, Course, Composition, Text, A
     def gather(cls, given: dict[str, Any], config: Path | None) -> Self:
         """On resume the run's own config file stands in for the flags that are not repeated."""
         settings = cls.going_on(given, config).filled()
+        numbers = [name for name in NUMBERS if name in given]
+        if numbers and settings.model is not None:
+            raise UsageError(
+                f"--{numbers[0].replace('_', '-')} is for a model that is made from numbers, and --model {settings.model} has its "
+                "own; leave one of them out"
+            )
+        if "vocab_size" in given and not settings.train_tokenizer:
+            raise UsageError(
+                "--vocab-size is of a tokenizer to learn; give --train-tokenizer, or leave it out"
+            )
         if settings.resume:
             settings.check_same(resolve(cls, {}, Path(settings.output or "") / runs.CONFIG), *MAY_CHANGE)
         return settings
@@ -290,6 +303,11 @@ class Pretrain(Writing, Inspection, Ranks, Machine, Course, Composition, Text, A
         if self.hidden_size % self.heads:
             raise UsageError(
                 f"--hidden-size {self.hidden_size} cannot be divided among {self.heads} heads; change --heads"
+            )
+        if self.objective == "clm" and self.model is None and self.hidden_size // self.heads % 2:
+            raise UsageError(
+                f"--hidden-size {self.hidden_size} with {self.heads} heads is {self.hidden_size // self.heads} a head, and rotary "
+                "positions turn pairs; change --heads or --hidden-size"
             )
         if self.documents == "apart" and self.objective == "mlm":
             raise UsageError("--documents apart is for causal models; use --objective clm, or leave it out")
@@ -309,9 +327,8 @@ class Pretrain(Writing, Inspection, Ranks, Machine, Course, Composition, Text, A
         if method.paradigm == "fo":
             rate = rate_of(name)
             transport = transport or rate.transport
-            if lr is None:
-                lr = rate.lr
-                scale = rate.scale if scale is None and tables == "full" else scale
+            lr = rate.lr if lr is None else lr
+            scale = rate.scale if scale is None and tables == "full" else scale
         return replace(
             self,
             tables=tables,
@@ -394,7 +411,7 @@ def _run(settings: Pretrain, team: Team, shown: Console) -> None:
             result = pretrain(settings, place, shown, team)
         except NonFiniteError:
             raise
-        except Exception:
+        except BaseException:  # an interruption too: with no step done there is nothing to go on with
             place.discard()
             raise
     if team.first:
@@ -469,6 +486,9 @@ def pretrain(
     set_threads(settings.threads)
     on = device_of(settings.device)
     train_files, valid_files = _files(settings)
+    if team.first and not settings.resume:
+        # from now on --resume knows the folder, should this process be killed
+        runs.write_text(place.work / runs.CONFIG, toml(settings))
     with team.in_turn():
         tokenizer = _tokenizer(settings, place.work, train_files)
     model: Any = _model(settings, tokenizer).to(on)
@@ -693,12 +713,40 @@ def schedule(settings: Pretrain) -> Callable[[int], float]:
 
 
 def _files(settings: Pretrain) -> tuple[list[Any], list[Any]]:
-    from zolr.tasks.texts import sources
+    from zolr.tasks.texts import every_source, sources
 
     train, valid = sources(settings.data, settings.hub_documents)
     if settings.held_out:
-        valid = [source for part in sources(settings.held_out, settings.hub_documents) for source in part]
+        valid = every_source(settings.held_out, settings.hub_documents)
+        places = {_place(source) for source in valid}
+        train = [source for source in train if _place(source) not in places]
+        if not train:
+            raise DataError(
+                "all of --data is held out by --held-out, and nothing is left to train on; give other text"
+            )
     return train, valid
+
+
+def _place(source: Any) -> Any:
+    """What two names of one file, or of one data set, share."""
+    return source.resolve() if isinstance(source, Path) else source
+
+
+def _shared(origins: Mapping[str, Any]) -> Iterator[str]:
+    """Notes on text that a run would be evaluated on after training on it."""
+    names: dict[str, list[str]] = {}
+    for source in origins["train"]["sources"]:
+        names.setdefault(source["sha256"], []).append(Path(source["name"]).name)
+    if "held_out" not in origins:
+        for name, count in ((found[0], len(found)) for found in names.values() if len(found) > 1):
+            yield (
+                f"note: {name} is there {count} times, so what is held out at the end may be trained on before; give it "
+                "once, or give --held-out"
+            )
+        return
+    for source in origins["held_out"]["sources"]:
+        for name in names.get(source["sha256"], ())[:1]:
+            yield f"note: {name} is text to train on and held-out text: the held-out loss is not that of unseen text"
 
 
 def cache_folder(given: str | None) -> Path:
@@ -733,14 +781,16 @@ def _tokenizer(settings: Pretrain, work: Path, files: list[Any]) -> Any:
             f"model '{model or 'made from numbers'}' has no tokenizer; give --tokenizer, or --train-tokenizer"
         )
     folder = work / TOKENIZER
-    if not (folder / "tokenizer.json").exists():
+    if not folder.exists():
+        aside = folder.with_name(f"{TOKENIZER}.part")  # a process that is killed leaves no half of one
         train_tokenizer(
             files,
             settings.vocab_size,
-            folder,
+            aside,
             max_characters=settings.tokenizer_characters,
             column=settings.text_column,
         )
+        aside.rename(folder)
     return load_tokenizer(folder)
 
 
@@ -866,6 +916,7 @@ def _streams(
 
     place = work / DATA
     known = runs.read_json(place) if settings.resume and place.is_file() else {}
+    began = known.pop(SPLIT, None)
 
     def packed(given: list[Any]) -> Any:
         return pack(
@@ -879,6 +930,8 @@ def _streams(
 
     texts = {"train": packed(train)} | ({"held_out": packed(valid)} if valid else {})
     origins = {name: text.origin for name, text in texts.items()}
+    for text in _shared(origins):
+        shown.print(text, markup=False)
     for name, what in (("train", "text to train on"), ("held_out", "held-out text")):
         if name in known and name in origins:
             check_unchanged(origins[name], known[name], what)
@@ -887,15 +940,17 @@ def _streams(
             f"the run began {'with' if 'held_out' in known else 'without'} held-out files, and now it is the other way; "
             "give the same --data and --held-out"
         )
-    if not known:
-        runs.write_json(place, origins)
     common: dict[str, Any] = dict(length=settings.length, objective=settings.objective, seed=settings.seed)
     common["reset"] = settings.documents == "apart"
     stream = TokenStream.of_ids(texts["train"], tokenizer, batch_size=settings.rows, **common)
+    usual = max(1, min(settings.eval_rows, stream.rows // 10))
+    split = usual if began is None else began["rows"]  # what was trained on once stays text to train on
+    if not known:
+        runs.write_json(place, {**origins, SPLIT: {"rows": split}} if not valid else origins)
     if valid:
         held_out = TokenStream.of_ids(texts["held_out"], tokenizer, batch_size=settings.micro, **common)
         return stream, held_out, origins
-    stream, held_out = stream.hold_out(max(1, min(settings.eval_rows, stream.rows // 10)))
+    stream, held_out = stream.hold_out(split)
     return stream, replace(held_out, batch_size=settings.micro), origins
 
 

@@ -30,6 +30,7 @@ import typer
 from annotated_types import Ge
 
 from zolr.cli import runs
+from zolr.cli.choices import Seed
 from zolr.cli.config import RECORDED, VERB, Settings, add, flag, nearest
 from zolr.errors import DataError, UsageError, ZolrError
 
@@ -38,6 +39,8 @@ SEEDED = {
     "finetune": ("seed", "data_seed"),
     "pretrain": ("seed",),
 }  # what a seed names: directions, weights, and splits
+
+OF_PRETRAINING = ("loss", "perplexity")  # what is measured; that of fine-tuning hangs on its task
 
 TEXT = (".txt", ".txt.xz", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
@@ -60,7 +63,7 @@ class Reproduce(Settings):
         shown="the recipe's",
         path=True,
     )
-    seed: int | None = flag(
+    seed: Seed | None = flag(
         None, "Seed of the run.", "Training", shown="the first recorded one, else the recipe's"
     )
     device: str | None = flag(None, "cpu, cuda, cuda:1, ...", "Memory", shown="the recipe's")
@@ -133,6 +136,11 @@ def recipe_of(path: Path) -> Recipe:
     if verb not in KINDS:
         raise UsageError(f"recipe {path}: verb '{verb}' runs no recipes; {nearest(str(verb), KINDS)}")
     recorded = _recorded(path, table[RECORDED]) if RECORDED in table else None
+    if recorded is not None and verb == "pretrain" and recorded.metric not in OF_PRETRAINING:
+        raise UsageError(
+            f"recipe {path}: [recorded] metric '{recorded.metric}' is not measured by zolr pretrain; "
+            f"{nearest(recorded.metric, OF_PRETRAINING)}"
+        )
     return Recipe(path, verb, recorded, SEEDED[verb])
 
 
@@ -181,10 +189,13 @@ def run(settings: Reproduce) -> None:
     recipe = recipe_of(Path(settings.recipe))
     recorded = recipe.recorded
     folder = Path(settings.output) if settings.output else runs.free_folder(f"reproduce-{recipe.path.stem}")
+    runs.check_free(folder, overwrite=settings.overwrite, resume=False, way_out="--overwrite")
     given: dict[str, Any] = {"output": str(folder), "overwrite": settings.overwrite, "quiet": settings.quiet}
     seed = settings.seed if settings.seed is not None else recorded.seeds[0] if recorded else None
     if seed is not None:
         given |= dict.fromkeys(recipe.seeded, seed)
+    if len(settings.data) > 1 and recipe.verb == "finetune":
+        raise UsageError(f"--data: {recipe.path} fine-tunes, on one file; name it alone")
     if settings.data:
         given["data"] = settings.data if recipe.verb == "pretrain" else settings.data[0]
     given |= {name: value for name in ("device", "threads") if (value := getattr(settings, name)) is not None}

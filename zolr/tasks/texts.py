@@ -27,6 +27,7 @@ _PACKED = ("", ".gz", ".xz")
 SUFFIXES = tuple(kind + packed for kind in _KINDS for packed in (_PACKED if kind != ".parquet" else ("",)))
 _HELD_OUT = ("valid", "dev", "eval")  # how the names of evaluation files begin
 _TEST = ("test",)  # never read unless named
+_ENCODING = "utf-8-sig"  # a mark of the byte order, which some programs begin files with, is no text
 _PIECE = (
     1 << 16
 )  # characters: longer documents are read in pieces, so that one endless document fits in memory
@@ -159,36 +160,57 @@ def sources(
     """
     train: list[Path | HubText] = []
     held_out: list[Path | HubText] = []
+    for part, source in _listed(given, documents):
+        if part.startswith(_HELD_OUT):
+            held_out.append(source)
+        elif not part.startswith(_TEST):
+            train.append(source)
+    if not train:
+        raise _nothing(given, "to train on")
+    return train, held_out
+
+
+def every_source(given: Sequence[str | Path], documents: int | None = None) -> list[Path | HubText]:
+    """Lists all that a mix of files, folders and names of data sets stands for, whatever it is called.
+
+    Args:
+        given, documents: As for `sources`.
+
+    Raises:
+        DataError: A path does not exist, or nothing was found.
+    """
+    found = [source for _, source in _listed(given, documents)]
+    if not found:
+        raise _nothing(given, "to evaluate on")
+    return found
+
+
+def _listed(given: Sequence[str | Path], documents: int | None) -> Iterator[tuple[str, Path | HubText]]:
+    """Sources, each with the name that says what it is for; an empty one for what the user has named."""
     for name in map(str, given):
         path = Path(name)
         if path.is_file():
-            train.append(path)
+            yield "", path
         elif path.is_dir() and ((path / _SAVED).is_file() or (path / _SPLITS).is_file()):
             for split in _splits_of(path):
-                if split.startswith(_HELD_OUT):
-                    held_out.append(HubText(name, None, split, documents))
-                elif not split.startswith(_TEST):
-                    train.append(HubText(name, None, split, documents))
+                yield split, HubText(name, None, split, documents)
         elif path.is_dir():
             for file in sorted(path.rglob("*")):
-                if not (file.is_file() and file.name.endswith(SUFFIXES)):
-                    continue
-                if file.name.startswith(_HELD_OUT):
-                    held_out.append(file)
-                elif not file.name.startswith(_TEST):
-                    train.append(file)
+                if file.is_file() and file.name.endswith(SUFFIXES):
+                    yield file.name, file
         elif (_HUB.fullmatch(name) and not name.endswith(SUFFIXES)) or _part_of_a_folder(name):
-            train.append(HubText.of(name, documents))
+            yield "", HubText.of(name, documents)
         else:
             raise DataError(
                 f"no file or folder {name!r}; give the path of a text file, or of a folder of them"
             )
-    if not train:
-        shown = ", ".join(repr(str(path)) for path in given) or "nothing"
-        raise DataError(
-            f"no {', '.join(_KINDS)} file to train on in {shown}; name the files one by one if they end otherwise"
-        )
-    return train, held_out
+
+
+def _nothing(given: Sequence[str | Path], purpose: str) -> DataError:
+    shown = ", ".join(repr(str(path)) for path in given) or "nothing"
+    return DataError(
+        f"no {', '.join(_KINDS)} file {purpose} in {shown}; name the files one by one if they end otherwise"
+    )
 
 
 def _splits_of(saved: Path) -> list[str]:
@@ -284,10 +306,10 @@ def no_text(given: Sequence[Source]) -> DataError:
 
 def _open(file: Path) -> IO[str]:
     if file.name.endswith(".xz"):
-        return lzma.open(file, "rt", encoding="utf-8")
+        return lzma.open(file, "rt", encoding=_ENCODING)
     if file.name.endswith(".gz"):
-        return gzip.open(file, "rt", encoding="utf-8")
-    return file.open(encoding="utf-8")
+        return gzip.open(file, "rt", encoding=_ENCODING)
+    return file.open(encoding=_ENCODING)
 
 
 def _wrong(file: Path) -> str:
