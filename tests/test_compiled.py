@@ -2,6 +2,9 @@
 
 import copy
 import warnings
+from collections import OrderedDict
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -119,6 +122,59 @@ def test_compiled_losses_equal_plain_ones_over_refreshes(paradigm):
     assert fast == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stiefel", "adamw"])
+def test_compiled_runs_train_the_same_weights_beside_another_engine(name):
+    """Modules of one shape, some in a subspace and some whole, in an interpreter that has compiled another run before."""
+
+    def ended(name, compile):
+        torch.manual_seed(0)
+        layers = [(part, nn.Linear(12, 12)) for part in ("attn", "mid", "attn2", "mid2")]
+        model = nn.Sequential(
+            OrderedDict(step for layer in layers for step in (layer, (f"{layer[0]}_", nn.Tanh())))
+        )
+        method = composed(name, "fo", refresh_every=4)
+        if name == "stiefel":
+            method = replace(method, projects="attention")
+        engine = zolr.Engine(model, method, lr=1e-2, loss=loss, compile=compile, seed=0)
+        for _ in range(5):
+            engine.step([batch()])
+        if compile:
+            assert isinstance(engine._fast, Compiled) and not engine._fast.failed
+        return {name: weight.clone() for name, weight in engine.detach().state_dict().items()}
+
+    ended("stiefel" if name == "adamw" else "adamw", True)
+    plain, fast = ended(name, False), ended(name, True)
+    for part, weight in plain.items():
+        assert torch.allclose(fast[part], weight, rtol=1e-4, atol=1e-6), part
+
+
+def test_a_forward_that_draws_is_not_compiled():
+    method = zolr.compose("mezo", "zo", eps=1e-3, law="rademacher")
+    ends = []
+    for compile in (False, True):
+        engine = zolr.Engine(Net(), method, lr=1e-3, loss=loss, compile=compile, seed=0)
+        with pytest.warns(UserWarning, match="drawn in each forward anew") if compile else nullcontext():
+            ends.append([engine.step([batch()]).loss for _ in range(3)])
+    assert ends[0] == ends[1]
+
+
+def test_a_batch_that_cannot_be_compiled_later_runs_as_it_is(monkeypatch):
+    def fussy(call, fullgraph):
+        def compiled(given):
+            if len(given[0]) == 7:
+                raise RuntimeError("no kernel for 7 rows")
+            return call(given)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", fussy)
+    engine = zolr.Engine(Net(), composed("stiefel", "zo"), lr=1e-3, loss=loss, compile=True, seed=0)
+    engine.step([batch(6)])
+    with pytest.warns(UserWarning, match="no kernel for 7 rows"):
+        assert engine.step([batch(7)]).loss > 0
+
+
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_why(monkeypatch):
     def broken(*_, **__):
         def call(*_):
@@ -137,7 +193,7 @@ def test_an_error_of_the_loss_itself_is_the_users(monkeypatch):
     def wrong(model, batch):
         raise ValueError("labels are missing")
 
-    monkeypatch.setattr(torch, "compile", lambda f: f)
+    monkeypatch.setattr(torch, "compile", lambda f, fullgraph: f)
     engine = zolr.Engine(Net(), zolr.compose("stiefel", "fo", rank=2), lr=1e-2, loss=wrong, compile=True)
     with pytest.raises(ValueError, match="labels are missing"):
         engine.step([batch()])
@@ -149,7 +205,7 @@ def test_a_dense_method_is_not_compiled():
 
 
 def test_steady_subspaces_keep_their_memory_and_saved_states_do_not_follow(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda f: f)
+    monkeypatch.setattr(torch, "compile", lambda f, fullgraph: f)
     _, engine = trained("zo", True)
     variable = next(v for v in engine.variables if not v.is_full)
     subspace, saved = variable.subspace, engine.state_dict()
@@ -164,7 +220,7 @@ def test_steady_subspaces_keep_their_memory_and_saved_states_do_not_follow(monke
 
 
 def test_a_compiled_engine_exports_a_plain_copy(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda f: f)
+    monkeypatch.setattr(torch, "compile", lambda f, fullgraph: f)
     _, engine = trained("zo", True)
     _, other = trained("zo", False)
     a, b = engine.export(), other.export()
