@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from math import isfinite, prod, sqrt
+from math import inf, isfinite, prod, sqrt
 from numbers import Real
 from typing import Any, cast
 
@@ -484,14 +484,23 @@ class Engine:
         """
         if self._left:
             raise UsageError("the model has been given back by detach; make a new Engine to train on")
-        if isinstance(batches, Tensor | Mapping | str):
-            raise UsageError("a step takes a list of micro-batches; use step([batch])")
+        if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Sequence):
+            raise UsageError(
+                f"a step takes a list of micro-batches, and this is a {type(batches).__name__}; use step([batch])"
+            )
         if not batches:
             raise UsageError("a step needs at least one batch")
         if self.team.spread == "batches" and len(batches) % self.team.size and self._sharded:
             raise UsageError(
                 f"{len(batches)} micro-batches do not go evenly into {self.team.size} ranks, which put sharded weights "
                 "together in step with each other; use a multiple"
+            )
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        # not those in tensors: a look at one waits for the device
+        rate = next((r for r in rates if isinstance(r, Real) and not 0 <= float(r) < inf), None)
+        if rate is not None:
+            raise UsageError(
+                f"the schedule gives a rate of {rate} for step {self.step_count + 1}; it has to be a number of at least 0"
             )
         moved = next((v.name for v in self.active if v.replaced), None)
         if moved is not None:
@@ -613,6 +622,13 @@ class Engine:
             self._numbers = _Numbers.of(self)
         if self.undo:
             self.windows.keep([v for v in self.variables if v.realization == "inplace"], "weight")
+
+    def _statistics_of(self) -> Iterator[tuple[str, Tensor]]:
+        """Running statistics of normalizations, which training changes beside the weights, by name."""
+        norms = {id(module) for module in self._norms}
+        for place, module in self.model.named_modules():
+            if id(module) in norms:
+                yield from ((f"{place}.{name}".lstrip("."), b) for name, b in module.named_buffers())
 
     def _running(self) -> list[tuple[Tensor, Tensor]]:
         """The statistics that normalizations in training mode are about to change, and what they are now."""
@@ -1212,6 +1228,7 @@ class Engine:
             "scheduler": None if self._scheduler is None else _plain(self._scheduler.state_dict()),
             "caution": None if self._caution is None else asdict(self._caution),
             "signs": self._tried,
+            "statistics": {name: buffer.clone() for name, buffer in self._statistics_of()},
             "variables": {v.name: self.windows.state(v) for v in self.variables},
         }
 
@@ -1257,6 +1274,9 @@ class Engine:
         norm = state.get("norm")
         self._norm = None if norm is None else norm.to(self.variables[0].value.device, copy=True)
         self._caution = None if state["caution"] is None else Caution(**state["caution"])
+        for name, buffer in self._statistics_of():
+            if name in state.get("statistics", {}):
+                buffer.copy_(state["statistics"][name])
         if self._untried and state.get("signs") is not None:
             self._evaluate_signs(state["signs"])
         if self._scheduler is not None and state["scheduler"] is not None:
@@ -1343,6 +1363,6 @@ def _numbers_of(group: Mapping[str, Any]) -> dict[str, Any]:
 def _takes_a_step(schedule: Schedule) -> bool:
     """Whether a schedule is a function of the step (and not of the optimizer)."""
     try:
-        return isinstance(schedule(0), int | float)
+        return isinstance(schedule(0), Real | Tensor)
     except (AttributeError, TypeError):
         return False

@@ -5,7 +5,7 @@ variable's current point. `detach` swaps it back. Names, keys, hooks and `deepco
 written between folds.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cache, partial
@@ -561,6 +561,26 @@ class Variable:
                 oriented = oriented + (stack.left @ stack.right.mT).to(weight.dtype)
         return oriented.t() if self.transposed else oriented
 
+    @torch.no_grad()
+    def live(self) -> Tensor | None:
+        """The weight that the model computes with, as a tensor of its own; None where the stored one is that, or is all there is
+        to see of it: held weights, and pieces of sharded ones."""
+        if self.held or self.sharded or not (self.decay != 1.0 or (self.moved and not self.is_full)):
+            return None
+        dense = self.dense(self.value if self.moved and not self.is_full else None)
+        return None if dense is None else dense.contiguous()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Take the stored weight, which has been written by somebody else, for all there is: nothing moves it any more."""
+        if self.held or self.sharded or self._value is None:
+            return
+        if not self.is_full:
+            self._value.zero_()
+        elif not self.shares and not self.replaced:
+            self._value.copy_(self._whole())
+        self.moved, self.decay = False, 1.0
+
     def _rebuilt(self, weight: Tensor, coords: Tensor) -> Tensor:
         """`decay * W + lift(coords)` in a fresh tensor, with no second one of that size beside it."""
         return torch.addmm(weight, *self.subspace.outer(coords), beta=self.decay)
@@ -825,9 +845,22 @@ def _attached(cls: type[nn.Module]) -> type[nn.Module]:
         with _shadowed(self, tensors or {}), nullcontext() if around is None else around(self):
             return run(*args, **kwargs)
 
-    return type(
-        cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "_zolr_original": cls}
-    )
+    # a state of the model is that of the weights it computes with, and loading one makes it compute with those
+
+    def save(self: Any, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        cls._save_to_state_dict(self, destination, prefix, keep_vars)
+        for name, (variable, _) in self.__dict__[_BINDINGS].items():
+            if prefix + name in destination and (live := variable.live()) is not None:
+                destination[prefix + name] = live
+
+    def load(self: Any, state: Mapping[str, Any], prefix: str, *others: Any) -> None:
+        cls._load_from_state_dict(self, state, prefix, *others)  # pyright: ignore[reportArgumentType]
+        for name, (variable, _) in self.__dict__[_BINDINGS].items():
+            if prefix + name in state:
+                variable.settle()
+
+    own = {"_save_to_state_dict": save, "_load_from_state_dict": load, "_zolr_original": cls}
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, **own})
 
 
 def _around(cls: type[nn.Module]) -> Callable[[Any], AbstractContextManager[None]] | None:
@@ -999,9 +1032,15 @@ def attach(
     trained = {
         code: sites[code]
         for code, (name, p) in first.items()
-        if (p.is_floating_point() or is_packed(sites[code][0].module, sites[code][0].parameter))
+        if (
+            p.is_floating_point()
+            or p.is_complex()
+            or is_packed(sites[code][0].module, sites[code][0].parameter)
+        )
         and select(name, p)
     }
+    for code, group in trained.items():
+        _check_trainable(*first[code], group)
     chosen = list(trained.values())
     if not chosen:
         raise UsageError(
@@ -1048,6 +1087,23 @@ def _mark_small(variables: Sequence[Variable], entries: int) -> None:
     for variable in sorted(variables, key=lambda variable: prod(variable.shape)):
         left -= prod(variable.shape)
         variable.small = left >= 0 and prod(variable.shape) <= BLOCK // 4
+
+
+def _check_trainable(name: str, parameter: nn.Parameter, sites: Sequence[Site]) -> None:
+    """Refuse what would be trained by nobody, without a word."""
+    if parameter.is_complex():
+        raise UsageError(
+            f"weight '{name}' is complex, which no method here trains; leave it out with a narrower selection, or make it of two "
+            "real ones"
+        )
+    for site in sites:
+        for hook in site.module._forward_pre_hooks.values():
+            kind = type(hook).__name__
+            if kind in ("WeightNorm", "SpectralNorm") and type(hook).__module__.startswith("torch.nn.utils."):
+                raise UsageError(
+                    f"{kind} of torch.nn.utils puts weight '{name}' to use before the forward of its module, where nothing moves it; "
+                    f"use torch.nn.utils.parametrizations, which does not"
+                )
 
 
 def _become(module: nn.Module, cls: type[nn.Module]) -> None:

@@ -237,8 +237,9 @@ def mean_loss(loss: Loss, batches: Sequence[Any]) -> Tensor:
 def rows_of(loss: Loss, batches: Sequence[Any]) -> float | None:
     """Examples (or tokens) that a loss averages over all micro-batches; None for plain means, which do not say."""
     outputs = [loss(batch) for batch in batches]
-    plain = [not isinstance(output, tuple) and output.dim() == 0 for output in outputs]
-    counts = [nan if one else float(totals(output)[1]) for one, output in zip(plain, outputs, strict=True)]
+    seen = [totals(output)[1] for output in outputs]  # also says what is no loss at all
+    plain = [isinstance(output, Tensor) and output.dim() == 0 for output in outputs]
+    counts = [nan if one else float(count) for one, count in zip(plain, seen, strict=True)]
     total = float(share_of(batches).whole(torch.tensor(counts, dtype=torch.float64)).sum())
     return None if total != total else total
 
