@@ -470,8 +470,15 @@ def digest(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def team_of(spread: Spread, *, timeout: float, device: torch.device) -> Iterator[Team]:
-    """The team that the environment describes, left again at the end of a run that ends well."""
+def team_of(
+    spread: Spread = "batches", *, timeout: float = TIMEOUT, device: torch.device | str = "cpu"
+) -> Iterator[Team]:
+    """The team that the environment describes, of this process alone where it names no other, left again at the end of a run that
+    ends well.
+
+    Args:
+        spread, timeout, device: as for `Processes`.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         yield Team(spread)
         return

@@ -1363,6 +1363,6 @@ def _numbers_of(group: Mapping[str, Any]) -> dict[str, Any]:
 def _takes_a_step(schedule: Schedule) -> bool:
     """Whether a schedule is a function of the step (and not of the optimizer)."""
     try:
-        return isinstance(schedule(0), Real | Tensor)
+        return isinstance(schedule(0), Real)
     except (AttributeError, TypeError):
         return False
