@@ -5,6 +5,7 @@
     python benchmarks/speed.py --profile                 # where the overhead of the default forward-only step goes
     python benchmarks/speed.py --undo                    # what keeping weights aside costs: a step with it over one without
     python benchmarks/speed.py --layers 24 --width 32 --batch-size 2 --length 8 --dtype bfloat16 # what the host does beside the kernels
+    python benchmarks/speed.py --calls                   # operations that a forward-only step calls, each a launch on a GPU; printed, not kept
     python benchmarks/speed.py --bases                   # ways to draw an orthonormal basis; printed, not kept
     python benchmarks/speed.py --singular                # ways to the leading singular vectors of a gradient; printed, not kept
 
@@ -26,12 +27,15 @@ from typing import Any
 
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import zolr
+from zolr import lora
 from zolr.estimators import combine, mean_loss
 from zolr.factorizations import leading, orthonormal
 from zolr.keys import Key
 from zolr.memory import LiveBytes
+from zolr.methods import METHODS
 from zolr.models import Checkpointing, build, checkpoint_activations, prompt_loss
 from zolr.probes import Probe
 from zolr.variables import layout, shifted
@@ -289,6 +293,41 @@ def profile(options: argparse.Namespace, plain: torch.nn.Module) -> dict[str, fl
 BASES = {(m, n): (16, 128) for m, n in ((768, 768), (1024, 4096), (4096, 11008))}
 
 
+class Calls(TorchDispatchMode):
+    """Counts operations that compute something: views and bare memory do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        free = func.is_view or func.namespace != "aten" or "empty" in func.name()
+        self.count += not free
+        return func(*args, **(kwargs or {}))
+
+
+def calls(options: argparse.Namespace, plain: torch.nn.Module) -> None:
+    """Operations of a step of every forward-only row within a window, beside those of two forward passes."""
+    data, loss = batch(options.batch_size, options.length, plain.config.vocab_size), prompt_loss(WORDS)
+    for name, row in METHODS.items():
+        if "zo" not in row.paradigms or options.only not in name:
+            continue
+        net, select = copy.deepcopy(plain), row.trained("zo")
+        if row.adapter is not None:
+            lora.wrap(net, row.adapter)
+            select = lora.trained
+        with torch.no_grad(), Calls() as two:
+            loss(net, data), loss(net, data)
+        method = row.build("zo")
+        settings = {"lr": 1e-6, "loss": loss, "select": select, "seed": 0}
+        engine = zolr.Engine(net, method, **settings)
+        for _ in range(2):  # the first one draws bases, and compares signs
+            engine.step([data])
+        with Calls() as step:
+            engine.step([data])
+        print(f"{name:14} {step.count:7,} of {two.count:5,}  {step.count / two.count:6.2f}", flush=True)
+
+
 def cholesky_qr(matrix: torch.Tensor) -> torch.Tensor:
     """Orthonormal columns by two rounds of Gram and Cholesky: the Q of a QR whose R has a positive diagonal."""
     for _ in range(2):
@@ -387,6 +426,7 @@ def main() -> None:
         "--profile", action="store_true", help="where the overhead of a forward-only step goes"
     )
     parser.add_argument("--undo", action="store_true", help="what keeping weights aside costs")
+    parser.add_argument("--calls", action="store_true", help="operations that a forward-only step calls")
     parser.add_argument("--bases", action="store_true", help="ways to draw an orthonormal basis")
     parser.add_argument("--singular", action="store_true", help="ways to the leading singular vectors")
     parser.add_argument("--json", action="store_true", help="print the results as JSON too")
@@ -412,6 +452,9 @@ def main() -> None:
         dropout=0.0,
         **thin,
     )
+    if options.calls:
+        calls(options, plain)
+        return
     width = f" of width {options.width}" if thin else ""
     conditions = {
         "model": f"{options.model} with {options.layers} layers{width}, random weights",

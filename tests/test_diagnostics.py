@@ -322,7 +322,9 @@ def test_a_diagnosis_after_a_resume_tells_of_changes_before_it(tmp_path: Path) -
             engine = run(rank=3, refresh_every=4)
             watch = Diagnostics(engine, batches(0)[0], every=7, draws=2)
             folder = tmp_path / name
-            train(engine, batches, steps=steps, folder=folder, save_every=6, resume=number > 0, observer=watch)
+            train(
+                engine, batches, steps=steps, folder=folder, save_every=6, resume=number > 0, observer=watch
+            )
         found = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         told = [line["diagnosis"] for line in found if "diagnosis" in line]
         return [{k: v for k, v in line.items() if k != "seconds"} for line in told]

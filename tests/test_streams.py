@@ -587,7 +587,9 @@ def test_text_that_is_held_out_is_not_trained_on(corpus, tmp_path, capsys):
 
     copied = tmp_path / "copied.txt"
     shutil.copy(other, copied)
-    assert "b-train.txt is text to train on and held-out text" in said("same", [one, other], "--held-out", str(copied))
+    assert "b-train.txt is text to train on and held-out text" in said(
+        "same", [one, other], "--held-out", str(copied)
+    )
     assert "a-train.txt.xz is there 2 times" in said("twice", [one, one])
 
     # whatever the files of a folder are called, they are what is evaluated on
@@ -776,8 +778,16 @@ def test_pretraining_says_what_is_wrong(corpus, tokenizer, tmp_path, capsys, mon
             "a null byte at byte 0, in line 1",
         ),
         ([*data, "--model", str(model), "--tokenizer", str(large)], 2, "16 tokens, the tokenizer 300"),
-        ([*data, "--model", str(model), "--layers", "7"], 2, "--layers is for a model that is made from numbers"),
-        ([*data, "--tokenizer", str(large), "--vocab-size", "500"], 2, "--vocab-size is of a tokenizer to learn"),
+        (
+            [*data, "--model", str(model), "--layers", "7"],
+            2,
+            "--layers is for a model that is made from numbers",
+        ),
+        (
+            [*data, "--tokenizer", str(large), "--vocab-size", "500"],
+            2,
+            "--vocab-size is of a tokenizer to learn",
+        ),
         ([*data, "--hidden-size", "12", "--heads", "4", "--train-tokenizer"], 2, "is 3 a head"),
         ([*data, "--seed", str(1 << 70), "--train-tokenizer"], 2, "--seed 1180591620717411303424"),
     ):

@@ -79,7 +79,9 @@ class Compiled:
         try:
             return self._fused(batch)
         except Exception as error:
-            value = self.loss(batch)  # an error of the loss itself is raised here, as it would be without compile
+            value = self.loss(
+                batch
+            )  # an error of the loss itself is raised here, as it would be without compile
             self._give_up(error)
             return value
 
