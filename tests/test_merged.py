@@ -124,7 +124,7 @@ def test_recorded_passes_take_no_coordinates_for_zero_and_fold_nothing(
     """A recording runs the choices of its first time again, and what python would note beside them is not noted."""
     torch.manual_seed(0)
     batch, zeros = torch.randn(256, 32), []
-    monkeypatch.setattr(torch, "compile", lambda loss: loss)  # as a recording: the same operations
+    monkeypatch.setattr(torch, "compile", lambda loss, fullgraph: loss)  # as a recording: the same operations
     linear = merged.linear
     monkeypatch.setattr(merged, "linear", lambda *args: zeros.append(args[-1]) or linear(*args))
 

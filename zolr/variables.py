@@ -500,7 +500,7 @@ class Variable:
             if self.is_full and self.frozen_row is not None and rows.start <= self.frozen_row < rows.stop:
                 part = part.clone()
                 part[self.frozen_row - rows.start] = 0
-            weight[rows] += scale * part.to(weight.dtype)
+            weight[rows].add_(scale * part.to(weight.dtype))
 
     def point(self) -> Tensor | None:
         """Coordinates to evaluate at, or None when the stored weight alone is the answer."""
@@ -540,7 +540,7 @@ class Variable:
                 if self.frozen_row is not None and rows.start <= self.frozen_row < rows.stop:
                     part = part.clone()
                     part[self.frozen_row - rows.start] = 0
-                oriented[rows] += (scale * part).to(weight.dtype)
+                oriented[rows].add_(part, alpha=scale)  # rounded once, also where the weight is narrower
             if self._offset is not None:
                 oriented += self._displacement().to(weight.dtype)
             return weight
