@@ -605,8 +605,8 @@ def draw(runs: dict[str, Any], rows: Sequence[str], search: Search, path: Path, 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from zolr.cli.lettering import counts, plain_ticks
     from zolr.cli.picture import COLORS, MARKERS
-    from zolr.cli.plot import _counts, _plain_ticks
 
     figure = Figure(figsize=(13.5, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -633,11 +633,11 @@ def draw(runs: dict[str, Any], rows: Sequence[str], search: Search, path: Path, 
         axes.set_xlabel(x)
         axes.set_ylabel("held-out perplexity")
         axes.set_yscale("log")
-        _plain_ticks(axes.yaxis)
+        plain_ticks(axes.yaxis)
         axes.grid(color="0.9", linewidth=0.8, which="both")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    _counts(curves)
+    counts(curves)
     figure.legend(*curves.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     figure.suptitle(title, fontweight="bold")
     figure.savefig(path, dpi=150)

@@ -10,18 +10,10 @@ import pytest
 from conftest import Run
 
 from zolr.cli import plot
+from zolr.cli.lettering import fitted, log_ticks, plain_numbers
 from zolr.cli.picture import curve
-from zolr.cli.plot import (
-    FIGURES,
-    fitted,
-    folder_names,
-    labels,
-    log_ticks,
-    plain_numbers,
-    short_names,
-    smoothed,
-    traced,
-)
+from zolr.cli.plot import FIGURES, smoothed
+from zolr.cli.traces import folder_names, labels, short_names, traced
 
 LAYERS = [
     "model.embed_tokens.weight",

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import re
-import tomllib
 import warnings
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from math import ceil, floor, inf, isfinite, log, log10
 from pathlib import Path
 from typing import Any, Literal
 
 import typer
 
-from zolr.cli import runs
 from zolr.cli.config import Settings, add, flag, nearest
+from zolr.cli.lettering import LABEL_SIZE, counts, legend, plain_numbers, plain_ticks, shortened, widths
+from zolr.cli.traces import AXES, Traced, folder_names, labels, number, short_names, traced
 from zolr.errors import DataError, UsageError
-
-AXES = {
-    "tokens": ("tokens_seen", "tokens of the batches"),
-    "seconds": ("seconds", "seconds of steps"),
-    "steps": ("step", "steps"),
-    "forwards": ("forwards", "forward passes (a backward counts as two)"),
-}
 
 
 @dataclass(frozen=True)
@@ -83,37 +71,6 @@ FIGURES = {
     ),
 }
 
-KINDS = ("eval", "diagnosis", "loss")  # keys by which lines of `metrics.jsonl` are told apart
-
-# settings that do not tell one run from another
-ASIDE = (
-    "threads",
-    "device",
-    "save-every",
-    "eval-every",
-    "eval-rows",
-    "diagnose-every",
-    "diagnose-draws",
-    "workers",
-    "keep-last",
-    "check-every",
-    "undo",
-    "trust-remote-code",
-)
-
-# settings that do nothing unless others are as said
-IDLE: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
-    **dict.fromkeys(
-        ("vocab-size", "tokenizer-characters"), lambda settings: not settings.get("train-tokenizer")
-    ),
-    **dict.fromkeys(
-        ("hidden-size", "layers", "heads", "ffn-size"), lambda settings: settings.get("model") is not None
-    ),
-    "decay": lambda settings: settings.get("schedule") != "wsd",
-}
-
-LABEL_SIZE = 9  # points of the names of runs
-LABEL_LINES = 3  # of a name in a legend; the settings that do not fit in them are left out
 MAPS_A_ROW = 4
 
 UNKNOWN, ZERO = "0.85", "white"  # cells of a map that have no color of the scale
@@ -150,197 +107,6 @@ class Plot(Settings):
     smooth: float | None = flag(
         None, "Steps that a training loss is averaged over.", "Output", shown="a fiftieth of the run"
     )
-
-
-@dataclass(frozen=True)
-class Traced:
-    """What a run folder tells: its settings, and the lines of `metrics.jsonl` by kind."""
-
-    folder: Path
-    settings: Mapping[str, Any]
-    steps: Sequence[Mapping[str, Any]]
-    evaluations: Sequence[Mapping[str, Any]]
-    diagnoses: Sequence[Mapping[str, Any]]
-
-    @cached_property
-    def spent(self) -> dict[int, Mapping[str, Any]]:
-        """The line of each step."""
-        return {line["step"]: line for line in self.steps}
-
-    def at(self, step: int, axis: str) -> float:
-        """What has been spent after a step."""
-        return float(self.spent.get(step, {}).get(AXES[axis][0], 0.0))
-
-
-def traced(folder: Path) -> Traced:
-    """Read a run folder, finished or not.
-
-    Raises:
-        DataError: there is no run, it has not begun, or a file of it is damaged.
-    """
-    path = folder / runs.METRICS
-    if not path.is_file():
-        raise DataError(f"{folder} holds no {runs.METRICS}; give the folder of a run")
-    kinds: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in KINDS}
-    for line in _lines(path):
-        if kind := _kind(line):
-            kinds[kind].append(line)
-    if not any(kinds.values()):
-        raise DataError(
-            f"{path} holds no step and no evaluation; wait until the run has made some, or leave it out"
-        )
-    return Traced(folder, _settings(folder), kinds["loss"], kinds["eval"], kinds["diagnosis"])
-
-
-def _lines(path: Path) -> list[Mapping[str, Any]]:
-    """The lines of a `metrics.jsonl`, without one that its run was killed in."""
-    content = path.read_bytes()
-    texts, lines = content.splitlines(), []
-    for number, text in enumerate(texts, 1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text.decode("utf-8-sig"))
-            fault = _fault(line)
-        except (ValueError, RecursionError) as error:
-            if number == len(texts) and not content.endswith(b"\n"):  # every whole line has an end
-                break
-            line, fault = None, _why_no_json(error)
-        if fault:
-            raise DataError(
-                f"{path} is damaged in line {number}: {fault}; remove that line, or copy the file again"
-            )
-        lines.append(line)
-    return lines
-
-
-def _why_no_json(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"no JSON, {error.msg} (character {error.colno})"
-    if isinstance(error, UnicodeDecodeError):
-        return "not UTF-8"
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
-
-
-def _kind(line: Mapping[str, Any]) -> str | None:
-    return next((kind for kind in KINDS if kind in line), None)
-
-
-def _fault(line: Any) -> str | None:
-    """What keeps a JSON value from being a line of `metrics.jsonl`."""
-    if not isinstance(line, dict):
-        return f"{json.dumps(line)[:20]} where an object should be"
-    kind = _kind(line)
-    if kind is None:
-        return None  # of no interest here
-    if not isinstance(line.get("step"), int):
-        return "it names no step"
-    for key, _ in AXES.values():
-        if _number(line.get(key, 0)) is None:
-            return f"{key} is no number"
-    if kind == "loss":
-        return None
-    found = line[kind]
-    if not isinstance(found, dict):
-        return f"{kind} is no object"
-    if kind == "diagnosis":
-        layers = found.get("layers")
-        parts = [found.get("total"), found.get("projected", {}), layers]
-        parts += layers.values() if isinstance(layers, dict) else []
-        if not all(isinstance(part, dict) for part in parts):
-            return "the diagnosis has no figures of layers, or none of all of them"
-    return None
-
-
-def _settings(folder: Path) -> Mapping[str, Any]:
-    """The settings of a run, none if its folder has no file of them."""
-    path = folder / runs.CONFIG
-    if not path.is_file():
-        return {}
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError(
-            f"{path} is damaged: {error}; restore it, or remove it to draw the run under the name of its folder alone"
-        ) from error
-
-
-def folder_names(folders: Sequence[Path]) -> list[str]:
-    """Names of folders, with as much of what is above each as tells it from the others.
-
-    >>> folder_names([Path("/a/x/run"), Path("/a/y/run"), Path("/a/x/other")])
-    ['x/run', 'y/run', 'other']
-    """
-    paths = [folder.resolve() for folder in folders]
-    names = []
-    for path in paths:
-        ends = (path.parts[-depth:] for depth in range(1, len(path.parts) + 1))
-        alone = (end for end in ends if all(p == path or p.parts[-len(end) :] != end for p in paths))
-        names.append(str(Path(*next(alone))))
-    return names
-
-
-def labels(traces: Sequence[Traced]) -> list[str]:
-    """A name for each run: its folder's, and, of several, its method and the settings in which they differ."""
-    folders = folder_names([trace.folder for trace in traces])
-    if len(traces) == 1:
-        return folders
-    spelled = [_telling(trace.settings) for trace in traces]
-    keys = dict.fromkeys(key for settings in spelled for key in settings)
-    differing = [key for key in keys if len({settings.get(key, "") for settings in spelled} - {None}) > 1]
-    differing = dict.fromkeys(["method", "paradigm", *differing])
-    names = []
-    for folder, settings in zip(folders, spelled, strict=True):
-        parts = [part for key in differing if (part := settings.get(key))]
-        names.append(f"{folder}: {', '.join(parts)}" if parts else folder)
-    return names
-
-
-def _telling(settings: Mapping[str, Any]) -> dict[str, str | None]:
-    """The settings that can tell one run from another, each as it is shown: what is off as nothing, what does nothing as None."""
-    found: dict[str, str | None] = {}
-    for key, value in settings.items():
-        if key in ASIDE:
-            continue
-        if key in IDLE and IDLE[key](settings):
-            found[key] = None
-            continue
-        if isinstance(value, bool):
-            found[key] = key if value else ""
-            continue
-        value = f"{value:g}" if isinstance(value, float) else _short(value)
-        plain = key in ("method", "paradigm", "model", "task", "projector")
-        found[key] = value if plain else f"{key} {value}"
-    return found
-
-
-def _short(value: Any) -> str:
-    return ", ".join(map(_short, value)) if isinstance(value, list) else str(value).rsplit("/", 1)[-1]
-
-
-def short_names(names: Sequence[str]) -> list[str]:
-    """Names of weights without what all or most of them share.
-
-    >>> short_names(["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"])
-    ['embed_tokens', '0 q_proj', 'lm_head']
-    """
-    found = []
-    for name in names:
-        parts = name.removesuffix(".weight").split(".")
-        block = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        last = (
-            parts[-1]
-            if block is None or parts[-1] not in ("dense", "query_key_value")
-            else "".join(parts[-2:])
-        )
-        found.append(last if block is None else f"{parts[block]} {last}")
-    # the same word twice in a block (two layers called dense, say) needs what stands before it
-    return [
-        s
-        if found.count(s) == 1
-        else re.sub(r"^.*?(?=\d|$)", "", name.removesuffix(".weight")).replace(".", " ") or name
-        for s, name in zip(found, names, strict=True)
-    ]
 
 
 def smoothed(values: Sequence[float], over: float) -> list[float]:
@@ -421,10 +187,10 @@ def _why_no_map(trace: Traced, what: str) -> str | None:
 
 def _why_no_curve(trace: Traced, metric: str) -> str | None:
     """Why a run has no curve of a metric."""
-    if metric == "loss" and any(_number(line["loss"]) is not None for line in trace.steps):
+    if metric == "loss" and any(number(line["loss"]) is not None for line in trace.steps):
         return None
     seen = [line["eval"][metric] for line in trace.evaluations if metric in line["eval"]]
-    if any(_number(value) is not None for value in seen):
+    if any(number(value) is not None for value in seen):
         return None
     return f"its {metric} is never finite" if seen else f"no evaluation of it has {metric}"
 
@@ -456,11 +222,6 @@ def _canvas(width: float, height: float) -> Any:
     return figure
 
 
-def _number(value: Any) -> float | None:
-    """A number that can be drawn; what is not finite is a word in the file."""
-    return float(value) if isinstance(value, (int, float)) and isfinite(value) else None
-
-
 def draw_curves(
     traces: Sequence[Traced], metric: str, axes: Sequence[str], smooth: float | None, path: Path
 ) -> None:
@@ -484,7 +245,7 @@ def draw_curves(
                 points = [
                     (float(s.get(AXES[axis][0], 0)), v)
                     for s in trace.steps
-                    if (v := _number(s["loss"])) is not None
+                    if (v := number(s["loss"])) is not None
                 ]
                 means = smoothed([v for _, v in points], smooth or len(points) / 50)
                 panel.plot([x for x, _ in points], means, linewidth=1.0, alpha=0.45, **style)
@@ -492,7 +253,7 @@ def draw_curves(
             seen = [
                 (trace.at(e["step"], axis), v)
                 for e in trace.evaluations
-                if (v := _number(e["eval"].get(metric))) is not None
+                if (v := number(e["eval"].get(metric))) is not None
             ]
             ends += [x for x, _ in seen if x > 0][-1:] or [
                 trace.at(s["step"], axis) for s in trace.steps[-1:]
@@ -510,7 +271,7 @@ def draw_curves(
         panel.set_xlim(left=0)
         panel.set_xlabel(AXES[axis][1])
         _plain(panel, "both")
-        _counts(panel)
+        counts(panel)
     if metric == "loss":
         panels[0].set_ylabel("loss (nats): held-out with markers, training pale")
         _zoom(panels[0], drawn)
@@ -518,11 +279,11 @@ def draw_curves(
         panels[0].set_ylabel(f"held-out {metric}")
         if metric == "perplexity":
             panels[0].set_yscale("log")
-            _plain_ticks(panels[0].yaxis)
+            plain_ticks(panels[0].yaxis)
     samples = [
         _sample(marker=MARKERS[i % len(MARKERS)], markersize=5.5, **_style(i)) for i in range(len(traces))
     ]
-    _legend(figure, samples, labels(traces))
+    legend(figure, samples, labels(traces))
     figure.savefig(path, dpi=150)
 
 
@@ -530,91 +291,6 @@ def _first_cost(traces: Sequence[Traced], axis: str) -> float:
     """The least that is spent after a step of any run."""
     costs = (float(line.get(AXES[axis][0], 0.0)) for trace in traces for line in trace.steps)
     return min((cost for cost in costs if cost > 0), default=1.0)
-
-
-def _counts(panel: Any) -> None:
-    """Few numbers on the axis of what has been spent, and large ones in short."""
-    from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, SymmetricalLogLocator
-
-    wide = panel.get_xscale() == "symlog"
-    locator = SymmetricalLogLocator(panel.xaxis.get_transform()) if wide else MaxNLocator(5)
-    panel.xaxis.set_major_locator(locator)
-    large = EngFormatter(sep="")
-    panel.xaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: large(value) if abs(value) >= 1 else f"{value:.6g}")
-    )
-
-
-def _plain_ticks(axis: Any) -> None:
-    """Numbers as people write them on an upright logarithmic axis, as many as there is room for."""
-    from matplotlib.ticker import Formatter, Locator, NullLocator
-
-    class Ticks(Locator):
-        def __call__(self) -> Sequence[float]:
-            low, high = sorted(axis.get_view_interval())
-            height = axis.axes.bbox.height / axis.axes.figure.dpi * 72
-            return log_ticks(low, high, int(height / (1.8 * LABEL_SIZE)))
-
-    class Numbers(Formatter):
-        def __call__(self, x: float, pos: int | None = None) -> str:
-            return plain_numbers([x])[0]
-
-        def format_ticks(self, values: Sequence[float]) -> list[str]:
-            return plain_numbers(values)
-
-    axis.set_major_locator(Ticks())
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(Numbers())
-
-
-def log_ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers for a logarithmic axis, no two of them nearer than a share of one in `most`.
-
-    >>> log_ticks(6.2, 8.1, 8)
-    [6.5, 7.0, 7.5, 8.0]
-    >>> log_ticks(2.0, 2e7, 8)
-    [10.0, 100.0, 1000.0, 10000.0, 100000.0, 1000000.0, 10000000.0]
-    """
-    from matplotlib.ticker import MaxNLocator
-
-    most = min(10, max(5, most))  # fewer hold no two round numbers of some ranges
-    decades = range(floor(log10(low)), ceil(log10(high)) + 1)
-    kinds = [[m * 10.0**k for k in decades for m in parts] for parts in ((1, 2, 5), (1, 3))]
-    kinds += [[10.0**k for k in decades if k % step == 0] for step in range(1, len(decades))]
-    for count in range(2, 11):  # for less than a decade
-        steps = MaxNLocator(count, steps=(1, 2, 2.5, 5, 10), min_n_ticks=2)
-        kinds.append(list(steps.tick_values(low, high)))
-    inside = [[float(v) for v in kind if low * (1 - 1e-9) <= v <= high * (1 + 1e-9)] for kind in kinds]
-    near = (log(high) - log(low)) / most
-    fitting = [
-        ticks for ticks in inside if all(log(b / a) >= near for a, b in zip(ticks, ticks[1:], strict=False))
-    ]
-    return max(fitting, key=len)
-
-
-def plain_numbers(values: Sequence[float]) -> list[str]:
-    """Numbers with the digits that tell them apart, very large and small ones as powers of ten.
-
-    >>> plain_numbers([0.5, 2000.0, 1e5, 2.5e-7])
-    ['0.5', '2,000', '10⁵', '2.5×10⁻⁷']
-    >>> plain_numbers([1.0, 1.000025])
-    ['1', '1.000025']
-    """
-    ordered = sorted(set(values))
-    gap = min((b - a for a, b in zip(ordered, ordered[1:], strict=False)), default=inf)
-    digits = 6
-    while digits < 17 and any(abs(float(f"{v:.{digits}g}") - v) > 0.01 * gap for v in values):
-        digits += 1
-    return [_plain_number(value, digits) for value in values]
-
-
-def _plain_number(value: float, digits: int) -> str:
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:,.{digits}g}"
-    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-    mantissa = mantissa.rstrip("0").rstrip(".")
-    power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return power if mantissa == "1" else f"{mantissa}×{power}"
 
 
 def _zoom(panel: Any, values: Sequence[float]) -> None:
@@ -632,76 +308,6 @@ def _sample(**style: Any) -> Any:
     from matplotlib.lines import Line2D
 
     return Line2D([], [], linewidth=1.4, **style)
-
-
-def _widths(figure: Any, size: float) -> Callable[[str], float]:
-    """A measure of texts in inches."""
-    from matplotlib.font_manager import FontProperties
-
-    renderer, font = figure.canvas.get_renderer(), FontProperties(size=size)
-    return lambda text: renderer.get_text_width_height_descent(text, font, False)[0] / figure.dpi
-
-
-def shortened(text: str, room: float, width: Callable[[str], float]) -> str:
-    """A text without its middle, if it is too wide: names of runs often differ at their ends.
-
-    >>> shortened("questions-stiefel-zo-0", 12, len)
-    'questi…-zo-0'
-    """
-    if width(text) <= room:
-        return text
-
-    def cut(kept: int) -> str:
-        return f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
-
-    return cut(max(1, bisect_right(range(len(text)), room, key=lambda kept: width(cut(kept))) - 1))
-
-
-def fitted(text: str, room: float, width: Callable[[str], float], lines: int = LABEL_LINES) -> str:
-    """A name of a run in so many lines at most, broken between its settings; the last ones are left out if need be.
-
-    >>> print(fitted("a: stiefel, fo, rank 4, steps 40", 16, len, 2))
-    a: stiefel, fo,
-    rank 4, steps 40
-    >>> print(fitted("a: stiefel, fo, rank 4, steps 40", 15, len, 2))
-    a: stiefel, fo,
-    rank 4, …
-    """
-    found = [""]
-    for part in re.split("(?<=[,:]) ", text):
-        longer = f"{found[-1]} {part}".strip()
-        if width(longer) <= room:
-            found[-1] = longer
-            continue
-        found += [shortened(part, room, width)]
-    found = [line for line in found if line]
-    if len(found) <= lines:
-        return "\n".join(found)
-    parts = f"{found[lines - 1]} …".split(", ")
-    while len(parts) > 1 and width(", ".join(parts)) > room:
-        parts = [*parts[:-2], "…"]
-    return "\n".join([*found[: lines - 1], shortened(", ".join(parts), room, width)])
-
-
-def _legend(figure: Any, samples: Sequence[Any], names: Sequence[str], title: str | None = None) -> None:
-    """The names above all panels, and over them a title: one of the figure itself would lie on them.
-
-    The figure becomes higher by what they take.
-    """
-    letter, width = LABEL_SIZE / 72, _widths(figure, LABEL_SIZE)
-    room = figure.get_figwidth() - 2 * letter  # without a margin on both sides
-    beside, between = 3.2 * letter, 2.0 * letter  # the line sample of a name, and what is between two columns
-    column = beside + between + max(map(width, names))
-    columns = max(1, min(len(names), int((room + between) / column)))
-    shown = [fitted(name, room - beside, width) for name in names] if columns == 1 else names
-    key = figure.legend(
-        samples, ["-"] * len(shown), loc="outside upper center", ncols=columns, frameon=False,
-        fontsize=LABEL_SIZE, title=title, title_fontproperties={"weight": "bold", "size": 11},
-    )  # fmt: skip
-    for text, name in zip(key.get_texts(), shown, strict=True):
-        text.set_parse_math(False)  # a name of a folder may have anything in it
-        text.set_text(name)
-    figure.set_figheight(figure.get_figheight() + key.get_window_extent().height / figure.dpi)
 
 
 @dataclass(frozen=True)
@@ -764,14 +370,14 @@ def draw_maps(traces: Sequence[Traced], figure: Figure, axis: str, path: Path) -
     panels = [canvas.add_subplot(grid[1 + i // columns, i % columns]) for i in range(len(traces))]
     meshes = [_map(panel, table, scale, axis) for panel, table in zip(panels, tables, strict=True)]
     if len(traces) > 1:
-        width = _widths(canvas, LABEL_SIZE)
+        width = widths(canvas, LABEL_SIZE)
         for panel, name in zip(panels, folder_names([trace.folder for trace in traces]), strict=True):
             panel.set_title(shortened(name, 3.8, width), fontsize=LABEL_SIZE, parse_math=False)
     below = _draw_totals(above, traces, tables, figure, axis)
     bar = canvas.colorbar(meshes[0], ax=[above, *panels], fraction=0.05, pad=0.01, aspect=40)
     if scale.log:
-        _plain_ticks(bar.ax.yaxis)
-    _legend(canvas, *_names_of_lines(traces, figure, axis), figure.name)
+        plain_ticks(bar.ax.yaxis)
+    legend(canvas, *_names_of_lines(traces, figure, axis), figure.name)
     unknown = any(v is None for _, _, cells in tables for row in cells for v in row)
     zero = 0.0 in values and (scale.log or figure.floor > 0)  # else the bar of colors says it all
     _key(canvas, figure, unknown, scale.color(0.0) if zero else None, below)
@@ -798,7 +404,7 @@ def _map(panel: Any, table: Table, scale: Scale, axis: str) -> Any:
     panel.set_yticks([t + 0.5 for t in ticks], [short[t] for t in ticks], fontsize=7)
     panel.tick_params(axis="y", length=0)
     panel.set_xlabel(AXES[axis][1])
-    _counts(panel)
+    counts(panel)
     return mesh
 
 
@@ -836,9 +442,9 @@ def _draw_totals(
     panel.set_ylabel("all projected\nweights" if figure.key != "norm" else "all weights", fontsize=9)
     if wide:
         panel.set_yscale("log")
-        _plain_ticks(panel.yaxis)
+        plain_ticks(panel.yaxis)
     _plain(panel, "both")
-    _counts(panel)
+    counts(panel)
     return below
 
 
@@ -901,7 +507,7 @@ def _table(trace: Traced, key: str, axis: str, floor: float = 0.0) -> Table:
     edges = [t - gap / 2 for t, gap in zip(times, [*gaps, gaps[-1]], strict=False)]
     edges = [max(0.0, edge) for edge in edges] + ([times[-1] + gaps[-1] / 2] if times else [])
     rows = [
-        [_rounded(_number(line["diagnosis"]["layers"].get(name, {}).get(key)), floor) for line in found]
+        [_rounded(number(line["diagnosis"]["layers"].get(name, {}).get(key)), floor) for line in found]
         for name in layers
     ]
     return edges, layers, rows
@@ -913,7 +519,7 @@ def _totals(trace: Traced, key: str, axis: str, floor: float = 0.0) -> list[tupl
     for line in trace.diagnoses:
         found = line["diagnosis"]
         part = found["total"] if key == "norm" else found.get("projected", found["total"])
-        if (value := _rounded(_number(part.get(key)), floor)) is not None:
+        if (value := _rounded(number(part.get(key)), floor)) is not None:
             points.append((trace.at(line["step"], axis), value))
     return points
 
