@@ -306,7 +306,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def calls(options: argparse.Namespace, plain: torch.nn.Module) -> None:
+def calls(options: argparse.Namespace, plain: Any) -> None:
     """Operations of a step of every forward-only row within a window, beside those of two forward passes."""
     data, loss = batch(options.batch_size, options.length, plain.config.vocab_size), prompt_loss(WORDS)
     for name, row in METHODS.items():
