@@ -165,14 +165,14 @@ def test_the_pretraining_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
         pytest.skip("there is no corpus; set ZOLR_DATA")
     output, page, picture = tmp_path / "found.json", tmp_path / "table.md", tmp_path / "table.png"
     arguments = ("--model", "smoke", "--rows", "adamw,stiefel", "--output", output)
-    ran("pretraining.py", *arguments, "--most", 2)
+    ran("pretraining.py", *arguments, "--most", 1)
     first = json.loads(output.read_text())["groups"]
     ((group, found),) = first.items()
-    assert "rank 8, 4 steps" in group
-    assert {"adamw/0.001/0", "stiefel/0.003/0"} == set(found["runs"])  # every row before any other rate
+    assert "rank 8, 4 steps" in group and set(found["runs"]) == {"adamw/0.001/0"}
     told = ran("pretraining.py", *arguments, "--most", 1, "--markdown", page, "--plot", picture)
     again = json.loads(output.read_text())["groups"][group]["runs"]
-    assert len(again) == 3 and all(again[key] == run for key, run in found["runs"].items())
+    assert set(again) == {"adamw/0.001/0", "stiefel/0.003/0"}  # every row before any other rate
+    assert all(again[key] == run for key, run in found["runs"].items())
     for run in again.values():
         assert (
             run["tokens"] == 4 * 4 * 32 and run["state_bytes"] > 0 and run["peak_bytes"] > run["weight_bytes"]
