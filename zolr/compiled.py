@@ -18,9 +18,6 @@ from zolr.variables import Variable, narrow
 
 GRAPHS = 16  # batch shapes that are recorded; others run as they are
 
-# why some runs are not compiled
-REDRAWN = "directions as large as a weight are drawn in each forward anew"
-
 Loss = Callable[[Any], Any]
 
 
@@ -62,6 +59,9 @@ class Compiled:
         # tangents and vmap axes pass by Python, and so does who counts the memory of every operation
         if self.failed or any(not v.plain for v in self.variables) or _is_watched():
             return self.loss(batch)
+        if any(v.redrawn for v in self.variables):
+            self._give_up(RuntimeError("directions as large as a weight are drawn in each forward anew"))
+            return self.loss(batch)
         return self._replayed(batch) if self.variables[0].value.is_cuda else self._compiled(batch)
 
     def _give_up(self, error: Exception) -> None:
@@ -70,9 +70,6 @@ class Compiled:
         warnings.warn(f"the loss is evaluated as it is, not compiled: {self.failed}", stacklevel=2)
 
     def _compiled(self, batch: Any) -> Any:
-        if any(v.redrawn for v in self.variables):
-            self._give_up(RuntimeError(REDRAWN))
-            return self.loss(batch)
         # in one piece or not at all: pieces are kept by what they were compiled for, and do not see that a module reads a
         # weight which stands before its own parameter
         self._fused = self._fused or cast(Loss, torch.compile(self.loss, fullgraph=True))
@@ -88,9 +85,6 @@ class Compiled:
     # ---- recording -----------------------------------------------------------------------------------------------
 
     def _replayed(self, batch: Any) -> Any:
-        if any(v.redrawn for v in self.variables):
-            self._give_up(RuntimeError(REDRAWN))
-            return self.loss(batch)
         if any(v.decay != 1.0 for v in self.variables):
             self._give_up(RuntimeError("weight decay changes a number inside of the forward at every step"))
             return self.loss(batch)

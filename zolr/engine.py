@@ -304,7 +304,8 @@ class Engine:
                 "compile records the backward pass as a whole, and a dense method takes its gradients one by one; "
                 "leave compile out"
             )
-        self._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        norms = nn.modules.batchnorm._NormBase
+        self._norms = {name: m for name, m in model.named_modules() if isinstance(m, norms)}
         self._statistics: list[tuple[Tensor, Tensor]] = []  # running ones, and what they were before the step
         self._fast = Compiled(self._loss_of, self.variables, self._trains) if compile else self._loss_of
         self._looked = False  # for weights that a step does not come by
@@ -484,7 +485,7 @@ class Engine:
         """
         if self._left:
             raise UsageError("the model has been given back by detach; make a new Engine to train on")
-        if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Sequence):
+        if isinstance(batches, str) or not isinstance(batches, Sequence):
             raise UsageError(
                 f"a step takes a list of micro-batches, and this is a {type(batches).__name__}; use step([batch])"
             )
@@ -625,14 +626,14 @@ class Engine:
 
     def _statistics_of(self) -> Iterator[tuple[str, Tensor]]:
         """Running statistics of normalizations, which training changes beside the weights, by name."""
-        norms = {id(module) for module in self._norms}
-        for place, module in self.model.named_modules():
-            if id(module) in norms:
-                yield from ((f"{place}.{name}".lstrip("."), b) for name, b in module.named_buffers())
+        for place, module in self._norms.items():
+            yield from module.named_buffers(prefix=place)
 
     def _running(self) -> list[tuple[Tensor, Tensor]]:
         """The statistics that normalizations in training mode are about to change, and what they are now."""
-        return [(buffer, buffer.clone()) for m in self._norms if m.training for buffer in m.buffers()]
+        return [
+            (buffer, buffer.clone()) for m in self._norms.values() if m.training for buffer in m.buffers()
+        ]
 
     def _keep_values(self, variables: Sequence[Variable]) -> None:
         """Keep what an update writes."""

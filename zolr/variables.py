@@ -565,9 +565,7 @@ class Variable:
     def live(self) -> Tensor | None:
         """The weight that the model computes with, as a tensor of its own; None where the stored one is that, or is all there is
         to see of it: held weights, and pieces of sharded ones."""
-        if self.held or self.sharded or not (self.decay != 1.0 or (self.moved and not self.is_full)):
-            return None
-        dense = self.dense(self.value if self.moved and not self.is_full else None)
+        dense = None if self.held or self.sharded else self.dense(self.point())
         return None if dense is None else dense.contiguous()
 
     @torch.no_grad()
@@ -1102,7 +1100,7 @@ def _check_trainable(name: str, parameter: nn.Parameter, sites: Sequence[Site]) 
             if kind in ("WeightNorm", "SpectralNorm") and type(hook).__module__.startswith("torch.nn.utils."):
                 raise UsageError(
                     f"{kind} of torch.nn.utils puts weight '{name}' to use before the forward of its module, where nothing moves it; "
-                    f"use torch.nn.utils.parametrizations, which does not"
+                    "use torch.nn.utils.parametrizations, which does not"
                 )
 
 

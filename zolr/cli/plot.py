@@ -161,14 +161,15 @@ def having(traces: Sequence[Traced], what: str, why_not: Callable[[Traced, str],
     Raises:
         DataError: no run has it.
     """
-    lacking = [(trace.folder, why) for trace in traces if (why := why_not(trace, what))]
+    reasons = [why_not(trace, what) for trace in traces]
+    lacking = [(trace.folder, why) for trace, why in zip(traces, reasons, strict=True) if why]
     if len(lacking) == len(traces):
         raise DataError(
             f"there is no {what} to draw: {'; '.join(f'{folder}: {why}' for folder, why in lacking)}"
         )
     for folder, why in lacking:
         warnings.warn(f"{folder} is left out of the picture of {what}: {why}", stacklevel=2)
-    return [trace for trace in traces if not why_not(trace, what)]
+    return [trace for trace, why in zip(traces, reasons, strict=True) if not why]
 
 
 def _why_no_map(trace: Traced, what: str) -> str | None:
