@@ -85,10 +85,19 @@ class Case:
         return ", ".join(words)
 
 
-def cases() -> list[Case]:
-    """All of them, the most important first within each kind."""
+def of_methods(like: Case) -> list[Case]:
+    """A case for every method and paradigm."""
     from zolr.methods import METHODS
 
+    return [
+        replace(like, method=row.name, paradigm=paradigm, slow=row.build(paradigm).dense)
+        for row in METHODS.values()
+        for paradigm in row.paradigms
+    ]
+
+
+def cases() -> list[Case]:
+    """All of them, the most important first within each kind."""
     large = Case("memory", "roberta-large")
     leading = [
         replace(large, method="forward"),
@@ -117,11 +126,10 @@ def cases() -> list[Case]:
         replace(pretraining, method="adamw", paradigm="fo", checkpointing=True),
     ]
     every = [
-        replace(large, method=row.name, paradigm=paradigm, dtype=dtype, slow=row.build(paradigm).dense)
+        case
         for dtype in ("int8", "nf4", "bfloat16", "float32")
-        for row in METHODS.values()
-        for paradigm in row.paradigms
-        if dtype in ("float32", "bfloat16") or (row.name == "stiefel" and paradigm != "fwd")
+        for case in of_methods(replace(large, dtype=dtype))
+        if dtype in ("float32", "bfloat16") or (case.method == "stiefel" and case.paradigm != "fwd")
     ]
     timing = [
         Case("time", "roberta-large", dtype="bfloat16", rows=16, tokens=64),
