@@ -10,6 +10,7 @@ import pytest
 from conftest import Run
 
 from zolr.cli import pretrain
+from zolr.cli.rates import RATES, USUAL, rate_of
 from zolr.cli.reproduce import Recorded, recipe_of, text_hash
 from zolr.errors import UsageError
 
@@ -59,7 +60,7 @@ def test_every_size_has_every_row_of_the_results_table(size: str) -> None:
 def test_rates_of_pretraining_are_of_rows_that_have_backprop() -> None:
     from zolr.methods import METHODS
 
-    for name, (rate, why, scale, transport) in pretrain.RATES.items():
+    for name, (rate, why, scale, transport) in RATES.items():
         assert "fo" in METHODS[name].paradigms and METHODS[name].adapter is None and rate > 0 and why
         assert pretrain.Pretrain(data=("x",), method=name).filled().lr == rate
         apart = pretrain.Pretrain(data=("x",), method=name).filled().composed().scale
@@ -71,11 +72,11 @@ def test_rates_of_pretraining_are_of_rows_that_have_backprop() -> None:
         assert filled.transport == given.get("transport")
     for given, apart in (({"lr": 3e-3}, 0.3), ({"scale": 1.0}, 1.0), ({"tables": "subspace"}, 1.0)):
         assert pretrain.Pretrain(data=("x",), method="stiefel", **given).filled().composed().scale == apart
-    assert pretrain.Pretrain(data=("x",), method="adamw").filled().lr == pretrain.USUAL.lr
+    assert pretrain.Pretrain(data=("x",), method="adamw").filled().lr == USUAL.lr
     assert pretrain.Pretrain(data=("x",), method="galore", lr=2e-3).filled().lr == 2e-3
     # where the protocol of a recipe publishes a rate, that is the default too
     for name in ("galore", "fira", "apollo", "q-galore"):
-        assert recipe_of(ROOT / "llama-60m" / f"{name}.toml").settings().lr == pretrain.rate_of(name).lr
+        assert recipe_of(ROOT / "llama-60m" / f"{name}.toml").settings().lr == rate_of(name).lr
 
 
 @pytest.mark.parametrize("row", ["stiefel", "galore"])

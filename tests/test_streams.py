@@ -798,11 +798,12 @@ def test_pretraining_says_what_is_wrong(corpus, tokenizer, tmp_path, capsys, mon
 
 
 def test_a_preset_has_as_many_positions_as_a_row(tokenizer):
-    from zolr.cli.pretrain import Pretrain, _check_length, _model
+    from zolr.cli.architectures import check_length, model_of
+    from zolr.cli.pretrain import Pretrain
 
     for length, positions in ((64, 1024), (2048, 2048)):
         settings = Pretrain(data=("x",), model="llama-20m", length=length)
-        model = _model(settings, tokenizer)
-        _check_length(settings, model)
+        model = model_of(settings, tokenizer)
+        check_length(settings, model)
         assert model.config.max_position_embeddings == positions
     assert sum(p.numel() for p in model.parameters()) == 3_164_416 + 2 * 256 * len(tokenizer)

@@ -286,6 +286,12 @@ class Schedule(Settings):
         "Compile the loss: recorded CUDA graphs for forward passes (zo), torch.compile elsewhere. Pads batches to whole 16s.",
         "Training",
     )
+
+
+@dataclass(frozen=True)
+class Thrift(Settings):
+    """What a step does to need less memory."""
+
     checkpointing: bool | Literal["selective"] | None = flag(
         None,
         "Recompute activations in the backward pass (fo): on, off, or selective (those of half of the layers).",

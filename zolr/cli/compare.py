@@ -17,7 +17,7 @@ from typing import Any
 import typer
 
 from zolr.cli import runs
-from zolr.cli.choices import Schedule, TablePolicy
+from zolr.cli.choices import Schedule, TablePolicy, Thrift
 from zolr.cli.config import Settings, add, differing, flag, nearest, spelled, toml
 from zolr.cli.finetune import Finetune
 from zolr.cli.race import choosing, unpaid
@@ -83,7 +83,7 @@ class Report(Settings):
 
 
 @dataclass(frozen=True)
-class Compare(Report, Contest, Machine, Schedule, TablePolicy, DataChoice, ModelChoice):
+class Compare(Report, Contest, Machine, Thrift, Schedule, TablePolicy, DataChoice, ModelChoice):
     """Settings of `zolr compare`."""
 
 
@@ -348,7 +348,9 @@ def _plans(
     from zolr import lora
 
     known = {
-        f.name for kind in (Machine, Schedule, TablePolicy, DataChoice, ModelChoice) for f in fields(kind)
+        f.name
+        for kind in (Machine, Thrift, Schedule, TablePolicy, DataChoice, ModelChoice)
+        for f in fields(kind)
     }
     shared = {name: getattr(settings, name) for name in known}
     shared["memory_budget"] = None  # the budget decides which methods run, and changes none of them

@@ -20,6 +20,7 @@ from zolr.cli.choices import (
     Inspection,
     Realization,
     Schedule,
+    Thrift,
     Writing,
 )
 from zolr.cli.config import add, as_dict, resolve, toml
@@ -51,7 +52,9 @@ OTHER_OPTIMIZER = 2.5e-4
 
 
 @dataclass(frozen=True)
-class Finetune(Writing, Inspection, Holding, Ranks, Machine, Schedule, Composition, DataChoice, ModelChoice):
+class Finetune(
+    Writing, Inspection, Holding, Ranks, Machine, Thrift, Schedule, Composition, DataChoice, ModelChoice
+):
     """Settings of `zolr finetune`."""
 
     @classmethod

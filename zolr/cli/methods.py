@@ -67,7 +67,7 @@ def _described(row: Any) -> dict[str, Any]:
     texts = {
         key: getattr(row, key) for key in ("name", "summary", "equation", "follows", "reference", "limits")
     }
-    from zolr.cli.pretrain import rate_of
+    from zolr.cli.rates import rate_of
 
     rate = rate_of(row.name)
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,12 +11,13 @@ from functools import partial
 from math import cos, exp, pi
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import typer
 from annotated_types import Ge, Gt, Lt
 
 from zolr.cli import noting, runs
+from zolr.cli.architectures import check_apart, check_ids, check_length, model_of
 from zolr.cli.budget import (
     SIZE,
     Way,
@@ -29,10 +29,12 @@ from zolr.cli.budget import (
     told,
     verdict,
 )
-from zolr.cli.choices import PARTS, Composition, Inspection, Seed, Writing
+from zolr.cli.choices import PARTS, Composition, Inspection, Seed, Thrift, Writing
 from zolr.cli.config import Settings, add, as_dict, flag, resolve, toml
+from zolr.cli.corpus import TOKENIZER, files_of, streams_of, tokenizer_of
+from zolr.cli.rates import USUAL, rate_of
 from zolr.cli.workload import Machine, Ranks, Trust, teamed
-from zolr.errors import DataError, NonFiniteError, UsageError
+from zolr.errors import NonFiniteError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,69 +43,12 @@ if TYPE_CHECKING:
     from zolr.distributed import Team
     from zolr.memory import Prediction
     from zolr.methods import Method
-    from zolr.tasks.streams import TokenStream
 
-TOKENIZER = "tokenizer"  # working files in a run folder until the run is complete
-DATA = "data.json"  # what a run was trained and evaluated on: sources, tokenizer and ids with their hashes
-SPLIT = "last_rows"  # its entry on the rows that are held out of the text to train on, where no other text is
 # on --resume; the text may have moved, what it says is compared
 MAY_CHANGE = ("eval_every", "save_every", "eval_rows", "memory_budget", "data", "held_out", "workers")
 NUMBERS = ("hidden_size", "layers", "heads", "ffn_size")  # what a model without a name is made from
 CHUNK_ENTRIES = 1 << 21  # logits alive at once on a CPU: 8 MiB stay in its cache, and more is slower
 BATCH_SIZE = 32
-
-
-class Rate(NamedTuple):
-    """A learning rate of pretraining by backprop, and where it is from.
-
-    Args:
-        lr: of embeddings, head and vectors; of matrices too, times `scale`.
-        scale: factor on the steps of projected matrices; None for the method's own.
-    """
-
-    lr: float
-    why: str
-    scale: float | None = None
-    transport: str | None = None  # of moments at a new subspace; None is the method's own
-
-
-# the rates of the methods are for fine-tuning, and random weights stand more
-USUAL = Rate(1e-3, "that of all rows of which no more is known")
-_GALORE = Rate(1e-2, "the published rate of its C4 runs")
-_LIKE_GALORE = Rate(1e-2, "ours: that of galore, none is known")
-_APART = Rate(
-    1e-2,
-    "ours: of embeddings, head and vectors, and 0.3 of it for matrices, which drawn subspaces want apart, with moments "
-    "kept from one subspace to the next (benchmarks/pretraining.py)",
-    scale=0.3,
-    transport="keep",
-)
-_GRID = (
-    "ours: among the best of a grid in 60 steps of a small llama (benchmarks/methods.py), no more is known"
-)
-# where there is something to go by
-RATES: dict[str, Rate] = {
-    **dict.fromkeys(("galore", "fira", "apollo", "apollo-mini"), _GALORE),
-    "q-galore": _GALORE._replace(lr=1.5e-2),
-    **dict.fromkeys(("grasswalk", "grassjump"), _LIKE_GALORE),
-    **dict.fromkeys(("stiefel", "dependent"), _APART),
-    "rso": Rate(
-        1e-2,
-        "ours: of embeddings, head and vectors, and a tenth of it for matrices (benchmarks/pretraining.py)",
-        scale=0.1,
-    ),
-    **dict.fromkeys(("vlorp", "plumage", "muon"), Rate(3e-3, _GRID)),
-    **dict.fromkeys(("gum", "mofasgd", "flora", "lorenza"), Rate(1e-2, _GRID)),
-    "adalomo": Rate(3e-2, _GRID),
-    **dict.fromkeys(
-        ("sgd", "lomo", "extrapolation"), Rate(1e-1, f"{_GRID}; goes with the size of gradients")
-    ),
-}
-
-
-def rate_of(method: str) -> Rate:
-    """What a method is pretrained at by backprop where the user gives no rate."""
-    return RATES.get(method, USUAL)
 
 
 @dataclass(frozen=True)
@@ -237,18 +182,6 @@ class Course(Settings):
         "Compile the loss: recorded CUDA graphs for forward passes (zo), torch.compile elsewhere.",
         "Training",
     )
-    checkpointing: bool | Literal["selective"] | None = flag(
-        None,
-        "Recompute activations in the backward pass (fo): on, off, or selective (those of half of the layers).",
-        "Memory",
-        shown="off, or as the budget asks",
-    )
-    memory_budget: str | None = flag(
-        None,
-        "Take steps in the fastest way whose predicted peak fits: 4GiB, 4GB; settings that are given stay.",
-        "Memory",
-        shown="no limit",
-    )
     peak_flops: Annotated[float, Gt(0)] | None = flag(
         None,
         "Operations a second that the device can do at most, to show what share is used (MFU).",
@@ -259,7 +192,7 @@ class Course(Settings):
 
 
 @dataclass(frozen=True)
-class Pretrain(Writing, Inspection, Ranks, Machine, Course, Composition, Text, Architecture):
+class Pretrain(Writing, Inspection, Ranks, Machine, Thrift, Course, Composition, Text, Architecture):
     """Settings of `zolr pretrain`."""
 
     method: str | None = flag(None, "A row of `zolr methods`.", "Method", shown="adamw")
@@ -485,22 +418,22 @@ def pretrain(
     team = team or Team()
     set_threads(settings.threads)
     on = device_of(settings.device)
-    train_files, valid_files = _files(settings)
+    train_files, valid_files = files_of(settings)
     if team.first and not settings.resume:
         # from now on --resume knows the folder, should this process be killed
         runs.write_text(place.work / runs.CONFIG, toml(settings))
     with team.in_turn():
-        tokenizer = _tokenizer(settings, place.work, train_files)
-    model: Any = _model(settings, tokenizer).to(on)
-    _check_length(settings, model)
+        tokenizer = tokenizer_of(settings, place.work, train_files)
+    model: Any = model_of(settings, tokenizer).to(on)
+    check_length(settings, model)
     if settings.documents == "apart":
-        _check_apart(model)
+        check_apart(model)
     peaks: dict[Pretrain, int] = {}
     settings = _within_budget(settings, model, on, shown, peaks)
     checkpoint_activations(model, settings.checkpointing or False)
     with team.in_turn():
-        stream, valid, origins = _streams(settings, place.work, tokenizer, train_files, valid_files, shown)
-    _check_ids(model, origins)
+        stream, valid, origins = streams_of(settings, place.work, tokenizer, train_files, valid_files, shown)
+    check_ids(model, origins)
     method = settings.composed()
     rows = settings.rows
     parameters = sum(p.numel() for p in model.parameters())
@@ -710,248 +643,6 @@ def schedule(settings: Pretrain) -> Callable[[int], float]:
         return (step + 1) / (warmup + 1) if step < warmup else floor + (1.0 - floor) * course(step)
 
     return factor
-
-
-def _files(settings: Pretrain) -> tuple[list[Any], list[Any]]:
-    from zolr.tasks.texts import every_source, sources
-
-    train, valid = sources(settings.data, settings.hub_documents)
-    if settings.held_out:
-        valid = every_source(settings.held_out, settings.hub_documents)
-        places = {_place(source) for source in valid}
-        train = [source for source in train if _place(source) not in places]
-        if not train:
-            raise DataError(
-                "all of --data is held out by --held-out, and nothing is left to train on; give other text"
-            )
-    return train, valid
-
-
-def _place(source: Any) -> Any:
-    """What two names of one file, or of one data set, share."""
-    return source.resolve() if isinstance(source, Path) else source
-
-
-def _shared(origins: Mapping[str, Any]) -> Iterator[str]:
-    """Notes on text that a run would be evaluated on after training on it."""
-    names: dict[str, list[str]] = {}
-    for source in origins["train"]["sources"]:
-        names.setdefault(source["sha256"], []).append(Path(source["name"]).name)
-    if "held_out" not in origins:
-        for name, count in ((found[0], len(found)) for found in names.values() if len(found) > 1):
-            yield (
-                f"note: {name} is there {count} times, so what is held out at the end may be trained on before; give it "
-                "once, or give --held-out"
-            )
-        return
-    for source in origins["held_out"]["sources"]:
-        for name in names.get(source["sha256"], ())[:1]:
-            yield f"note: {name} is text to train on and held-out text: the held-out loss is not that of unseen text"
-
-
-def cache_folder(given: str | None) -> Path:
-    """Where packed tokens are kept: as given, else `$ZOLR_CACHE/tokens`, else `tokens` in zolr's own cache of the user."""
-    if given is not None:
-        return Path(given)
-    own = os.environ.get("ZOLR_CACHE")
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (Path(own) if own else user / "zolr") / "tokens"
-
-
-def _tokenizer(settings: Pretrain, work: Path, files: list[Any]) -> Any:
-    """The tokenizer: named, or the model's own, or learned from the data and kept for a resumed run."""
-    from zolr.models import PRESETS, load_tokenizer
-    from zolr.tasks.streams import train_tokenizer
-    from zolr.tasks.texts import HubText
-
-    if settings.tokenizer:
-        return load_tokenizer(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
-    model = settings.model
-    if model and model not in PRESETS and not model.endswith(".json"):
-        if settings.train_tokenizer:
-            raise UsageError(
-                f"--train-tokenizer makes tokens that model '{model}' has never seen; leave it out, or give a config.json"
-            )
-        return load_tokenizer(model, trust_remote_code=settings.trust_remote_code)
-    if not settings.train_tokenizer:
-        for source in files:
-            if isinstance(source, HubText):  # a path that does not exist reads like one: that comes first
-                source.check()
-        raise UsageError(
-            f"model '{model or 'made from numbers'}' has no tokenizer; give --tokenizer, or --train-tokenizer"
-        )
-    folder = work / TOKENIZER
-    if not folder.exists():
-        aside = folder.with_name(f"{TOKENIZER}.part")  # a process that is killed leaves no half of one
-        train_tokenizer(
-            files,
-            settings.vocab_size,
-            aside,
-            max_characters=settings.tokenizer_characters,
-            column=settings.text_column,
-        )
-        aside.rename(folder)
-    return load_tokenizer(folder)
-
-
-def _model(settings: Pretrain, tokenizer: Any) -> nn.Module:
-    """The model to train, with an embedding as large as the tokenizer where it is built here."""
-    import torch
-    from transformers import AutoConfig
-
-    from zolr.models import PRESETS, build, is_masked, load_model
-
-    common: dict[str, Any] = dict(dtype=getattr(torch, settings.dtype), seed=settings.seed)
-    # Only these are the model's business: beginning, end and padding of a text, and the number of tokens
-    changes = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    if settings.model is None:
-        model = build(_config(settings, changes), **common)
-    elif settings.model in PRESETS:
-        config = PRESETS[settings.model].config()
-        if getattr(config, "rope_parameters", None) and settings.length > config.max_position_embeddings:
-            changes["max_position_embeddings"] = settings.length  # rotary positions have no weights
-        model = build(settings.model, **common, **changes)
-    elif settings.model.endswith(".json"):
-        if not Path(settings.model).is_file():
-            raise UsageError(f"there is no model config '{settings.model}'; give the path of a config.json")
-        try:
-            config = AutoConfig.from_pretrained(settings.model)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"model config '{settings.model}' cannot be used: {error}") from error
-        model = build(config, **common, **changes)
-    else:
-        model = load_model(settings.model, trust_remote_code=settings.trust_remote_code, **common)
-        rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
-        if len(tokenizer) > rows:
-            raise UsageError(
-                f"model '{settings.model}' has {rows} tokens, the tokenizer {len(tokenizer)}; use the model's own tokenizer"
-            )
-    if is_masked(model) != (settings.objective == "mlm"):
-        kind, other = ("masked", "mlm") if is_masked(model) else ("causal", "clm")
-        raise UsageError(
-            f"{type(model).__name__} is a {kind} language model; train it with --objective {other}"
-        )
-    return model
-
-
-def _config(settings: Pretrain, changes: dict[str, Any]) -> Any:
-    """A llama (clm) or roberta (mlm) config with the numbers of the settings."""
-    from transformers import AutoConfig
-
-    width = settings.hidden_size
-    numbers = dict(
-        changes, hidden_size=width, num_hidden_layers=settings.layers, num_attention_heads=settings.heads
-    )
-    if settings.objective == "clm":
-        # 8/3 of the width with a gate costs what 4 times the width costs without one; multiples of 32 are fast
-        numbers["intermediate_size"] = settings.ffn_size or -(-8 * width // 3 // 32) * 32
-        numbers |= dict(
-            max_position_embeddings=max(512, settings.length), tie_word_embeddings=True, rms_norm_eps=1e-6
-        )
-        return AutoConfig.for_model("llama", **numbers)
-    numbers["intermediate_size"] = settings.ffn_size or 4 * width
-    # RoBERTa counts positions from its padding index on
-    numbers["max_position_embeddings"] = max(512, settings.length) + changes["pad_token_id"] + 1
-    numbers |= dict(
-        type_vocab_size=1, layer_norm_eps=1e-5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-    )
-    return AutoConfig.for_model("roberta", **numbers)
-
-
-def _check_length(settings: Pretrain, model: Any) -> None:
-    from zolr.cli.workload import positions_of
-
-    most = positions_of(model.config.get_text_config())
-    if most is not None and settings.length > most:
-        raise UsageError(
-            f"--length {settings.length} is more than the {most} positions of model "
-            f"'{settings.model or 'made from numbers'}'; use --length {most}, or a config.json with more"
-        )
-
-
-def _check_apart(model: Any) -> None:
-    """Refuse a model for which positions that begin again do not keep documents apart: what it says of one must not depend on another."""
-    import torch
-
-    from zolr.models import encode
-
-    ids = torch.arange(2, 10, device=next(model.parameters()).device).expand(2, -1)  # (2, 8): two documents
-    places = torch.arange(8, device=ids.device).remainder(4).expand(2, -1)
-    with torch.no_grad():
-        seen, alone = (
-            encode(model, {"input_ids": ids, "position_ids": places}),
-            encode(model, {"input_ids": ids[:, 4:]}),
-        )
-    error, size = float((seen[:, 4:] - alone).abs().max()), float(alone.abs().max())
-    if not error <= 1e-2 * size:
-        raise UsageError(
-            f"{type(model).__name__} looks across documents in a row whatever their positions; leave out --documents apart"
-        )
-
-
-def _check_ids(model: Any, origins: Mapping[str, Any]) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
-    largest = max(origin["largest"] for origin in origins.values())
-    if largest >= rows:
-        raise DataError(
-            f"the text has token {largest:,}, and the model {rows:,} tokens; use the tokenizer that belongs to the model"
-        )
-
-
-def _streams(
-    settings: Pretrain, work: Path, tokenizer: Any, train: list[Any], valid: list[Any], shown: Any
-) -> tuple[TokenStream, TokenStream, dict[str, Any]]:
-    """The streams to train and to evaluate on, and what they were made of.
-
-    Raises:
-        DataError: a resumed run began with other data.
-    """
-    from zolr.tasks.shards import check_unchanged, pack
-    from zolr.tasks.streams import TokenStream
-
-    place = work / DATA
-    known = runs.read_json(place) if settings.resume and place.is_file() else {}
-    began = known.pop(SPLIT, None)
-
-    def packed(given: list[Any]) -> Any:
-        return pack(
-            given,
-            tokenizer,
-            cache_folder(settings.cache),
-            column=settings.text_column,
-            rebuild=not known,
-            noted=lambda text: shown.print(text, markup=False),
-        )
-
-    texts = {"train": packed(train)} | ({"held_out": packed(valid)} if valid else {})
-    origins = {name: text.origin for name, text in texts.items()}
-    for text in _shared(origins):
-        shown.print(text, markup=False)
-    for name, what in (("train", "text to train on"), ("held_out", "held-out text")):
-        if name in known and name in origins:
-            check_unchanged(origins[name], known[name], what)
-    if known.keys() - origins.keys() or (known and origins.keys() - known.keys()):
-        raise DataError(
-            f"the run began {'with' if 'held_out' in known else 'without'} held-out files, and now it is the other way; "
-            "give the same --data and --held-out"
-        )
-    common: dict[str, Any] = dict(length=settings.length, objective=settings.objective, seed=settings.seed)
-    common["reset"] = settings.documents == "apart"
-    stream = TokenStream.of_ids(texts["train"], tokenizer, batch_size=settings.rows, **common)
-    usual = max(1, min(settings.eval_rows, stream.rows // 10))
-    split = usual if began is None else began["rows"]  # what was trained on once stays text to train on
-    if not known:
-        runs.write_json(place, {**origins, SPLIT: {"rows": split}} if not valid else origins)
-    if valid:
-        held_out = TokenStream.of_ids(texts["held_out"], tokenizer, batch_size=settings.micro, **common)
-        return stream, held_out, origins
-    stream, held_out = stream.hold_out(split)
-    return stream, replace(held_out, batch_size=settings.micro), origins
 
 
 def chunk_rows(model: Any) -> int:
