@@ -120,7 +120,7 @@ class _Numbers:
     def of(engine: "Engine") -> "_Numbers":
         """Those of an engine."""
         counts = ("step_count", "_refreshed_at", "_period", "active", "_resting", "_norm")
-        choices = ("method", "tuning", "_tune", "_untried", "_tried", "base_lr", "_scheduler")
+        choices = ("method", "tuning", "_tune", "_signs", "base_lr", "_scheduler")
         scheduler = engine._scheduler
         return _Numbers(
             {name: getattr(engine, name) for name in counts},
@@ -320,8 +320,7 @@ class Engine:
         self._measured = 0  # passes of this step that only measured a norm
         # only for a rate that the engine chose, and that the slopes go into
         self._caution: Caution | None = None
-        self._untried = setting(method.estimator, "signs") == "together"
-        self._tried: str | None = None  # how signs are evaluated since both ways have been compared
+        self._signs: str | None = None  # how signs are evaluated since both ways have been compared
         try:
             self._begin(check)
         except BaseException:
@@ -701,7 +700,7 @@ class Engine:
             self._settle(self._repeated)
         if self._tune:
             forwards += self._choose(share)
-        if self._untried:
+        if self._compares_signs:
             forwards += self._try_signs(share)
         key = self.key.fold_in("step", self.step_count)
         forwards += self.method.estimator.forwards(share.total)
@@ -779,9 +778,8 @@ class Engine:
             raise StorageError(
                 f"step {self.step_count + 1} does not say what rate was chosen; the record is incomplete"
             )
-        if made.signs is not None:
-            self._evaluate_signs(made.signs)
-        self._untried = False
+        if self._compares_signs:
+            self._evaluate_signs(made.signs or "together")
 
     def _advance(self, batches: Share, key: Key, lr: float, forwards: int) -> "_Seen":
         """Estimate and apply; what was seen, and whether it was applied."""
@@ -933,12 +931,17 @@ class Engine:
             reason = reason or "so it is on another rank"
             warnings.warn(f"signs are evaluated in sequence, not together: {reason}", stacklevel=4)
         self._evaluate_signs("sequence" if differ else "together")
-        self._told_ahead["signs"] = self._tried
+        self._told_ahead["signs"] = self._signs
         return 4 * batches.total
+
+    @property
+    def _compares_signs(self) -> bool:
+        """Whether both ways to evaluate signs are still to be compared."""
+        return self._signs is None and setting(self.method.estimator, "signs") == "together"
 
     def _evaluate_signs(self, way: str) -> None:
         """Evaluate both signs of a probe in this way from now on, and compare no more."""
-        self._tried, self._untried = way, False
+        self._signs = way
         if setting(self.method.estimator, "signs") != way:
             self.method = replace(self.method, estimator=changed(self.method.estimator, signs=way))
 
@@ -1228,7 +1231,7 @@ class Engine:
             "tuning": None if self.tuning is None else self.tuning.as_dict(),
             "scheduler": None if self._scheduler is None else _plain(self._scheduler.state_dict()),
             "caution": None if self._caution is None else asdict(self._caution),
-            "signs": self._tried,
+            "signs": self._signs,
             "statistics": {name: buffer.clone() for name, buffer in self._statistics_of()},
             "variables": {v.name: self.windows.state(v) for v in self.variables},
         }
@@ -1278,7 +1281,7 @@ class Engine:
         for name, buffer in self._statistics_of():
             if name in state.get("statistics", {}):
                 buffer.copy_(state["statistics"][name])
-        if self._untried and state.get("signs") is not None:
+        if self._compares_signs and state.get("signs") is not None:
             self._evaluate_signs(state["signs"])
         if self._scheduler is not None and state["scheduler"] is not None:
             self._scheduler.load_state_dict(state["scheduler"])
