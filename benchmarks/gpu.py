@@ -218,10 +218,9 @@ def memory(case: Case, device: str, smoke: bool, room: Callable[[int], None]) ->
     from zolr import lora
     from zolr.engine import Engine
     from zolr.estimators import changed, setting
-    from zolr.memory import measure, predict
+    from zolr.memory import grow, hardest, measure, predict
     from zolr.methods import METHODS
     from zolr.models import PRESETS, checkpoint_activations, lm_loss, prompt_loss
-    from zolr.spectra import Spectrum
 
     loss: Any = lm_loss if case.objective == "lm" else prompt_loss(WORDS)
     shape = PRESETS[case.model].config(**changes(case, smoke))
@@ -256,24 +255,15 @@ def memory(case: Case, device: str, smoke: bool, room: Callable[[int], None]) ->
         if case.checkpointing:
             checkpoint_activations(model)
         engine = Engine(model, method, lr=1e-6, loss=loss, select=select, compile=case.compile)
-        for variable in engine.variables:
-            if variable.stack is not None:  # as after many windows, which is what is predicted
-                m, n, rank = *variable.shape, variable.stack.cap
-                like = variable.stack.left
-                variable.stack.push(like.new_zeros(m, rank), like.new_zeros(n, rank))
-            if getattr(method.projector, "learns_from", "") == "gradients" and not variable.is_full:
-                n, where = len(engine.subspace(variable).basis), variable.weight.device  # type: ignore[union-attr]
-                size = min(method.projector.eigenpairs, n)  # type: ignore[attr-defined]
-                vectors = torch.eye(n, size, dtype=torch.float64, device=where)
-                known = Spectrum(vectors, torch.ones(size, dtype=torch.float64), 1e-3)
-                engine.windows.spectra[variable.name] = known
+        grow(engine)  # as after many windows, which is what is predicted
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             for _ in range(1 + 2 * case.compile):
                 engine.step([data])  # makes the optimizer's state and the libraries' workspaces
         with measure(engine, data, device=device) as found:
-            for _ in range(2):  # the second one changes subspaces
-                engine.step([data])
+            for steps in hardest(engine):
+                for _ in range(steps):
+                    engine.step([data])
         if case.compile and (why := engine._fast.failed):  # type: ignore[union-attr]
             raise NotAvailable(f"not compiled: {why}")
         if setting(engine.method.estimator, "signs") != setting(method.estimator, "signs"):

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from zolr import lora
 from zolr.engine import Engine
 from zolr.estimators import changed, setting
-from zolr.memory import LiveBytes, kept, predict
+from zolr.memory import WINDOW, LiveBytes, grow, hardest, kept, predict
 from zolr.methods import METHODS, Method, compose
 from zolr.models import build, checkpoint_activations, lm_loss, prompt_loss
 
@@ -107,6 +107,26 @@ def test_every_method_is_predicted_to_the_percent(family: str, name: str, paradi
     # weight; policies that choose among layers need two
     shape = config(family, num_hidden_layers=2 if row.build(paradigm).layers.every or low else 1)
     agrees(shape, short(row.build(paradigm), 2 if learns else 3), settings, 13 if learns else 5)
+
+
+@pytest.mark.parametrize("name", ["lisa", "badam", "gum", "dependent"])
+def test_a_run_is_put_before_its_hardest_steps(name: str) -> None:
+    """With blocks and coins as they are, whose worst a few steps from the beginning do not reach."""
+    shape, every = config("llama", num_hidden_layers=4), METHODS[name].build("fo").refresh_every
+    method = replace(compose(name, "fo"), refresh_every=every and WINDOW)
+    data = batches("lm", ROWS, TOKENS, 1)
+    model = build(shape, dropout=0.0)
+    with LiveBytes() as live:
+        live.track(model, *data)
+        engine = Engine(model, method, lr=1e-3, loss=lm_loss, guard=False)
+        grow(engine)
+        engine.step(data)
+        live.reset_peak()
+        for steps in hardest(engine):
+            for _ in range(steps):
+                engine.step(data)
+    predicted = predict(shape, method, batch_size=ROWS, max_length=TOKENS, objective="lm")
+    assert predicted.peak_bytes == pytest.approx(live.peak, rel=0.01)
 
 
 @pytest.mark.parametrize(("name", "checkpointing"), [("stiefel", False), ("stiefel", True), ("adamw", False)])

@@ -506,38 +506,25 @@ def predict(
                 hold_rank=hold_rank,
                 undo=False,  # what is kept aside is no tensor, and has no numbers here
             )
-            for variable in engine.variables:
-                if variable.stack is not None:  # as after many windows
-                    m, n = variable.shape
-                    rank = variable.stack.cap
-                    variable.stack.push(torch.zeros(m, rank), torch.zeros(n, rank))
+            grow(engine)
+            if method.layers.every:
+                live.reset_peak()  # no step takes what giving state to all weights did
             engine.optimizer.register_step_pre_hook(lambda *_: live.enter_phase("optimizer"))
             engine.optimizer.register_step_post_hook(lambda *_: live.leave_phase())
             if profile:
                 _label_as_made(engine, live)
-            _fill_spectra(engine)
-            steps = WINDOW + 1 if method.refresh_every else WINDOW
             if chooses:
                 with torch.no_grad(), engine._elsewhere(0):
                     probing = Probing(
                         lambda: mean_loss(engine._loss_of, batches[:ENOUGH_BATCHES]), keys.Key(0)
                     )
                     probing.along(engine.active, "step", 0, 1e-3)
-            worst = _worst_window(engine)
-            if worst is not None:
-                steps = 2 * WINDOW  # one with its state from the beginning, too
+            if _worst_window(engine) is not None:
                 assumptions.append(
                     f"the worst of the first {PERIODS} windows of seed 0, in which coins leave weights whole"
                 )
-            if method.layers.every:
-                _keep_states(engine)
-                live.reset_peak()
-            for period in _worst_periods(engine):
-                engine.step_count = max(engine.step_count, period * (method.layers.every or 0))
-                for number in range(steps):
-                    if worst is not None and number == 0:
-                        for core in engine.windows.cores.values():
-                            core.window = worst - 2  # the next one is that before the worst
+            for steps in hardest(engine):
+                for _ in range(steps):
                     live.base_phase("open")
                     engine.step(batches[:ENOUGH_BATCHES])
                     _label_kept(engine, live)
@@ -801,6 +788,45 @@ def _batch(objective: str, rows: int, tokens: int) -> dict[str, Tensor]:
     return batch
 
 
+def grow(engine: Engine) -> None:
+    """Have an engine that has made no step hold what it will after many windows.
+
+    Stacks beside held weights are full, as are the spectra that a projector learns from gradients, and weights that rest have the
+    optimizer state that they keep. Numbers are no longer those of a run: this is for whoever measures.
+    """
+    for variable in engine.variables:
+        if variable.stack is not None:
+            m, n, rank, like = *variable.shape, variable.stack.cap, variable.stack.left
+            variable.stack.push(like.new_zeros(m, rank), like.new_zeros(n, rank))
+    _fill_spectra(engine)
+    if engine.method.layers.every:
+        _keep_states(engine)
+
+
+def hardest(engine: Engine) -> Iterator[int]:
+    """Put an engine before each place where its steps may take the most, and say how many steps to make there.
+
+    That is a change of subspaces with all state there, the blocks of layers that take most, and the window in which a coin leaves
+    most to the optimizer, of the first `PERIODS`. For windows of `WINDOW` steps.
+
+    >>> import torch, zolr
+    >>> model = torch.nn.Linear(8, 8)
+    >>> method = zolr.compose("stiefel", "fo", rank=2, refresh_every=WINDOW)
+    >>> list(hardest(zolr.Engine(model, method, lr=0.1, loss=lambda model, x: model(x).square().mean())))
+    [3]
+    """
+    worst, every = _worst_window(engine), engine.method.layers.every or 0
+    for period in _worst_periods(engine):
+        engine.step_count = max(engine.step_count, period * every)
+        begun = engine.step_count % WINDOW
+        if worst is not None:
+            for core in engine.windows.cores.values():
+                core.window = worst - 2  # the next one is that before the worst
+            yield 2 * WINDOW + -begun % WINDOW  # a whole one, with its state from the beginning
+        else:
+            yield WINDOW + 1 - begun if engine.method.refresh_every else WINDOW
+
+
 def _worst_periods(engine: Engine) -> list[int]:
     """Periods of a layer policy in which a step may take most: with the most numbers active, and with the deepest backward."""
     if engine.method.layers.every is None:
@@ -858,9 +884,11 @@ def _fill_spectra(engine: Engine) -> None:
         space = engine.subspace(variable)
         if projector.learns_from == "gradients" and isinstance(space, Right | Left):
             n = space.basis.shape[0]
-            vectors = torch.zeros(n, min(projector.eigenpairs, n), dtype=torch.float64)
-            values = torch.zeros(vectors.shape[1], dtype=torch.float64)
-            engine.windows.spectra[variable.name] = Spectrum(vectors, values, 0.0)
+            vectors = torch.eye(
+                n, min(projector.eigenpairs, n), dtype=torch.float64, device=space.basis.device
+            )
+            values = torch.ones(vectors.shape[1], dtype=torch.float64)
+            engine.windows.spectra[variable.name] = Spectrum(vectors, values, 1e-3)
 
 
 @contextlib.contextmanager
