@@ -12,6 +12,11 @@ CATEGORIES = ("attention", "linear", "head", "embedding", "bias", "norm")
 
 TABLES = ("embedding", "head")  # what has a row for each token
 
+# modules that only a classifier has, by the names that families give them, and the pooler that it alone reads
+CLASSIFIER = re.compile(
+    r"^(classifier|pre_classifier|classification_head|score|sequence_summary|logits_proj|head|pooler)\.|\.pooler\."
+)
+
 
 def categories(model: nn.Module) -> dict[str, str]:
     """What each parameter of a model is, by its first name: attention (a matrix of a module whose name says so), linear
@@ -39,7 +44,8 @@ def categories(model: nn.Module) -> dict[str, str]:
 def selection(model: nn.Module, select: str | Callable[[str, nn.Parameter], bool]) -> Callable[..., bool]:
     """A predicate on parameters from a word: "all", or categories joined by "+", such as "linear+norm".
 
-    "linear" includes the matrices of attention; "attention" is these alone.
+    "linear" includes the matrices of attention; "attention" is these alone. "head" includes all of a classification head, which
+    has no kind of its own.
 
     Raises:
         UsageError: an unknown category.
@@ -55,7 +61,7 @@ def selection(model: nn.Module, select: str | Callable[[str, nn.Parameter], bool
     if "linear" in wanted:
         wanted.add("attention")
     kinds = categories(model)
-    return lambda name, _: kinds.get(name) in wanted
+    return lambda name, _: kinds.get(name) in wanted or ("head" in wanted and bool(CLASSIFIER.search(name)))
 
 
 def left_alone(model: nn.Module) -> set[str]:

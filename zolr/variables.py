@@ -1042,7 +1042,8 @@ def attach(
     chosen = list(trained.values())
     if not chosen:
         raise UsageError(
-            "no weight of the model is selected for training; widen the selection (select='all', --train all)"
+            "no weight of the model is selected for training (a head that is tied to an embedding counts as one); widen the "
+            "selection (select='all', --train all)"
         )
     dtype = next((p.dtype for _, p in first.values() if p.is_floating_point()), torch.float32)
     held = [hold if isinstance(hold, bool) else hold(*first[code]) for code in trained]

@@ -207,7 +207,7 @@ class Composition(TablePolicy):
         None,
         "Weights to train: all, or attention, linear, head, embedding, bias, norm joined by +.",
         "Method",
-        shown="the method's",
+        shown="the method's, and a classification head",
     )
 
 

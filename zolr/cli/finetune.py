@@ -192,10 +192,12 @@ class Finetune(
 
     @property
     def selection(self) -> str:
-        """Which weights are trained: as given, else as the method has it."""
+        """Which weights are trained: as given, else as the method has it, and a classification head."""
         from zolr.methods import METHODS
 
         usual = METHODS[self.method or "stiefel"].trained(self.paradigm or "zo")
+        if self.head == "classes" and self.adapter is None and usual != "all":
+            usual = "+".join(dict.fromkeys([*usual.split("+"), "head"]))
         return usual if self.adapter is not None else self.train or usual
 
     @property

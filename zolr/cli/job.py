@@ -134,6 +134,13 @@ class Job:
             team=self.team,
         )
 
+        fresh = models.fresh_modules(self.work.model) if settings.head == "classes" else []
+        left = [m for m in fresh if not any(v.name.startswith(f"{m}.") for v in self.engine.variables)]
+        if left and settings.adapter is None:
+            self.notes.append(
+                f"note: {left[0]} has random weights, and --train {settings.train} leaves them so; give --train "
+                f"{settings.train}+head"
+            )
         spent = self.privacy(settings.steps or 0)
         if spent is not None:
             self.notes.append(
