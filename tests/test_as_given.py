@@ -466,7 +466,7 @@ def test_weights_that_were_put_elsewhere_are_refused(way: str) -> None:
     else:
         net.double()
     with pytest.raises(
-        UsageError, match=r"weight '[01].bias' has other memory .* make the Engine after that"
+        UsageError, match=r"weight '[01].(weight|bias)' has other memory .* make the Engine after that"
     ):
         run.step([(X, Y)])
 
@@ -559,3 +559,139 @@ def test_the_steps_that_are_counted_have_the_peak_of_all(case: str) -> None:
         peaks.append(peak if every else meter.peak)
     assert counted < len(batches)
     assert peaks[1] == peaks[0]
+
+
+# ---- what no step could train ------------------------------------------------------------------------------------------------
+
+
+def perceptron() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def penalized(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return loss(model, batch) + sum(p.square().sum() for p in model.parameters())
+
+
+def logged(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    weight = next(model.parameters())
+    assert weight.detach().norm() > 0 and weight.shape == (8, 6) and weight.dtype == torch.float32
+    return loss(model, batch)
+
+
+class TiedByHand(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(nn.functional.linear(torch.tanh(self.inner(x)), self.inner.weight.t()))
+
+
+SMALL = {
+    ("stiefel", "fo"): {"rank": 2},
+    ("stiefel", "zo"): {"rank": 2, "eps": 1e-3},
+    ("stiefel", "fwd"): {"rank": 2},
+    ("mezo", "zo"): {"eps": 1e-3},
+    ("lomo", "fo"): {},
+    ("adamw", "fo"): {},
+}
+
+
+@pytest.mark.parametrize(("name", "paradigm"), SMALL)
+def test_what_a_loss_reads_past_the_modules_is_said(name: str, paradigm: str) -> None:
+    """A penalty on parameters and a map tied by hand train nothing by themselves; modules and logs read what they like."""
+
+    def said(model: nn.Module, of: Callable[..., Tensor]) -> list[str]:
+        engine = zolr.Engine(model, zolr.compose(name, paradigm, **SMALL[name, paradigm]), lr=1e-3, loss=of)  # type: ignore[arg-type]
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always", UserWarning)
+            for _ in range(2):
+                engine.step([(X, Y)])
+        return [str(w.message) for w in found if "reads weight" in str(w.message)]
+
+    (once,) = said(perceptron(), penalized)
+    assert "'0.weight' itself" in once and "test_as_given.py:" in once and "weight_decay" in once
+    (once,) = said(TiedByHand(), loss)
+    assert "'inner.weight'" in once
+    assert said(perceptron(), loss) == said(perceptron(), logged) == []
+    gpt = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11, n_positions=8))
+    ids = torch.randint(0, 11, (2, 5), generator=torch.Generator().manual_seed(0))
+    assert said(gpt, lambda model, _: model(input_ids=ids, labels=ids).loss) == []
+
+
+def test_weights_that_no_forward_comes_by_are_said_of_all_of_them() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ParameterList([torch.ones(6, 3)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.parts[0]
+
+    engine = zolr.Engine(Bare(), zolr.compose("mezo", eps=1e-3), lr=1e-3, loss=loss)
+    with pytest.warns(UserWarning, match=r"no forward of the first step used weight 'parts.0'"):
+        engine.step([(X, Y)])
+
+
+def test_what_cannot_be_trained_is_refused_in_one_line() -> None:
+    from torch.nn.utils import prune
+    from torch.utils.checkpoint import checkpoint
+
+    def stepped(model: nn.Module, name: str, of: Any, batch: Any = (X, Y), **more: Any) -> None:
+        zolr.Engine(model, zolr.compose(name, **more), lr=1e-3, loss=of).step([batch])
+
+    pruned = perceptron()
+    prune.l1_unstructured(pruned[0], "weight", 0.3)
+    with pytest.raises(UsageError, match=r"pruning \(L1Unstructured\).*prune.remove"):
+        stepped(pruned, "adamw", loss)
+    prune.remove(pruned[0], "weight")
+    stepped(pruned, "adamw", loss)
+
+    for of in (lambda model, batch: float(loss(model, batch)), lambda m, b: m(b[0]).argmax(1).float().mean()):
+        with pytest.raises(UsageError, match="has no derivative in any trained weight"):
+            stepped(perceptron(), "stiefel", of, paradigm="fwd", rank=2)
+
+    def twice(model: nn.Module, batch: Any) -> Any:
+        x = batch[0].clone().requires_grad_()
+        for _ in range(2):
+            x = checkpoint(model, x, use_reentrant=True)
+        return x.square().mean()
+
+    for name in ("adamw", "lomo"):
+        with pytest.raises(UsageError, match="in two parts.*use_reentrant=False"):
+            stepped(nn.Linear(6, 6), name, twice)
+
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.Embedding(4, 6, sparse=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rows(x).mean(0)
+
+    ids = torch.tensor([[0, 1], [2, 3]])
+    with pytest.raises(UsageError, match="'rows.weight' has sparse gradients.*sparse=False"):
+        stepped(Sparse(), "adamw", lambda model, x: model(x).sum(), ids)
+    stepped(Sparse(), "mezo", lambda model, x: model(x).sum(), ids, eps=1e-3)
+
+    with pytest.raises(UsageError, match="at least one example"):
+        stepped(perceptron(), "dpzero", lambda model, x: model(x).sum(1), X[:0])
+    with pytest.raises(UsageError, match="the loss is of type list"):
+        stepped(perceptron(), "dpzero", lambda model, x: [1.0], X)
+
+    engine = zolr.Engine(
+        nn.Linear(6, 3, bias=False), zolr.compose("stiefel", "zo", rank=2, eps=1e-3), lr=1e-3, loss=loss
+    )
+    engine.model.to(torch.float64)
+    with pytest.raises(UsageError, match="make the Engine after that"):
+        engine.step([(X.double(), Y)])
+
+
+def test_a_layer_without_outputs_is_left_out() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it does not initialize it
+        net = nn.ModuleList([nn.Linear(6, 3), nn.Linear(3, 0)])
+    engine = zolr.Engine(net, zolr.compose("adamw"), lr=1e-3, loss=lambda m, b: loss(m[0], b))  # type: ignore[index]
+    assert engine.step([(X, Y)]).loss > 0 and {v.name for v in engine.variables} == {"0.weight", "0.bias"}

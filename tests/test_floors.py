@@ -28,7 +28,7 @@ FLOORS: dict[str, int] = {
                 "undo",
             ),
             ("variables", "projectors", "estimators", "transports", "residuals", "layers", "optim"),
-            ("methods", "kinds", "tuning", "dense", "windows", "verify", "compiled", "engine"),
+            ("methods", "kinds", "tuning", "dense", "windows", "reads", "verify", "compiled", "engine"),
             (
                 "hub",
                 "tasks",

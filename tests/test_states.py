@@ -280,3 +280,26 @@ def test_what_is_large_together_is_worked_on_one_by_one() -> None:
     engine = Engine(model, compose("mezo", "zo", eps=1e-3), lr=1e-2, loss=losses)
     left = sum(v.value.numel() for v in engine.variables if len(v.shape) > 1 and not v.space.blocked)
     assert 0 < left <= sum(p.numel() for p in model.parameters()) / 32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_of_a_model_and_of_a_run_have_weights_of_their_own(dtype: torch.dtype) -> None:
+    """A copy goes on as the first one would, and neither moves the other."""
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+    method = zolr.compose("stiefel", "fo", rank=2, refresh_every=2)
+    run = zolr.Engine(net, method, lr=0.1, loss=lambda model, batch: model(batch).float().square().mean())
+    run.step([x])
+    copied, model = copy.deepcopy(run), copy.deepcopy(net)
+    before = copied.model(x)
+    losses = [run.step([x]).loss for _ in range(3)]
+    assert torch.equal(copied.model(x), before) and torch.equal(model(x), before)
+    assert [copied.step([x]).loss for _ in range(3)] == losses
+    assert torch.equal(copied.model(x), net(x))
+    model.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        quiet = model(x)
+    torch.testing.assert_close(model(x), quiet)  # with gradients and without
+    torch.testing.assert_close(quiet, net(x), atol=0.02 if dtype == torch.bfloat16 else 1e-6, rtol=0.0)

@@ -37,6 +37,7 @@ from zolr.kinds import TABLES, categories, left_alone, selection
 from zolr.layers import blocks_of
 from zolr.methods import Method
 from zolr.projectors.identity import Identity
+from zolr.reads import Reads
 from zolr.subspaces import Subspace
 from zolr.tuning import Caution, Tuning, tune
 from zolr.undo import Undo
@@ -309,6 +310,8 @@ class Engine:
         self._statistics: list[tuple[Tensor, Tensor]] = []  # running ones, and what they were before the step
         self._fast = Compiled(self._loss_of, self.variables, self._trains) if compile else self._loss_of
         self._looked = False  # for weights that a step does not come by
+        # weights that the loss reads past their modules; what is compiled is not looked at, for it would be compiled otherwise
+        self._past: dict[str, str] | None = {} if compile or _is_compiled(model) else None
         self._told = False  # that held weights have lost something
         self._sharded = any(is_sharded(parameter) for parameter in model.parameters())
         self.base_lr = lr
@@ -330,6 +333,7 @@ class Engine:
     def _begin(self, check: Any) -> None:
         method, clip = self.method, self.clip
         self._check_held()
+        self._check_sparse()
         self.windows.open()
         tables = {name for name, kind in categories(self.model).items() if kind in TABLES}
         self.windows.build(self.base_lr or 1.0, tables)
@@ -357,6 +361,16 @@ class Engine:
                 f"rank {rank} is larger than every trained matrix (longest side {max(sides)}); "
                 "use a smaller rank, or projector 'identity' for the whole space"
             )
+
+    def _check_sparse(self) -> None:
+        for variable in self.variables if self.method.paradigm == "fo" else ():
+            if any(
+                isinstance(s.module, nn.Embedding | nn.EmbeddingBag) and s.module.sparse
+                for s in variable.sites
+            ):
+                raise UsageError(
+                    f"embedding '{variable.name}' has sparse gradients, which no method takes; build it with sparse=False"
+                )
 
     def _check_held(self) -> None:
         held = [v for v in self.variables if v.held]
@@ -519,7 +533,9 @@ class Engine:
     def _tell_unread(self) -> None:
         """Say which weights no forward of the first step came by: what reads them otherwise trains nothing."""
         unread = [v.name for v in self.active if not v.touched]
-        if unread and len(unread) < len(self.active):  # a rank without a micro-batch has none
+        if unread and (
+            len(unread) < len(self.active) or self.team.size == 1
+        ):  # a rank without a micro-batch has none
             more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
             fate = "moved by chance alone" if self.method.paradigm == "zo" else "not trained"
             warnings.warn(
@@ -527,6 +543,16 @@ class Engine:
                 f"module, is {fate}; leave it out by select (--train), or compare by check=batch",
                 stacklevel=3,
             )
+
+        past = {name: line for name, line in (self._past or {}).items() if name not in unread}
+        for name, line in past.items():
+            lacking = "without the probe" if self.method.paradigm == "zo" else "without a derivative"
+            warnings.warn(
+                f"the loss reads weight '{name}' itself ({line}), where it is as it is stored, {lacking}: what comes of that trains "
+                "nothing; compute with the module alone, and use weight_decay for a penalty",
+                stacklevel=3,
+            )
+            break  # one says it; a penalty reads them all
 
     def _fold_at_once(self) -> None:
         """Fold the step where the next one would put the weight together twice (see `zolr.merged`).
@@ -949,7 +975,13 @@ class Engine:
         return self.model.training
 
     def _loss_of(self, batch: Any) -> Any:
-        loss, device = self._loss(self.model, batch), self.variables[0].value.device
+        device = self.variables[0].value.device
+        if self._past is None:
+            with Reads(self.variables) as reads:
+                loss = self._loss(self.model, batch)
+            self._past = reads.found
+        else:
+            loss = self._loss(self.model, batch)
         # a number is a loss like any other where none asks for its derivative
         if isinstance(loss, Real):
             return torch.tensor(float(loss), device=device)
@@ -1362,6 +1394,11 @@ def _numbers_of(group: Mapping[str, Any]) -> dict[str, Any]:
     found = {k: list(x) if isinstance(x, tuple) else x for k, x in group.items() if k not in ("params", "lr")}
     several = {k: x if isinstance(x, list) else [x] for k, x in found.items()}
     return {k: found[k] for k, x in several.items() if x and all(type(n) in (int, float) for n in x)}
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether the owner of a model has had any of it compiled."""
+    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
 
 
 def _takes_a_step(schedule: Schedule) -> bool:

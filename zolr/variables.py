@@ -5,6 +5,7 @@ variable's current point. `detach` swaps it back. Names, keys, hooks and `deepco
 written between folds.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
@@ -193,6 +194,18 @@ class Variable:
     def value(self, value: nn.Parameter) -> None:
         self._value = value
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Variable":
+        """A copy whose coordinates are the memory of its own weight, where they are that here."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__ |= {name: copy.deepcopy(part, memo) for name, part in self.__dict__.items()}
+        if self._value is not None and twin._value is not None and self.shares and not self.replaced:
+            data = copy.deepcopy(
+                self.weight, memo
+            ).data  # that of the copied module, which is not there as a whole yet
+            twin._value.data = data.t() if self.transposed else data
+        return twin
+
     def __repr__(self) -> str:
         return (
             f"Variable({self.name}, {self.shape}, {type(self.subspace).__name__}{self.subspace.coords_shape})"
@@ -226,11 +239,14 @@ class Variable:
 
     @property
     def replaced(self) -> bool:
-        """Whether the coordinates were the weight's own memory, and the weight has other memory now."""
-        value = self._value
-        if value is None or self.held or not self.is_full or value.dtype.itemsize < 4:
+        """Whether the weight has another dtype or device now than the coordinates go with, or had their memory and has its own."""
+        value, weight = self._value, self.weight
+        if value is None or self.held:
             return False
-        weight = self.weight
+        if weight.dtype != self._own_dtype or weight.device != value.device:
+            return True
+        if not self.is_full or value.dtype.itemsize < 4:
+            return False
         here, there = weight.untyped_storage()._cdata, value.untyped_storage()._cdata
         return value.dtype == self._own_dtype and (weight.dtype != value.dtype or here != there)
 
@@ -983,6 +999,12 @@ def _readable(module: nn.Module, parameter: str) -> bool:
     return weight.device.type != "meta"
 
 
+def binds(module: Any, variable: Variable) -> bool:
+    """Whether something is a module that computes with a variable."""
+    bindings = module.__dict__.get(_BINDINGS, {}) if isinstance(module, nn.Module) else {}
+    return any(bound is variable for bound, _ in bindings.values())
+
+
 def is_attached(model: nn.Module) -> bool:
     """Whether some module computes with the variables of a run."""
     return any(_BINDINGS in module.__dict__ for module in model.modules())
@@ -1035,6 +1057,7 @@ def attach(
             or p.is_complex()
             or is_packed(sites[code][0].module, sites[code][0].parameter)
         )
+        and p.numel()  # a layer without outputs has nothing to train
         and select(name, p)
     }
     for code, group in trained.items():
@@ -1102,6 +1125,11 @@ def _check_trainable(name: str, parameter: nn.Parameter, sites: Sequence[Site]) 
                 raise UsageError(
                     f"{kind} of torch.nn.utils puts weight '{name}' to use before the forward of its module, where nothing moves it; "
                     "use torch.nn.utils.parametrizations, which does not"
+                )
+            if any(cls.__name__ == "BasePruningMethod" for cls in type(hook).__mro__):
+                raise UsageError(
+                    f"pruning ({kind}) puts weight '{name}' to use before the forward of its module, where nothing moves it; make it "
+                    "lasting by torch.nn.utils.prune.remove, or mask by a parametrization"
                 )
 
 

@@ -37,7 +37,7 @@ class Backprop:
         """Emit the gradients; see `Estimator`.
 
         Raises:
-            UsageError: the loss has no derivative.
+            UsageError: the loss has no derivative, or gives it in parts.
         """
         share = share_of(batches)
         emit = share.in_order(variables, emit)
@@ -58,6 +58,11 @@ class Backprop:
                 value.grad = None
 
         def hand_over(value: Tensor) -> None:
+            if id(value) not in pending:
+                raise UsageError(
+                    f"a weight of shape {tuple(value.shape)} got its gradient in two parts, as reentrant checkpointing of a module "
+                    "that is used twice does; use checkpoint(..., use_reentrant=False)"
+                )
             variable = pending.pop(id(value))
             if variable.gathered is None and not (variable.space.blocked or share.split):
                 late.append(variable)

@@ -89,7 +89,8 @@ class Forward(BySlopes):
         law: "rademacher", "gaussian" or "sphere".
 
     Raises:
-        UsageError: an argument out of range, or in a step an operation that torch cannot derive in forward mode.
+        UsageError: an argument out of range, or in a step a loss without a derivative, or an operation that torch cannot derive
+            in forward mode.
 
     Reference: Baydin et al., Gradients without backpropagation (2022).
     """
@@ -132,6 +133,12 @@ class Forward(BySlopes):
                         dual = forward_ad.make_dual(variable.value.detach(), tangent)
                         stack.enter_context(variable.at(dual, plain=False))
                     parts, tangents = forward_ad.unpack_dual(parts_of(loss, batches))
+                    if (
+                        tangents is None and float(parts[1].sum()) > 0
+                    ):  # a batch without labels has none either
+                        raise UsageError(
+                            "the loss has no derivative in any trained weight; use paradigm 'zo' (--paradigm zo), or another loss"
+                        )
                     moved = torch.zeros_like(parts[0]) if tangents is None else tangents[0] / _SCALE
                     seen.append(torch.stack([parts, torch.stack([moved, parts[1]])]))  # (2, 2, n)
         both = mean_of(batches, share.stacked(seen, 2, 2))

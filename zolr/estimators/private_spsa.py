@@ -21,6 +21,7 @@ from zolr.estimators import (
     combine,
     evaluate,
     same_noise,
+    totals,
 )
 from zolr.keys import Key
 from zolr.probes import LAWS, Probe
@@ -123,6 +124,8 @@ class PrivateSpsa(BySlopes):
                 plus, minus = share_of(batches).rows(torch.stack(both)).unbind()
                 each = (plus - minus) / (2 * self.eps)  # (n,)
                 examples = len(each)
+                if not examples:
+                    raise UsageError("a step needs at least one example, and these batches have none")
                 # an example without a number is one with slope 0: to skip the step for it would tell of it
                 known = torch.isfinite(each)
                 slopes.append(torch.where(known, each, 0.0).clamp(-self.limit, self.limit).mean())
@@ -160,6 +163,7 @@ def _examples(loss: Loss, batches: Sequence[Any]) -> Tensor:
     parts = []
     for batch in batches:
         output = loss(batch)
+        totals(output)  # says what is no loss at all
         if isinstance(output, tuple) or output.dim() != 1:
             found = (
                 "a sum and a count"
