@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.prune import BasePruningMethod
 
 from zolr import beside, merged
 from zolr.errors import UsageError
@@ -1126,7 +1127,7 @@ def _check_trainable(name: str, parameter: nn.Parameter, sites: Sequence[Site]) 
                     f"{kind} of torch.nn.utils puts weight '{name}' to use before the forward of its module, where nothing moves it; "
                     "use torch.nn.utils.parametrizations, which does not"
                 )
-            if any(cls.__name__ == "BasePruningMethod" for cls in type(hook).__mro__):
+            if isinstance(hook, BasePruningMethod):
                 raise UsageError(
                     f"pruning ({kind}) puts weight '{name}' to use before the forward of its module, where nothing moves it; make it "
                     "lasting by torch.nn.utils.prune.remove, or mask by a parametrization"
