@@ -14,7 +14,7 @@ from test_cli import failed
 
 from zolr.cli import compare
 from zolr.cli.compare import DONE, FAILED, NO_MEMORY, NOT_RUN, Terms, labels, markdown, outcome
-from zolr.cli.race import PAIRS, Allowance
+from zolr.cli.race import PAIRS, Allowance, Price
 from zolr.cli.variants import methods_in, variant
 from zolr.errors import UsageError
 from zolr.training import Progress
@@ -343,7 +343,7 @@ def test_a_missing_matplotlib_is_found_before_anything_runs(
 
 
 def test_forwards_are_never_overspent() -> None:
-    allowance = Allowance("forwards", 100, "linear", 0, forwards=4)
+    allowance = Allowance("forwards", 100, "linear", 0, Price(4))
     step, spent = 0, 0
     while not allowance(Progress(step=step, forwards=spent)):
         spent += 4 if step else 24  # the first step searches a rate
@@ -367,11 +367,57 @@ def test_a_budget_of_forwards_has_the_course_of_as_many_steps(course: Any) -> No
     from zolr.cli.choices import schedule_of
 
     usual = schedule_of(course, 0, 50) or (lambda step: 1.0)
-    allowance = Allowance("forwards", 150, course, 0, forwards=3, steps=50)
+    allowance = Allowance("forwards", 150, course, 0, Price(3), steps=50)
     for step in range(50):
         assert allowance.factor(step) == pytest.approx(usual(step))
         assert not allowance(Progress(step=step, forwards=3 * step))
     assert allowance(Progress(step=50, forwards=150))
+
+
+PRICED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "a gradient of its own": ("adamw", "fo", {}, {}),
+    "clipped as a whole": ("stiefel", "fo", {"rank": 2}, {"clip": 0.5}),
+    "dense": ("galore", "fo", {"rank": 2}, {}),
+    "clipped by the norm before": ("galore", "fo", {"rank": 2}, {"clip": 0.5}),
+    "clipped by its own norm": ("galore", "fo", {"rank": 2, "clip_by": "twice"}, {"clip": 0.5}),
+    "a point besides": ("extrapolation", "fo", {}, {"clip": 0.5}),
+    "probes of a point besides": ("lorenza", "fo", {"rank": 2}, {"clip": 0.5}),
+    "fused with the way back": ("lomo", "fo", {}, {"clip": 0.5}),
+    "forward": ("stiefel", "zo", {"rank": 2, "eps": 1e-2}, {}),
+    "a rate to measure": ("stiefel", "zo", {"rank": 2}, {"lr": None}),
+    "a radius to measure": ("stiefel", "zo", {"rank": 2}, {}),
+    "several probes, one side": ("fzoo", "zo", {"eps": 1e-2}, {}),
+    "signs to compare": ("stiefel", "zo", {"rank": 2, "eps": 1e-2, "signs": "together"}, {"clip": 0.5}),
+    "inputs to see": ("dependent", "zo", {"rank": 2, "eps": 1e-2, "refresh_every": 3}, {}),
+    "inputs to see once": ("dependent", "zo", {"rank": 2, "eps": 1e-2, "refresh_every": 100}, {}),
+    "two kinds of probes": ("zo-hgd", "zo", {"rank": 2, "eps": 1e-2}, {}),
+    "tangents": ("stiefel", "fwd", {"rank": 2}, {}),
+}
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("case", PRICED)
+def test_steps_are_planned_at_what_they_take(case: str, batches: int) -> None:
+    import torch
+
+    from zolr import Engine, compose
+
+    name, paradigm, parts, more = PRICED[case]
+    method = compose(name, paradigm, **parts)
+    given = {"lr": 1e-3, **more}
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 4))
+    x, y = torch.randn(batches, 5, 8), torch.randn(batches, 5, 4)
+    engine = Engine(model, method, loss=lambda m, b: (m(b[0]) - b[1]).square().mean(), **given)
+    price = Price.of(method, given["lr"], given.get("clip"), batches)
+    taken = [engine.step(list(zip(x, y, strict=True))).forwards for _ in range(7)]
+    assert [price.step(number) for number in range(7)] == taken
+    for steps in range(1, 8):  # so many are paid for by what they take, and by no forward less
+        assert price.steps(sum(taken[:steps])) == steps and price.steps(sum(taken[:steps]) - 1) == steps - 1
+    allowance, steps = Allowance("forwards", sum(taken), "linear", 0, price), 0
+    while not allowance(Progress(step=steps, forwards=sum(taken[:steps]))):
+        steps += 1
+    assert steps == 7
 
 
 # ---- what is shown ------------------------------------------------------------------------------------------------

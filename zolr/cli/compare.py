@@ -20,7 +20,7 @@ from zolr.cli import runs
 from zolr.cli.choices import Schedule, TablePolicy, Thrift
 from zolr.cli.config import Settings, add, differing, flag, nearest, spelled, toml
 from zolr.cli.finetune import Finetune
-from zolr.cli.race import choosing, unpaid
+from zolr.cli.race import Price
 from zolr.cli.variants import methods_in, variant
 from zolr.cli.workload import DEMO_TASK, REFERENCE_WIDTH, DataChoice, Machine, ModelChoice
 from zolr.errors import BudgetError, StorageError, UsageError, ZolrError
@@ -378,15 +378,11 @@ def _plans(
 def _check_pays(name: str, plan: Any, amount: float) -> None:
     """Whether so many forwards pay for a step."""
     method = plan.composed()
-    each = method.estimator.forwards(plan.accumulate or plan.usual_accumulation)
-    if each > amount:
-        raise UsageError(
-            f"--equal forwards={amount:g} pays for no step of '{name}', which takes {each}; give more"
-        )
     rate = plan.learning_rate(method, REFERENCE_WIDTH)
-    # few rows may make the step of one batch where it would else have two: this is the least it can take
-    if (least := choosing(method, rate, plan.accumulate or 1)) and least + each > amount:
-        raise UsageError(unpaid(amount, name, least))
+    price = Price.of(method, rate, plan.clip, plan.accumulate or plan.usual_accumulation)
+    if price.choosing:  # few rows may make the step of one batch where it would else have two: the least it can take
+        price = Price.of(method, rate, plan.clip, plan.accumulate or 1)
+    price.check_pays(amount, name)
 
 
 def _check_places(settings: Compare, root: Path) -> None:
