@@ -374,6 +374,62 @@ def test_a_budget_of_forwards_has_the_course_of_as_many_steps(course: Any) -> No
     assert allowance(Progress(step=50, forwards=150))
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"method": "galore", "paradigm": "fo", "rank": 2, "undo": False, "clip": 0.5},
+        {
+            "method": "stiefel",
+            "paradigm": "zo",
+            "rank": 2,
+            "lr": 1e-3,
+            "eps": 1e-3,
+            "hold": True,
+            "hold_rank": 3,
+        },
+    ],
+    ids=["nothing kept", "held"],
+)
+def test_the_step_that_is_timed_is_that_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: dict[str, Any]
+) -> None:
+    from zolr import Engine
+    from zolr.cli import race
+    from zolr.cli.finetune import Finetune
+
+    made, begin = list[dict[str, Any]](), Engine.__init__
+
+    def noted(self: Engine, model: Any, method: Any, **settings: Any) -> None:
+        made.append(settings)
+        begin(self, model, method, **settings)
+
+    monkeypatch.setattr(Engine, "__init__", noted)
+    monkeypatch.setattr(race.Job, "predicted", None)
+    monkeypatch.setattr(race, "PAIRS", (2, 2))
+    sizes = dict(k=4, eval_rows=4, batch_size=4, accumulate=1, steps=1, device="cpu")
+    settings = Finetune(**sizes, **own, output=str(tmp_path / "run")).filled()
+    told: dict[str, Any] = {}
+    race.race(settings, equal=None, budget=None, timing=True, say=told.update)
+    ran, clocked = made
+    of_the_run = {"schedule", "check", "team", "loss"}
+    for name in ran.keys() - of_the_run:
+        assert clocked[name] == ran[name], name
+    assert told["pairs"] == 2 and told["step_over_two_forwards"] > 0
+    assert ran["undo"] == own.get("undo") and bool(ran["hold"]) == own.get("hold", False)
+
+
+def test_weights_that_are_away_have_no_time_of_their_own() -> None:
+    from types import SimpleNamespace
+
+    from zolr.cli.race import UNTIMED, timed
+
+    for settings in ({"device_map": "cpu", "shard": False}, {"device_map": None, "shard": True}):
+        job: Any = SimpleNamespace(settings=SimpleNamespace(**settings), work=None)
+        assert timed(job) is None
+    row = outcome(0, json.dumps({"after": 0.5, "untimed": UNTIMED}), "")
+    assert f"a is {UNTIMED}" in markdown([{**row, "label": "a", "metric": "accuracy"}], TERMS)
+
+
 PRICED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "a gradient of its own": ("adamw", "fo", {}, {}),
     "clipped as a whole": ("stiefel", "fo", {"rank": 2}, {"clip": 0.5}),

@@ -380,7 +380,9 @@ def _check_pays(name: str, plan: Any, amount: float) -> None:
     method = plan.composed()
     rate = plan.learning_rate(method, REFERENCE_WIDTH)
     price = Price.of(method, rate, plan.clip, plan.accumulate or plan.usual_accumulation)
-    if price.choosing:  # few rows may make the step of one batch where it would else have two: the least it can take
+    if (
+        price.choosing
+    ):  # few rows may make the step of one batch where it would else have two: the least it can take
         price = Price.of(method, rate, plan.clip, plan.accumulate or 1)
     price.check_pays(amount, name)
 
@@ -476,7 +478,7 @@ def outcome(code: int, out: str, said: str) -> dict[str, Any]:
             found |= json.loads(line)
         except ValueError:  # the last line of a process that was killed while it wrote
             continue
-    kept = ("metric", "batch_size", "accumulate", *KEPT)
+    kept = ("metric", "batch_size", "accumulate", "untimed", *KEPT)
     row = {key: found[key] for key in kept if key in found}
     row |= {key: value for key, value in found.items() if key.startswith("step_") or key == "pairs"}
     if "after" in found:
@@ -656,6 +658,8 @@ def notes(
             texts.append(f"{row['label']} does not fit: {_reason(row)}")
         elif row["status"] != DONE:
             texts.append(f"{row['label']}: {_reason(row)}")
+        elif "untimed" in row:
+            texts.append(f"{row['label']} is {row['untimed']}")
     return texts
 
 

@@ -21,6 +21,7 @@ from zolr.errors import BudgetError, NonFiniteError, UsageError
 if TYPE_CHECKING:
     from zolr.distributed import Team
     from zolr.engine import Engine
+    from zolr.methods import Method
     from zolr.tasks import Splits
     from zolr.training import Progress
 
@@ -50,7 +51,6 @@ class Job:
         from zolr.cli.replay import about
         from zolr.cli.workload import device_of, set_threads, splits_of, task_of, width_of, words_of
         from zolr.distributed import Team
-        from zolr.engine import Engine
         from zolr.journal import fingerprint
         from zolr.tasks import TrainingBatches, own_task, truncation_share
 
@@ -114,21 +114,10 @@ class Job:
             self.work.cut(self.own_modules)
         method = settings.composed()
         self.metric = "f1" if settings.objective == "f1" else task.metric
-        self.engine: Engine = Engine(
-            self.work.model,
+        self.engine = self.new_engine(
             method,
-            lr=settings.learning_rate(method, width_of(self.work.model)),
-            loss=self.work.objective(settings.objective),
-            select=self.select if settings.adapter is None else lora.trained,
-            seed=settings.seed,
-            weight_decay=settings.weight_decay,
+            settings.learning_rate(method, width_of(self.work.model)),
             schedule=schedule or schedule_of(settings.schedule, settings.warmup, settings.steps or 1),
-            clip=settings.clip,
-            realization=settings.realized,
-            hold=self._hold if settings.holds else False,
-            hold_rank=settings.held_rank,
-            compile=settings.compile,
-            undo=settings.undo,
             # families whose forward we know need no proof that the coordinates reach the loss; it costs a pass per weight
             check=None if models.splits(self.work.model) else self._moved(self.batches(0)[0]),
             team=self.team,
@@ -145,6 +134,34 @@ class Job:
             "finetune", settings, self.work.model, self.engine.base_lr, self.own_classes, task=self.told_task
         )
         self.about |= whole
+
+    def new_engine(self, method: Method, lr: float | None, **more: Any) -> Engine:
+        """An engine on the model as it is now, with the settings of the run.
+
+        Args:
+            method, lr: as for `Engine`.
+            more: what no settings say: its schedule, batch to check and team.
+        """
+        from zolr import lora
+        from zolr.engine import Engine
+
+        settings = self.settings
+        return Engine(
+            self.work.model,
+            method,
+            lr=lr,
+            loss=self.work.objective(settings.objective),
+            select=self.select if settings.adapter is None else lora.trained,
+            seed=settings.seed,
+            weight_decay=settings.weight_decay,
+            clip=settings.clip,
+            realization=settings.realized,
+            hold=self._hold if settings.holds else False,
+            hold_rank=settings.held_rank,
+            compile=settings.compile,
+            undo=settings.undo,
+            **more,
+        )
 
     @property
     def told_task(self) -> dict[str, Any]:

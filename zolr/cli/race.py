@@ -33,6 +33,8 @@ UNBOUNDED = 10**9  # steps of a run that ends by the clock
 # pairs of a step and two forwards: as many as fit the seconds, but so many at least and at most
 PAIRS, PAIR_SECONDS = (5, 21), 10.0
 
+UNTIMED = "not timed: its weights are away between two uses, or in pieces, for the forwards beside it too"
+
 
 @dataclass(frozen=True)
 class Price:
@@ -67,7 +69,9 @@ class Price:
         each = method.estimator.forwards(batches)
         radius = setting(method.estimator, "eps", 0.0)  # zero: nothing is probed
         chooses = radius is None or (radius and rate is None)
-        measures = method.dense and clip is not None  # one gradient at a time: their norm takes a pass of its own
+        measures = (
+            method.dense and clip is not None
+        )  # one gradient at a time: their norm takes a pass of its own
         twice = measures and method.clipping == "twice"
         compares = setting(method.estimator, "signs") == "together"
         sees = method.projector.learns_from == "inputs" and not method.dense
@@ -191,7 +195,7 @@ def race(
         result = job.train(place, console(quiet=True), allowance)
     say(result)
     if timing:
-        say(timed(job))
+        say(timed(job) or {"untimed": UNTIMED})
 
 
 def _allow(job: Job, allowance: Allowance, eval_every: int | None) -> None:
@@ -200,7 +204,9 @@ def _allow(job: Job, allowance: Allowance, eval_every: int | None) -> None:
 
     engine, settings = job.engine, job.settings
     price = Price.of(engine.method, engine.base_lr, settings.clip, settings.accumulate or 1)
-    if all(v.is_full for v in engine.variables):  # no weight has a subspace that its inputs could say anything of
+    if all(
+        v.is_full for v in engine.variables
+    ):  # no weight has a subspace that its inputs could say anything of
         price = replace(price, opening=0)
     allowance.price = price
     if allowance.unit == "forwards":
@@ -216,37 +222,31 @@ def _allow(job: Job, allowance: Allowance, eval_every: int | None) -> None:
     job.settings = replace(job.settings, steps=bound, eval_every=every)
 
 
-def timed(job: Job) -> dict[str, Any]:
+def timed(job: Job) -> dict[str, Any] | None:
     """Time of a step over that of two plain forwards without autograd, by pairs taken in turn on the same batches.
 
-    The job has ended and its model is a plain one. Steps run on it by an engine of their own; the forwards are those of
-    a second set of modules around the same weights, which knows nothing of the engine.
+    The job has ended. Steps run on its model, a plain one again, by a fresh engine with the settings of the run (compiled,
+    held, kept aside as there); the forwards are those of a second set of modules around the same weights, which knows
+    nothing of the engine. Held and quantized weights are in both. None for weights that are brought for each use, or put
+    together from pieces: a second set of modules would share what does that.
     """
     import torch
 
     from zolr import lora, models
-    from zolr.engine import Engine
 
     settings, work = job.settings, job.work
+    if settings.device_map is not None or settings.shard:
+        return None
     method, lr = job.engine.method, job.engine.base_lr
+    if settings.holds:  # its adapter has been written beside a model that was left attached
+        job.engine.detach()
     del job.engine  # and the state of its optimizer
     model = work.model.to(work.device)
     twin = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())}).eval()
     if settings.adapter is not None:
         lora.wrap(model, settings.adapter, classifier=settings.head == "classes", seed=settings.seed)
     models.checkpoint_activations(model, settings.checkpointing or False)
-    loss = work.objective(settings.objective)
-    engine = Engine(
-        model,
-        method,
-        lr=lr,
-        loss=loss,
-        select=job.select if settings.adapter is None else lora.trained,
-        seed=settings.seed,
-        weight_decay=settings.weight_decay,
-        clip=settings.clip,
-        realization=settings.realization,
-    )
+    loss, engine = work.objective(settings.objective), job.new_engine(method, lr)
 
     def synchronized(work_to_do: Callable[[], Any]) -> Callable[[], None]:
         def done() -> None:
