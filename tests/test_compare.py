@@ -409,11 +409,12 @@ def test_the_step_that_is_timed_is_that_of_the_run(
     sizes = dict(k=4, eval_rows=4, batch_size=4, accumulate=1, steps=1, device="cpu")
     settings = Finetune(**sizes, **own, output=str(tmp_path / "run")).filled()
     told: dict[str, Any] = {}
-    race.race(settings, equal=None, budget=None, timing=True, say=told.update)
+    race.race(settings, equal=None, budget=None, timing=True, metric="f1", say=told.update)
     ran, clocked = made
     of_the_run = {"schedule", "check", "team", "loss"}
     for name in ran.keys() - of_the_run:
         assert clocked[name] == ran[name], name
+    assert told["after"] == told["metrics"]["test"]["after"]["f1"] and told["chosen_by"] == "accuracy"
     assert told["pairs"] == 2 and told["step_over_two_forwards"] > 0
     assert ran["undo"] == own.get("undo") and bool(ran["hold"]) == own.get("hold", False)
 
@@ -548,7 +549,7 @@ def made_up(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-TERMS = Terms("questions", "demo", ("forwards", 4000.0), 3 * 2**30, True)
+TERMS = Terms("questions", "demo", "accuracy", ("forwards", 4000.0), 3 * 2**30, True)
 
 
 @pytest.mark.parametrize("width", [80, 100, 140])
@@ -577,6 +578,70 @@ def test_the_markdown_is_a_table(tmp_path: Path) -> None:
     assert len(table) == 2 + len(rows)
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
     assert "| `a\\|b` | 0.5000 |" in table[2] and "32 x 2" in table[2] and lines[-1].startswith("- ")
+
+
+def test_all_rows_show_one_metric_whatever_theirs_is(
+    zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zolr.cli.race import scored
+
+    test = {"before": {"accuracy": 0.25, "f1": 0.1}, "after": {"accuracy": 0.5, "f1": 0.4}}
+
+    def raced(plan: Any, terms: Terms) -> dict[str, Any]:
+        result = {"metric": "f1" if plan.objective == "f1" else "accuracy", "metrics": {"test": test}}
+        rest = {"status": DONE, "forwards": 6, "seconds": 1.0, "peak_bytes_measured": 9}
+        return scored(result, terms.metric) | rest
+
+    monkeypatch.setattr(compare, "_raced", raced)
+    given = ("compare", "--methods", "mezo@objective=f1,adamw@objective=loss,mezo", "--markdown")
+    shared: tuple[tuple[object, ...], ...] = ((), ("--objective", "f1"))
+    for number, (more, metric, after) in enumerate(zip(shared, ("accuracy", "f1"), (0.5, 0.4), strict=True)):
+        table = tmp_path / f"{number}.md"
+        code, out, err = zolr(*given, table, "--output", tmp_path / f"{number}", *more, "--json")
+        assert code == 0, err
+        rows = json.loads(out)
+        assert {(row["metric"], row["after"]) for row in rows} == {(metric, after)}
+        text = table.read_text()
+        assert f"| method | {metric} |" in text and text.count(f"| {after:.4f} |") == 3
+        for row in rows:
+            assert (
+                f"- {row['label']}: its weights are those with the best validation {row['chosen_by']}" in text
+            ) == (row["chosen_by"] != metric)
+        # a metric that a run does not have
+        unknown = [
+            {**row, "metric": "matthews"} | scored({"metric": "f1", "metrics": {"test": test}}, "matthews")
+            for row in rows
+        ]
+        assert markdown(unknown, TERMS).count("objective=f1` | - |") == 1 and " - -> -, " in compare._said(
+            unknown[0]
+        )
+
+
+def test_steps_are_held_against_the_plainest_adamw() -> None:
+    def row(name: str, ratio: float, **more: Any) -> dict[str, Any]:
+        own = {
+            "name": name,
+            "label": name,
+            "method": name.split(":")[0],
+            "checkpointing": False,
+            "metric": "f1",
+        }
+        return {**own, "status": DONE, "step_over_two_forwards": ratio, "pairs": 5, **more}
+
+    part, plain = row("adamw:fo@train=norm", 1.0), row("adamw:fo", 2.0)
+    less, again = (
+        row("adamw:fo@train=norm@lr=0.1", 5.0),
+        row("adamw:fo@checkpointing=true", 4.0, checkpointing=True),
+    )
+    rows = [again, less, part, plain]
+    compare._against_adamw(rows)
+    assert [each["step_over_adamw"] for each in rows] == [2.0, 2.5, 0.5, 1.0]
+    assert "over x 2 fwd of adamw:fo, so" in markdown(rows, TERMS)
+    compare._against_adamw(rows[:3])
+    assert [each["step_over_adamw"] for each in rows[:3]] == [4.0, 5.0, 1.0]
+    assert "over x 2 fwd of adamw:fo@train=norm, so" in markdown(rows[:3], TERMS)
+    compare._against_adamw([again])
+    assert "step_over_adamw" not in again
 
 
 def test_curves_are_read_with_their_costs(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
@@ -165,6 +165,7 @@ def race(
     equal: tuple[str, float] | None,
     budget: int | None,
     timing: bool,
+    metric: str,
     say: Callable[[dict[str, Any]], None],
 ) -> None:
     """Run one competitor.
@@ -174,6 +175,7 @@ def race(
         equal: unit and amount of what it may spend, instead of its steps.
         budget: bytes that its predicted peak must not be above; it is not run then.
         timing: measure steps against forwards after the run.
+        metric: what the outcome says of the model, whatever the run itself goes by.
         say: told every part of the outcome as it comes.
     """
     from zolr.cli.screen import console
@@ -182,7 +184,7 @@ def race(
     if equal is not None:
         allowance = Allowance(*equal, course=settings.schedule, warmup=settings.warmup)
     job = Job(settings, allowance and allowance.factor)
-    say({"batch_size": job.batch_size, "accumulate": job.settings.accumulate, "metric": job.metric})
+    say({"batch_size": job.batch_size, "accumulate": job.settings.accumulate})
     say({"peak_bytes_predicted": job.predicted})
     if budget is not None and job.predicted is not None and job.predicted > budget:
         say({"fits": False})
@@ -193,9 +195,15 @@ def race(
         job.settings = replace(job.settings, eval_every=max(1, (job.settings.steps or 1) // EVALUATIONS))
     with runs.claimed(Path(settings.output or ""), overwrite=False, resume=False) as place:
         result = job.train(place, console(quiet=True), allowance)
-    say(result)
+    say(result | scored(result, metric))
     if timing:
         say(timed(job) or {"untimed": UNTIMED})
+
+
+def scored(result: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """What a result says of one metric on the test rows (None where it does not have it), and what its run went by."""
+    test = result["metrics"]["test"]
+    return {"chosen_by": result["metric"]} | {when: test[when].get(metric) for when in ("before", "after")}
 
 
 def _allow(job: Job, allowance: Allowance, eval_every: int | None) -> None:
