@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 
 EVEN = 16  # tokens that lengths are rounded up to for a compiled loss, which wants few shapes
+# objectives that are no mean over examples, so that a step of other micro-batches would have another one
+WHOLE = {"f1": "--objective f1 is the mean of what each micro-batch has, which others would change"}
 DELTA = 1e-5  # at which the epsilon of a private run is told
 
 
@@ -234,7 +236,8 @@ class Job:
             free |= set(SIZE)
         if given.realization == "auto":
             free.add("realization")
-        found = plan(lambda way: self._peak(chosen(way)), asked, method.paradigm, free, budget)
+        whole = WHOLE.get(settings.objective, "")
+        found = plan(lambda way: self._peak(chosen(way)), asked, method.paradigm, free, budget, whole)
         self.notes += told(found, method.paradigm, budget)
         return chosen(found.way)
 
@@ -268,9 +271,8 @@ class Job:
         """The error for a step that ran out of memory."""
         asked, chosen = self._ways(self.settings)
         there = memory_there(self.work.device.type)
-        return advice(
-            lambda way: self._peak(chosen(way)), asked, self.settings.paradigm or "zo", there, error
-        )
+        paradigm, whole = self.settings.paradigm or "zo", WHOLE.get(self.settings.objective, "")
+        return advice(lambda way: self._peak(chosen(way)), asked, paradigm, there, error, whole)
 
     @property
     def budget(self) -> int | None:
