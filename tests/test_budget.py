@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import Run
 
-from zolr.cli.budget import PASS_ROWS, SIZE, Way, plan, told, verdict, ways
+from zolr.cli.budget import PASS_ROWS, SIZE, Way, advice, plan, told, verdict, ways
 from zolr.errors import BudgetError, UsageError
 
 EVERYTHING = {*SIZE, "checkpointing", "signs", "realization"}
@@ -87,6 +87,45 @@ def test_the_error_names_what_would_fit_if_less_were_given() -> None:
         plan(lambda way: peak(way) + 10**6 * (not way.checkpointing), Way(32, 1), "fo", (), 2100)
     with pytest.raises(BudgetError, match=r"within the budget --batch-size 8 --accumulate 4 .*would fit"):
         plan(lambda way: peak(way) + 10**6 * way.checkpointing, ASKED, "fo", (), budget)
+
+
+def test_a_step_that_must_stay_whole_keeps_its_batch() -> None:
+    asked = list[Way]()
+
+    def noted(way: Way) -> int:
+        asked.append(way)
+        return peak(way)
+
+    least = min(peak(way) for way in ways(ASKED, "zo", EVERYTHING - set(SIZE)))
+    assert plan(noted, ASKED, "zo", EVERYTHING, least, "f1 is").way == Way(16, 2, realization="side")
+    for free in (EVERYTHING, {"signs"}):
+        with pytest.raises(BudgetError, match=r"the batch size stays: f1 is") as error:
+            plan(noted, ASKED, "zo", free, least - 1, "f1 is")
+        assert "would fit" not in str(error.value)
+    assert "the batch size stays: f1 is" in str(advice(noted, ASKED, "zo", least - 1, MemoryError(), "f1 is"))
+    assert {(way.batch_size, way.accumulate) for way in asked} == {(16, 2)}
+
+
+def test_a_budget_leaves_macro_f1_as_it_is(tmp_path: Path) -> None:
+    """The mean over micro-batches is another number for others, unlike that of a loss or an error rate."""
+    from zolr.cli.finetune import Finetune
+    from zolr.cli.job import Job
+
+    given = dict(k=6, eval_rows=4, max_length=16, paradigm="zo", lr=1e-3, eps=1e-3, device="cpu")
+
+    def run(objective: str, **more: Any) -> Job:
+        return Job(Finetune.gather({**given, "objective": objective, **more}, None))
+
+    free = run("f1")
+    assert (free.settings.batch_size, free.settings.accumulate) == (32, 1) and free.predicted is not None
+    budget = f"{free.predicted - 1}B"
+    for objective in ("loss", "accuracy"):
+        split = run(objective, memory_budget=budget).settings
+        assert (split.batch_size, split.accumulate) == (16, 2)
+    with pytest.raises(BudgetError, match="the batch size stays: --objective f1 is the mean of"):
+        run("f1", memory_budget=budget)
+    kept = run("f1", memory_budget=f"{free.predicted}B").settings
+    assert (kept.batch_size, kept.accumulate) == (32, 1)
 
 
 def test_ways_that_cannot_be_predicted_are_left_out_with_their_reason() -> None:

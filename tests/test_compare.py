@@ -14,7 +14,7 @@ from test_cli import failed
 
 from zolr.cli import compare
 from zolr.cli.compare import DONE, FAILED, NO_MEMORY, NOT_RUN, Terms, labels, markdown, outcome
-from zolr.cli.race import PAIRS, Allowance
+from zolr.cli.race import PAIRS, Allowance, Price
 from zolr.cli.variants import methods_in, variant
 from zolr.errors import UsageError
 from zolr.training import Progress
@@ -343,7 +343,7 @@ def test_a_missing_matplotlib_is_found_before_anything_runs(
 
 
 def test_forwards_are_never_overspent() -> None:
-    allowance = Allowance("forwards", 100, "linear", 0, forwards=4)
+    allowance = Allowance("forwards", 100, "linear", 0, Price(4))
     step, spent = 0, 0
     while not allowance(Progress(step=step, forwards=spent)):
         spent += 4 if step else 24  # the first step searches a rate
@@ -367,11 +367,114 @@ def test_a_budget_of_forwards_has_the_course_of_as_many_steps(course: Any) -> No
     from zolr.cli.choices import schedule_of
 
     usual = schedule_of(course, 0, 50) or (lambda step: 1.0)
-    allowance = Allowance("forwards", 150, course, 0, forwards=3, steps=50)
+    allowance = Allowance("forwards", 150, course, 0, Price(3), steps=50)
     for step in range(50):
         assert allowance.factor(step) == pytest.approx(usual(step))
         assert not allowance(Progress(step=step, forwards=3 * step))
     assert allowance(Progress(step=50, forwards=150))
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"method": "galore", "paradigm": "fo", "rank": 2, "undo": False, "clip": 0.5},
+        {
+            "method": "stiefel",
+            "paradigm": "zo",
+            "rank": 2,
+            "lr": 1e-3,
+            "eps": 1e-3,
+            "hold": True,
+            "hold_rank": 3,
+        },
+    ],
+    ids=["nothing kept", "held"],
+)
+def test_the_step_that_is_timed_is_that_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: dict[str, Any]
+) -> None:
+    from zolr import Engine
+    from zolr.cli import race
+    from zolr.cli.finetune import Finetune
+
+    made, begin = list[dict[str, Any]](), Engine.__init__
+
+    def noted(self: Engine, model: Any, method: Any, **settings: Any) -> None:
+        made.append(settings)
+        begin(self, model, method, **settings)
+
+    monkeypatch.setattr(Engine, "__init__", noted)
+    monkeypatch.setattr(race.Job, "predicted", None)
+    monkeypatch.setattr(race, "PAIRS", (2, 2))
+    sizes = dict(k=4, eval_rows=4, batch_size=4, accumulate=1, steps=1, device="cpu")
+    settings = Finetune(**sizes, **own, output=str(tmp_path / "run")).filled()
+    told: dict[str, Any] = {}
+    race.race(settings, equal=None, budget=None, timing=True, metric="f1", say=told.update)
+    ran, clocked = made
+    of_the_run = {"schedule", "check", "team", "loss"}
+    for name in ran.keys() - of_the_run:
+        assert clocked[name] == ran[name], name
+    assert told["after"] == told["metrics"]["test"]["after"]["f1"] and told["chosen_by"] == "accuracy"
+    assert told["pairs"] == 2 and told["step_over_two_forwards"] > 0
+    assert ran["undo"] == own.get("undo") and bool(ran["hold"]) == own.get("hold", False)
+
+
+def test_weights_that_are_away_have_no_time_of_their_own() -> None:
+    from types import SimpleNamespace
+
+    from zolr.cli.race import UNTIMED, timed
+
+    for settings in ({"device_map": "cpu", "shard": False}, {"device_map": None, "shard": True}):
+        job: Any = SimpleNamespace(settings=SimpleNamespace(**settings), work=None)
+        assert timed(job) is None
+    row = outcome(0, json.dumps({"after": 0.5, "untimed": UNTIMED}), "")
+    assert f"a is {UNTIMED}" in markdown([{**row, "label": "a", "metric": "accuracy"}], TERMS)
+
+
+PRICED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "a gradient of its own": ("adamw", "fo", {}, {}),
+    "clipped as a whole": ("stiefel", "fo", {"rank": 2}, {"clip": 0.5}),
+    "dense": ("galore", "fo", {"rank": 2}, {}),
+    "clipped by the norm before": ("galore", "fo", {"rank": 2}, {"clip": 0.5}),
+    "clipped by its own norm": ("galore", "fo", {"rank": 2, "clip_by": "twice"}, {"clip": 0.5}),
+    "a point besides": ("extrapolation", "fo", {}, {"clip": 0.5}),
+    "probes of a point besides": ("lorenza", "fo", {"rank": 2}, {"clip": 0.5}),
+    "fused with the way back": ("lomo", "fo", {}, {"clip": 0.5}),
+    "forward": ("stiefel", "zo", {"rank": 2, "eps": 1e-2}, {}),
+    "a rate to measure": ("stiefel", "zo", {"rank": 2}, {"lr": None}),
+    "a radius to measure": ("stiefel", "zo", {"rank": 2}, {}),
+    "several probes, one side": ("fzoo", "zo", {"eps": 1e-2}, {}),
+    "signs to compare": ("stiefel", "zo", {"rank": 2, "eps": 1e-2, "signs": "together"}, {"clip": 0.5}),
+    "inputs to see": ("dependent", "zo", {"rank": 2, "eps": 1e-2, "refresh_every": 3}, {}),
+    "inputs to see once": ("dependent", "zo", {"rank": 2, "eps": 1e-2, "refresh_every": 100}, {}),
+    "two kinds of probes": ("zo-hgd", "zo", {"rank": 2, "eps": 1e-2}, {}),
+    "tangents": ("stiefel", "fwd", {"rank": 2}, {}),
+}
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("case", PRICED)
+def test_steps_are_planned_at_what_they_take(case: str, batches: int) -> None:
+    import torch
+
+    from zolr import Engine, compose
+
+    name, paradigm, parts, more = PRICED[case]
+    method = compose(name, paradigm, **parts)
+    given = {"lr": 1e-3, **more}
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 4))
+    x, y = torch.randn(batches, 5, 8), torch.randn(batches, 5, 4)
+    engine = Engine(model, method, loss=lambda m, b: (m(b[0]) - b[1]).square().mean(), **given)
+    price = Price.of(method, given["lr"], given.get("clip"), batches)
+    taken = [engine.step(list(zip(x, y, strict=True))).forwards for _ in range(7)]
+    assert [price.step(number) for number in range(7)] == taken
+    for steps in range(1, 8):  # so many are paid for by what they take, and by no forward less
+        assert price.steps(sum(taken[:steps])) == steps and price.steps(sum(taken[:steps]) - 1) == steps - 1
+    allowance, steps = Allowance("forwards", sum(taken), "linear", 0, price), 0
+    while not allowance(Progress(step=steps, forwards=sum(taken[:steps]))):
+        steps += 1
+    assert steps == 7
 
 
 # ---- what is shown ------------------------------------------------------------------------------------------------
@@ -446,7 +549,7 @@ def made_up(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-TERMS = Terms("questions", "demo", ("forwards", 4000.0), 3 * 2**30, True)
+TERMS = Terms("questions", "demo", "accuracy", ("forwards", 4000.0), 3 * 2**30, True)
 
 
 @pytest.mark.parametrize("width", [80, 100, 140])
@@ -475,6 +578,70 @@ def test_the_markdown_is_a_table(tmp_path: Path) -> None:
     assert len(table) == 2 + len(rows)
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
     assert "| `a\\|b` | 0.5000 |" in table[2] and "32 x 2" in table[2] and lines[-1].startswith("- ")
+
+
+def test_all_rows_show_one_metric_whatever_theirs_is(
+    zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zolr.cli.race import scored
+
+    test = {"before": {"accuracy": 0.25, "f1": 0.1}, "after": {"accuracy": 0.5, "f1": 0.4}}
+
+    def raced(plan: Any, terms: Terms) -> dict[str, Any]:
+        result = {"metric": "f1" if plan.objective == "f1" else "accuracy", "metrics": {"test": test}}
+        rest = {"status": DONE, "forwards": 6, "seconds": 1.0, "peak_bytes_measured": 9}
+        return scored(result, terms.metric) | rest
+
+    monkeypatch.setattr(compare, "_raced", raced)
+    given = ("compare", "--methods", "mezo@objective=f1,adamw@objective=loss,mezo", "--markdown")
+    shared: tuple[tuple[object, ...], ...] = ((), ("--objective", "f1"))
+    for number, (more, metric, after) in enumerate(zip(shared, ("accuracy", "f1"), (0.5, 0.4), strict=True)):
+        table = tmp_path / f"{number}.md"
+        code, out, err = zolr(*given, table, "--output", tmp_path / f"{number}", *more, "--json")
+        assert code == 0, err
+        rows = json.loads(out)
+        assert {(row["metric"], row["after"]) for row in rows} == {(metric, after)}
+        text = table.read_text()
+        assert f"| method | {metric} |" in text and text.count(f"| {after:.4f} |") == 3
+        for row in rows:
+            assert (
+                f"- {row['label']}: its weights are those with the best validation {row['chosen_by']}" in text
+            ) == (row["chosen_by"] != metric)
+        # a metric that a run does not have
+        unknown = [
+            {**row, "metric": "matthews"} | scored({"metric": "f1", "metrics": {"test": test}}, "matthews")
+            for row in rows
+        ]
+        assert markdown(unknown, TERMS).count("objective=f1` | - |") == 1 and " - -> -, " in compare._said(
+            unknown[0]
+        )
+
+
+def test_steps_are_held_against_the_plainest_adamw() -> None:
+    def row(name: str, ratio: float, **more: Any) -> dict[str, Any]:
+        own = {
+            "name": name,
+            "label": name,
+            "method": name.split(":")[0],
+            "checkpointing": False,
+            "metric": "f1",
+        }
+        return {**own, "status": DONE, "step_over_two_forwards": ratio, "pairs": 5, **more}
+
+    part, plain = row("adamw:fo@train=norm", 1.0), row("adamw:fo", 2.0)
+    less, again = (
+        row("adamw:fo@train=norm@lr=0.1", 5.0),
+        row("adamw:fo@checkpointing=true", 4.0, checkpointing=True),
+    )
+    rows = [again, less, part, plain]
+    compare._against_adamw(rows)
+    assert [each["step_over_adamw"] for each in rows] == [2.0, 2.5, 0.5, 1.0]
+    assert "over x 2 fwd of adamw:fo, so" in markdown(rows, TERMS)
+    compare._against_adamw(rows[:3])
+    assert [each["step_over_adamw"] for each in rows[:3]] == [4.0, 5.0, 1.0]
+    assert "over x 2 fwd of adamw:fo@train=norm, so" in markdown(rows[:3], TERMS)
+    compare._against_adamw([again])
+    assert "step_over_adamw" not in again
 
 
 def test_curves_are_read_with_their_costs(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from conftest import Run, begun
 from transformers import AutoConfig
 
 from zolr.cli import estimate
-from zolr.cli.estimate import MOST_ROWS, assumed, bytes_of, expanded
+from zolr.cli.estimate import MOST_ROWS, PLACES, assumed, bytes_of, expanded
 from zolr.errors import UsageError
 from zolr.memory import OVERHEAD, PARTS
 from zolr.methods import METHODS
@@ -61,6 +61,7 @@ def test_the_json_says_it_all(zolr: Run, folder: Path) -> None:
         assert (row["name"], row["method"], row["paradigm"]) == (f"stiefel:{paradigm}", "stiefel", paradigm)
         assert (row["batch_size"], row["max_length"], row["accumulate"]) == (4, 16, 1)
         assert (row["head"], row["dtype"], row["checkpointing"]) == ("prompt", "float32", False)
+        assert row["device"] == "cuda"
         assert row["train"] == METHODS["stiefel"].trained(paradigm)
         assert list(row["parts"]) == list(PARTS) and sum(row["parts"].values()) == row["peak_bytes"]
         assert row["parts"]["weights"] == row["weights_bytes"]
@@ -95,6 +96,36 @@ def test_the_number_is_that_of_a_dry_run(zolr: Run, paradigm: str) -> None:
     (row,) = rows_of(zolr("estimate", *size, "--json"))
     assert row["peak_bytes"] == json.loads(out)["peak_bytes_predicted"]
     assert row["train"] == job.select
+
+
+def test_a_step_on_the_host_is_predicted_as_a_run_there_does(zolr: Run, tmp_path: Path) -> None:
+    """Of a model that drops out in attention, which keeps what it drops on the host alone."""
+    from dataclasses import replace
+    from shutil import copytree
+
+    from zolr.cli.finetune import Finetune
+    from zolr.cli.job import Job
+    from zolr.models import located
+
+    model = Path(copytree(located("demo")[0], tmp_path / "model"))
+    numbers = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**numbers, "attention_dropout": 0.1}))
+    given = {"model": str(model), "task": "questions", "method": "adamw", "paradigm": "fo", "device": "cpu"}
+    job = Job(Finetune.gather({**given, "k": 8, "batch_size": 3, "eval_rows": 4}, None))
+
+    def peak(batch: int) -> int:
+        return job._peak(replace(job.settings, batch_size=batch))
+
+    longest = max(len(one["input_ids"]) for one in job.train_set)
+    budget = (peak(1) + peak(40)) // 2
+    asked = ("estimate", "--model", model, "--batch-size", 3, "--max-length", longest, "--method", "adamw")
+    asked = (*asked, "--budget", f"{budget}B", "--json")
+    (host,) = rows_of(zolr(*asked, "--device", "cpu"))
+    assert host["device"] == "cpu" and host["peak_bytes"] == job.predicted
+    assert 1 < host["largest_batch"] < 40
+    assert peak(host["largest_batch"]) <= budget < peak(host["largest_batch"] + 1)
+    (card,) = rows_of(zolr(*asked))
+    assert card["device"] == "cuda" and card["largest_batch"] > host["largest_batch"]
 
 
 def test_the_largest_batch_fits_and_one_more_does_not(zolr: Run, folder: Path) -> None:
@@ -190,6 +221,8 @@ def test_every_method_has_its_row(zolr: Run, tmp_path: Path) -> None:
 
 def test_a_method_that_cannot_be_predicted_keeps_its_row(zolr: Run, folder: Path) -> None:
     asked = ("estimate", "--model", folder, *SMALL, "--method")
+    budget, away = rows_of(zolr(*asked, "adamw@memory-budget=1MiB,adamw@device=mps,mezo", "--json"))[:2]
+    assert "leave it out, and give --budget" in budget["error"] and "use one of them" in away["error"]
     rows = rows_of(zolr(*asked, "mezo@checkpointing=true,stiefel@rank=4000,stiefel:fo", "--json"))
     refused, ranked, fine = rows
     assert refused["name"] == "mezo:zo@checkpointing=true" and "is for backprop" in refused["error"]
@@ -246,6 +279,7 @@ def test_the_tables(zolr: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert f" {heading} " in out
     assert re.search(r"stiefel:zo +4 x 16 +\d+ [KMG]iB", out) and re.search(r"adamw:fo +backward", out)
     assert f"overhead, in none of the figures: {OVERHEAD}" in out
+    assert out.count(f"assumed: {PLACES['cuda']}\n") == 1
     assert out.count("assumed: 4 x 16 tokens a micro-batch, float32 weights\n") == 1
     assert "trains attention, prompt loss, accumulates 1 (stiefel:zo)" in out
 
@@ -267,8 +301,10 @@ def test_the_tables_break_no_word_where_there_is_little_room(
 
 def test_assumptions_that_differ_name_their_methods() -> None:
     shared = dict(assumptions=["rows are padded"], head="prompt", accumulate=1, checkpointing=False)
+    shared |= {"device": "cpu"}
     lines = assumed([{"name": "a", "train": "all", **shared}, {"name": "b", "train": "bias", **shared}])
-    assert lines[0] == "rows are padded" and lines[1].endswith("(a)") and lines[2].endswith("(b)")
+    assert lines[:2] == ["rows are padded", PLACES["cpu"]]
+    assert lines[2].endswith("(a)") and lines[3].endswith("(b)")
 
 
 CONFIGS = {

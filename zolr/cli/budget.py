@@ -139,7 +139,12 @@ def ways(asked: Way, paradigm: str, free: Collection[str]) -> list[Way]:
 
 
 def plan(
-    peak_at: Callable[[Way], int], asked: Way, paradigm: str, free: Collection[str], budget: int
+    peak_at: Callable[[Way], int],
+    asked: Way,
+    paradigm: str,
+    free: Collection[str],
+    budget: int,
+    whole: str = "",
 ) -> Plan:
     """The fastest way whose predicted peak fits the budget, in few predictions.
 
@@ -147,6 +152,8 @@ def plan(
         peak_at: predicted peak of a way in bytes, not falling as the batch grows; UsageError for one that cannot be.
         asked, paradigm, free: as for `ways`.
         budget: bytes.
+        whole: why steps of other micro-batches would compute something else, so that none is taken or named; "" where
+            they would not.
 
     Raises:
         BudgetError: none fits; the message names the nearest that would, and the smallest budget that would do.
@@ -165,7 +172,8 @@ def plan(
                 return None
         return known[way]
 
-    best = _fastest(ways(asked, paradigm, free), peak, budget)
+    sized = set(SIZE) if whole else set[str]()
+    best = _fastest(ways(asked, paradigm, {*free} - sized), peak, budget)
     if best is not None:
         tried = [(way, size) for way, size in known.items() if way.cost < best.cost]
         faster = max(tried, key=lambda pair: pair[0].cost) if tried else None
@@ -179,8 +187,10 @@ def plan(
         f"no way to take this step fits into --memory-budget {_size(budget)}: the least is {_size(known[least])} with "
         f"{least.flags(paradigm)}, so --memory-budget {-(-known[least] // 2**20)}MiB would do"
     )
-    everything = [f.name for f in fields(Way)]
-    if not set(everything) <= set(free):
+    if whole:
+        text += f" (the batch size stays: {whole})"
+    everything = {f.name for f in fields(Way)} - sized
+    if not everything <= set(free):
         near = _fastest(ways(asked, paradigm, everything), peak, budget)
         if near is not None:
             raise BudgetError(
@@ -202,12 +212,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def advice(
-    peak_at: Callable[[Way], int], asked: Way, paradigm: str, there: int | None, error: BaseException
+    peak_at: Callable[[Way], int],
+    asked: Way,
+    paradigm: str,
+    there: int | None,
+    error: BaseException,
+    whole: str = "",
 ) -> BudgetError:
     """The error for a step that ran out of memory, with the fastest way to take it whose predicted peak fits.
 
     Args:
-        peak_at, asked, paradigm: as for `plan`.
+        peak_at, asked, paradigm, whole: as for `plan`.
         there: bytes that a step could have; None where that is not known: then anything that takes less may do.
         error: what the step ended with.
     """
@@ -216,7 +231,7 @@ def advice(
     try:
         needed = peak_at(asked)
         budget = needed - 1 if there is None else min(there, needed - 1)
-        found = plan(peak_at, asked, paradigm, [f.name for f in fields(Way)], budget)
+        found = plan(peak_at, asked, paradigm, [f.name for f in fields(Way)], budget, whole)
     except BudgetError as nothing:
         return BudgetError(f"{text}, and {str(nothing).replace('--memory-budget ', '')} ({said})")
     except Exception:  # a prediction that fails must not hide what happened

@@ -20,9 +20,9 @@ from zolr.cli import runs
 from zolr.cli.choices import Schedule, TablePolicy, Thrift
 from zolr.cli.config import Settings, add, differing, flag, nearest, spelled, toml
 from zolr.cli.finetune import Finetune
-from zolr.cli.race import choosing, unpaid
+from zolr.cli.race import Price
 from zolr.cli.variants import methods_in, variant
-from zolr.cli.workload import DEMO_TASK, REFERENCE_WIDTH, DataChoice, Machine, ModelChoice
+from zolr.cli.workload import DEMO_TASK, REFERENCE_WIDTH, DataChoice, Machine, ModelChoice, task_of
 from zolr.errors import BudgetError, StorageError, UsageError, ZolrError
 
 UNITS = ("forwards", "seconds", "steps")
@@ -30,7 +30,7 @@ RESULTS = "compare.json"  # of the folder of the runs
 
 # what a row has of the `result.json` of its run
 KEPT = (
-    "before", "after", "steps", "kept_step", "forwards", "tokens", "seconds", "lr", "trained_share",
+    "before", "after", "chosen_by", "steps", "kept_step", "forwards", "tokens", "seconds", "lr", "trained_share",
     "peak_bytes_measured", "peak_bytes_predicted",
 )  # fmt: skip
 
@@ -94,6 +94,7 @@ class Terms:
     Args:
         task: name of the task.
         model: name of the model.
+        metric: what all rows show; a run with an objective of its own may go by another one.
         equal: unit and amount of what every method may spend; None for the steps of each.
         budget: bytes that a predicted peak must not be above.
         timing: whether steps are measured against forwards.
@@ -101,6 +102,7 @@ class Terms:
 
     task: str
     model: str
+    metric: str
     equal: tuple[str, float] | None
     budget: int | None
     timing: bool
@@ -168,6 +170,7 @@ def _run_all(
         shown.print(f"{number}/{len(plans)} {names[name]} ...", markup=False)
         row: dict[str, Any] = {"name": name, "label": names[name]}
         row |= {"method": competitors[name]["method"], "paradigm": competitors[name]["paradigm"]}
+        row["metric"] = terms.metric
         row["checkpointing"] = (isinstance(plan, Finetune) and plan.checkpointing) or False
         if name in found:
             row = found[name]
@@ -313,7 +316,15 @@ def _terms(settings: Compare, competitors: Mapping[str, Mapping[str, Any]]) -> T
                 f"--equal {settings.equal} and {rivals[0]} both say how long a method trains; give one of them"
             )
     task = settings.task or (Path(settings.data).stem if settings.data else DEMO_TASK)
-    return Terms(task, Path(settings.model).name, equal, budget, settings.timing)
+    return Terms(task, Path(settings.model).name, _metric(settings), equal, budget, settings.timing)
+
+
+def _metric(settings: Compare) -> str:
+    """The metric of a run that has no settings of its own."""
+    from zolr.tasks import Task
+
+    task = task_of(settings, settings.model) or Task
+    return "f1" if settings.objective == "f1" else task.metric
 
 
 def _equal(text: str) -> tuple[str, float]:
@@ -378,15 +389,13 @@ def _plans(
 def _check_pays(name: str, plan: Any, amount: float) -> None:
     """Whether so many forwards pay for a step."""
     method = plan.composed()
-    each = method.estimator.forwards(plan.accumulate or plan.usual_accumulation)
-    if each > amount:
-        raise UsageError(
-            f"--equal forwards={amount:g} pays for no step of '{name}', which takes {each}; give more"
-        )
     rate = plan.learning_rate(method, REFERENCE_WIDTH)
-    # few rows may make the step of one batch where it would else have two: this is the least it can take
-    if (least := choosing(method, rate, plan.accumulate or 1)) and least + each > amount:
-        raise UsageError(unpaid(amount, name, least))
+    price = Price.of(method, rate, plan.clip, plan.accumulate or plan.usual_accumulation)
+    if (
+        price.choosing
+    ):  # few rows may make the step of one batch where it would else have two: the least it can take
+        price = Price.of(method, rate, plan.clip, plan.accumulate or 1)
+    price.check_pays(amount, name)
 
 
 def _check_places(settings: Compare, root: Path) -> None:
@@ -452,7 +461,8 @@ def labels(competitors: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 def _raced(plan: Finetune, terms: Terms) -> dict[str, Any]:
     """One run in a process of its own: memory of one method must not count for the next."""
     equal = terms.equal if terms.equal is not None and terms.equal[0] != "steps" else None
-    told = {"settings": asdict(plan), "equal": equal, "budget": terms.budget, "timing": terms.timing}
+    told = {"settings": asdict(plan), "equal": equal, "budget": terms.budget}
+    told |= {"timing": terms.timing, "metric": terms.metric}
     command = [sys.executable, "-m", "zolr.cli.race"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -480,7 +490,7 @@ def outcome(code: int, out: str, said: str) -> dict[str, Any]:
             found |= json.loads(line)
         except ValueError:  # the last line of a process that was killed while it wrote
             continue
-    kept = ("metric", "batch_size", "accumulate", *KEPT)
+    kept = ("batch_size", "accumulate", "untimed", *KEPT)
     row = {key: found[key] for key in kept if key in found}
     row |= {key: value for key, value in found.items() if key.startswith("step_") or key == "pairs"}
     if "after" in found:
@@ -506,12 +516,24 @@ def outcome(code: int, out: str, said: str) -> dict[str, Any]:
 
 
 def _against_adamw(rows: Sequence[dict[str, Any]]) -> None:
-    """Add each step over a step of full AdamW, both measured in forwards of the same examples."""
-    ratio = "step_over_two_forwards"
-    found = [r for r in rows if r["method"] == "adamw" and not r["checkpointing"] and ratio in r]
+    """Add each step over a step of AdamW, both measured in forwards of the same examples."""
+    found, ratio = _reference(rows), "step_over_two_forwards"
     for row in rows:
-        if found and ratio in row:
-            row["step_over_adamw"] = round(row[ratio] / found[0][ratio], 4)
+        row.pop(
+            "step_over_adamw", None
+        )  # of an earlier start, over a row that may be gone or no longer the plainest
+        if found is not None and ratio in row:
+            row["step_over_adamw"] = round(row[ratio] / found[ratio], 4)
+
+
+def _reference(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The row that others are held against: AdamW as it is, else that with the fewest settings of its own, the first of equals.
+
+    One that computes activations again is none, and neither is one that was not timed.
+    """
+    timed = [row for row in rows if row["method"] == "adamw" and "step_over_two_forwards" in row]
+    plain = [row for row in timed if not row["checkpointing"]]
+    return min(plain, key=lambda row: row["name"].count("@"), default=None)
 
 
 def _none_left(rows: Sequence[Mapping[str, Any]]) -> ZolrError:
@@ -547,8 +569,9 @@ def _said(row: Mapping[str, Any]) -> str:
         return f"does not fit: {_reason(row)}"
     if row["status"] != DONE:
         return row["error"]
+    before, after = ("-" if row[when] is None else f"{row[when]:.4f}" for when in ("before", "after"))
     return (
-        f"{row['metric']} {row['before']:.4f} -> {row['after']:.4f}, {row['forwards']:,} forwards, "
+        f"{row['metric']} {before} -> {after}, {row['forwards']:,} forwards, "
         f"{row['seconds']:.1f} s, peak {size(row['peak_bytes_measured'])}"
     )
 
@@ -614,7 +637,7 @@ def _cells(row: Mapping[str, Any], columns: Sequence[Column]) -> list[str]:
 
 
 def _title(rows: Sequence[Mapping[str, Any]], terms: Terms) -> str:
-    before = {round(row["before"], 4) for row in rows if "before" in row}
+    before = {round(row["before"], 4) for row in rows if row.get("before") is not None}
     metric = next((row["metric"] for row in rows if "metric" in row), None)
     start = f", {metric} {before.pop():.4f} before training" if len(before) == 1 else ""
     return f"{terms.task}, {terms.model}{start}"
@@ -650,9 +673,10 @@ def notes(
             "x 2 fwd: time of a step over that of two plain forwards of the same model on the step's own batches, "
             f"median of {count} pairs taken in turn in the process of the run; drawing new subspaces is not in it"
         )
-        if any(column.key == "step_over_adamw" for column in columns):
+        plain = _reference(rows)
+        if plain is not None and any(column.key == "step_over_adamw" for column in columns):
             texts.append(
-                "x adamw: x 2 fwd of the row over x 2 fwd of adamw, so per example where batches differ; each was "
+                f"x adamw: x 2 fwd of the row over x 2 fwd of {plain['label']}, so per example where batches differ; each was "
                 "measured in its own process"
             )
     for row in rows:
@@ -660,6 +684,11 @@ def notes(
             texts.append(f"{row['label']} does not fit: {_reason(row)}")
         elif row["status"] != DONE:
             texts.append(f"{row['label']}: {_reason(row)}")
+            continue
+        if (own := row.get("chosen_by", row["metric"])) != row["metric"]:
+            texts.append(f"{row['label']}: its weights are those with the best validation {own}")
+        if "untimed" in row:
+            texts.append(f"{row['label']} is {row['untimed']}")
     return texts
 
 

@@ -36,6 +36,12 @@ MOST_ROWS = 4096  # the largest batch that is looked for
 MOST_PROCESSES = 8  # by default; each holds the libraries, 0.5 GB
 WORTH_IT = 30.0  # seconds of predictions to come from which on processes, which take seconds to start, are
 
+# where a step may run, and what of its memory hangs on that
+PLACES = {
+    "cuda": "a step on cuda, where dropout leaves attention fused",
+    "cpu": "a step on cpu, where attention with dropout is not fused",
+}
+
 # what the columns of the breakdown hold, where their heading does not say it
 IN_WORDS = (
     "coords: coordinates that are not the weights themselves, bases and learned spectra; rest: the batch, probes, weights rebuilt "
@@ -94,6 +100,11 @@ class Estimate(Settings):
         "Recompute activations in the backward pass, for the methods that have one (fo): on, off, or selective (those of half of the layers).",
         "Memory",
         shown="off",
+    )
+    device: Literal["cuda", "cpu"] = flag(
+        "cuda",
+        "Where the step is to run, which need not be here: cuda, or cpu, where attention with dropout is not fused.",
+        "Memory",
     )
     budget: str | None = flag(
         None, "Find the largest batch of each method under it: 4GiB, 4GB, 4096MiB; 4G is 4GiB.", "Memory"
@@ -244,6 +255,7 @@ def plan_of(settings: Estimate, own: Mapping[str, Any]) -> Finetune:
         "dtype": settings.dtype,
         "quantize": settings.quantize,
         "tables": settings.tables,
+        "device": settings.device,
         "checkpointing": settings.checkpointing if own["paradigm"] == "fo" else False,
     }
     plan = Finetune(**{**shared, **own}).filled()
@@ -354,6 +366,13 @@ def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
         raise UsageError(
             f"--device-map {plan.device_map}: what is in memory between two uses is not predicted; leave it out"
         )
+    if plan.memory_budget is not None:
+        raise UsageError(
+            f"--memory-budget {plan.memory_budget} would choose how a step is taken, and what is predicted is the step as given; "
+            "leave it out, and give --budget for the largest batch that fits"
+        )
+    if plan.device not in PLACES:
+        raise UsageError(f"--device '{plan.device}': predicted is a step on cuda or on cpu; use one of them")
     config, length, rows = config_of(plan.model), plan.max_length or 0, plan.batch_size or 0
     _check_length(config, length, plan.model)
     objective = settings.head if "head" not in own else plan.head
@@ -379,7 +398,7 @@ def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
             quantize=plan.quantize,
             hold=plan.holds,
             hold_rank=plan.held_rank,
-            device="cuda",  # workspaces count only where there is one
+            device=plan.device,
             dropout=None,
             profile=profile,
         )
@@ -393,6 +412,7 @@ def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
         "accumulate": plan.accumulate,
         "max_length": length,
         "dtype": plan.dtype,
+        "device": plan.device,
         "quantize": plan.quantize,
         "checkpointing": plan.checkpointing or False,
         **predicted.as_dict(),
@@ -502,7 +522,7 @@ def assumed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         own = (
             f"trains {row['train']}{tables}, {row['head']} loss, accumulates {row['accumulate']}{recomputed}"
         )
-        for text in (*row["assumptions"], own):
+        for text in (*row["assumptions"], PLACES[row["device"]], own):
             said.setdefault(text, []).append(row["name"])
     return [
         text if len(names) == len(rows) else f"{text} ({', '.join(names)})" for text, names in said.items()

@@ -21,11 +21,14 @@ from zolr.errors import BudgetError, NonFiniteError, UsageError
 if TYPE_CHECKING:
     from zolr.distributed import Team
     from zolr.engine import Engine
+    from zolr.methods import Method
     from zolr.tasks import Splits
     from zolr.training import Progress
 
 
 EVEN = 16  # tokens that lengths are rounded up to for a compiled loss, which wants few shapes
+# objectives that are no mean over examples, so that a step of other micro-batches would have another one
+WHOLE = {"f1": "--objective f1 is the mean of what each micro-batch has, which others would change"}
 DELTA = 1e-5  # at which the epsilon of a private run is told
 
 
@@ -50,7 +53,6 @@ class Job:
         from zolr.cli.replay import about
         from zolr.cli.workload import device_of, set_threads, splits_of, task_of, width_of, words_of
         from zolr.distributed import Team
-        from zolr.engine import Engine
         from zolr.journal import fingerprint
         from zolr.tasks import TrainingBatches, own_task, truncation_share
 
@@ -114,21 +116,10 @@ class Job:
             self.work.cut(self.own_modules)
         method = settings.composed()
         self.metric = "f1" if settings.objective == "f1" else task.metric
-        self.engine: Engine = Engine(
-            self.work.model,
+        self.engine = self.new_engine(
             method,
-            lr=settings.learning_rate(method, width_of(self.work.model)),
-            loss=self.work.objective(settings.objective),
-            select=self.select if settings.adapter is None else lora.trained,
-            seed=settings.seed,
-            weight_decay=settings.weight_decay,
+            settings.learning_rate(method, width_of(self.work.model)),
             schedule=schedule or schedule_of(settings.schedule, settings.warmup, settings.steps or 1),
-            clip=settings.clip,
-            realization=settings.realized,
-            hold=self._hold if settings.holds else False,
-            hold_rank=settings.held_rank,
-            compile=settings.compile,
-            undo=settings.undo,
             # families whose forward we know need no proof that the coordinates reach the loss; it costs a pass per weight
             check=None if models.splits(self.work.model) else self._moved(self.batches(0)[0]),
             team=self.team,
@@ -152,6 +143,34 @@ class Job:
             "finetune", settings, self.work.model, self.engine.base_lr, self.own_classes, task=self.told_task
         )
         self.about |= whole
+
+    def new_engine(self, method: Method, lr: float | None, **more: Any) -> Engine:
+        """An engine on the model as it is now, with the settings of the run.
+
+        Args:
+            method, lr: as for `Engine`.
+            more: what no settings say: its schedule, batch to check and team.
+        """
+        from zolr import lora
+        from zolr.engine import Engine
+
+        settings = self.settings
+        return Engine(
+            self.work.model,
+            method,
+            lr=lr,
+            loss=self.work.objective(settings.objective),
+            select=self.select if settings.adapter is None else lora.trained,
+            seed=settings.seed,
+            weight_decay=settings.weight_decay,
+            clip=settings.clip,
+            realization=settings.realized,
+            hold=self._hold if settings.holds else False,
+            hold_rank=settings.held_rank,
+            compile=settings.compile,
+            undo=settings.undo,
+            **more,
+        )
 
     @property
     def told_task(self) -> dict[str, Any]:
@@ -224,7 +243,8 @@ class Job:
             free |= set(SIZE)
         if given.realization == "auto":
             free.add("realization")
-        found = plan(lambda way: self._peak(chosen(way)), asked, method.paradigm, free, budget)
+        whole = WHOLE.get(settings.objective, "")
+        found = plan(lambda way: self._peak(chosen(way)), asked, method.paradigm, free, budget, whole)
         self.notes += told(found, method.paradigm, budget)
         return chosen(found.way)
 
@@ -258,9 +278,8 @@ class Job:
         """The error for a step that ran out of memory."""
         asked, chosen = self._ways(self.settings)
         there = memory_there(self.work.device.type)
-        return advice(
-            lambda way: self._peak(chosen(way)), asked, self.settings.paradigm or "zo", there, error
-        )
+        paradigm, whole = self.settings.paradigm or "zo", WHOLE.get(self.settings.objective, "")
+        return advice(lambda way: self._peak(chosen(way)), asked, paradigm, there, error, whole)
 
     @property
     def budget(self) -> int | None:

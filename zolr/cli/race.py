@@ -10,7 +10,8 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
@@ -32,6 +33,87 @@ UNBOUNDED = 10**9  # steps of a run that ends by the clock
 # pairs of a step and two forwards: as many as fit the seconds, but so many at least and at most
 PAIRS, PAIR_SECONDS = (5, 21), 10.0
 
+UNTIMED = "not timed: its weights are away between two uses, or in pieces, for the forwards beside it too"
+
+
+@dataclass(frozen=True)
+class Price:
+    """Forward passes that the steps of a run take, as an engine counts them (a backward is two).
+
+    Args:
+        each: of every step.
+        choosing: of the first one besides, to choose what nobody gave: the radius of its probes, and the rate.
+        first: of the first one besides, to compare both ways to evaluate signs, or for the norm that it clips by.
+        opening: of every step besides that begins a window, the first one too, to see the inputs of the weights.
+        every: steps of a window; 0 where there is but one.
+    """
+
+    each: int = 0
+    choosing: int = 0
+    first: int = 0
+    opening: int = 0
+    every: int = 0
+
+    @classmethod
+    def of(cls, method: Method, rate: float | None, clip: float | None, batches: int) -> Price:
+        """What the steps of a method take.
+
+        Args:
+            rate: its learning rate, None for one that is to be measured.
+            clip: largest norm of its gradients, None for no clipping.
+            batches: of a step.
+        """
+        from zolr.estimators import setting
+        from zolr.tuning import FORWARDS
+
+        each = method.estimator.forwards(batches)
+        radius = setting(method.estimator, "eps", 0.0)  # zero: nothing is probed
+        chooses = radius is None or (radius and rate is None)
+        measures = (
+            method.dense and clip is not None
+        )  # one gradient at a time: their norm takes a pass of its own
+        twice = measures and method.clipping == "twice"
+        compares = setting(method.estimator, "signs") == "together"
+        sees = method.projector.learns_from == "inputs" and not method.dense
+        return cls(
+            each=each * (2 if twice else 1),
+            choosing=(FORWARDS + 1) * batches if chooses else 0,
+            # two forwards for each of both ways; the norm of the step before is not there yet
+            first=(4 * batches if compares else 0) + (each if measures and not twice else 0),
+            opening=batches if sees else 0,
+            every=method.refresh_every or 0,
+        )
+
+    def total(self, steps: int) -> int:
+        """Of so many steps from the first one on."""
+        windows = -(-steps // self.every) if self.every else min(steps, 1)
+        return steps * self.each + windows * self.opening + min(steps, 1) * (self.choosing + self.first)
+
+    def step(self, number: int) -> int:
+        """Of step 0, 1, ..."""
+        return self.total(number + 1) - self.total(number)
+
+    def steps(self, amount: float) -> int:
+        """How many steps so many forwards pay for."""
+        return bisect_right(range(int(amount // self.each) + 1), amount, key=self.total) - 1
+
+    def check_pays(self, amount: float, name: str) -> None:
+        """Refuse a budget that is gone before the first step is.
+
+        Raises:
+            UsageError: so many forwards pay for no step of the method of that name.
+        """
+        if self.total(1) <= amount:
+            return
+        if self.choosing:
+            raise UsageError(
+                f"--equal forwards={amount:g} does not pay for choosing the learning rate of '{name}', which takes "
+                f"{self.choosing} before the first step; give its --lr and --eps (as @lr=1e-3@eps=1e-3), or more forwards"
+            )
+        raise UsageError(
+            f"--equal forwards={amount:g} pays for no step of '{name}', which takes {self.total(1)}; give more"
+        )
+
 
 @dataclass
 class Allowance:
@@ -41,7 +123,7 @@ class Allowance:
         unit: "forwards" (a backward counts as two) or "seconds" (of steps, not of evaluations).
         amount: of them.
         course, warmup: of the learning rate, as in the settings of a run.
-        forwards: of one step.
+        price: of the steps in forwards.
         steps: that the forwards pay for.
     """
 
@@ -49,7 +131,7 @@ class Allowance:
     amount: float
     course: str
     warmup: int
-    forwards: int = 0
+    price: Price = Price()
     steps: int = 0
     step: int = 0
     spent: float = 0.0
@@ -63,7 +145,9 @@ class Allowance:
             now = (spent - self.spent) / (progress.step - self.step)
             self.each = min(self.each or now, now)
         self.step, self.spent = progress.step, spent
-        return spent + (self.forwards if counted else 0) > self.amount
+        # a step that was left out is made again as the same one
+        coming = self.price.step(progress.step - progress.skipped) if counted else 0
+        return spent + coming > self.amount
 
     def factor(self, step: int) -> float:
         """Factor on the learning rate; what has been spent is known up to the step before."""
@@ -81,6 +165,7 @@ def race(
     equal: tuple[str, float] | None,
     budget: int | None,
     timing: bool,
+    metric: str,
     say: Callable[[dict[str, Any]], None],
 ) -> None:
     """Run one competitor.
@@ -90,6 +175,7 @@ def race(
         equal: unit and amount of what it may spend, instead of its steps.
         budget: bytes that its predicted peak must not be above; it is not run then.
         timing: measure steps against forwards after the run.
+        metric: what the outcome says of the model, whatever the run itself goes by.
         say: told every part of the outcome as it comes.
     """
     from zolr.cli.screen import console
@@ -98,7 +184,7 @@ def race(
     if equal is not None:
         allowance = Allowance(*equal, course=settings.schedule, warmup=settings.warmup)
     job = Job(settings, allowance and allowance.factor)
-    say({"batch_size": job.batch_size, "accumulate": job.settings.accumulate, "metric": job.metric})
+    say({"batch_size": job.batch_size, "accumulate": job.settings.accumulate})
     say({"peak_bytes_predicted": job.predicted})
     if budget is not None and job.predicted is not None and job.predicted > budget:
         say({"fits": False})
@@ -109,91 +195,66 @@ def race(
         job.settings = replace(job.settings, eval_every=max(1, (job.settings.steps or 1) // EVALUATIONS))
     with runs.claimed(Path(settings.output or ""), overwrite=False, resume=False) as place:
         result = job.train(place, console(quiet=True), allowance)
-    say(result)
+    say(result | scored(result, metric))
     if timing:
-        say(timed(job))
+        say(timed(job) or {"untimed": UNTIMED})
+
+
+def scored(result: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """What a result says of one metric on the test rows (None where it does not have it), and what its run went by."""
+    test = result["metrics"]["test"]
+    return {"chosen_by": result["metric"]} | {when: test[when].get(metric) for when in ("before", "after")}
 
 
 def _allow(job: Job, allowance: Allowance, eval_every: int | None) -> None:
     """Give a job its allowance: a bound on its steps, and evaluations spread over what it can spend."""
     import torch
 
-    allowance.forwards = job.engine.method.estimator.forwards(job.settings.accumulate or 1)
+    engine, settings = job.engine, job.settings
+    price = Price.of(engine.method, engine.base_lr, settings.clip, settings.accumulate or 1)
+    if all(
+        v.is_full for v in engine.variables
+    ):  # no weight has a subspace that its inputs could say anything of
+        price = replace(price, opening=0)
+    allowance.price = price
     if allowance.unit == "forwards":
-        first = choosing(job.engine.method, job.engine.base_lr, job.settings.accumulate or 1)
-        bound = expected = int((allowance.amount - first) // allowance.forwards)
-        if bound < 1 and first:
-            raise UsageError(unpaid(allowance.amount, job.settings.method or "", first))
-        if bound < 1:
-            raise UsageError(
-                f"--equal forwards={allowance.amount:g} pays for no step of method '{job.settings.method}', "
-                f"which takes {allowance.forwards}; give more"
-            )
-        allowance.steps = bound
+        price.check_pays(allowance.amount, settings.method or "")
+        bound = expected = allowance.steps = price.steps(allowance.amount)
     else:
         batch = job._moved(job.batches(0)[0])
         with torch.no_grad():  # how far apart evaluations are is all that hangs on this guess
             each = min(_seconds(lambda: job.work.loss(job.work.model, batch)) for _ in range(2))
         bound, job.by_clock = UNBOUNDED, True
-        expected = int(allowance.amount / (each * allowance.forwards))
+        expected = int(allowance.amount / (each * price.each))
     every = eval_every or max(1, expected // EVALUATIONS)
     job.settings = replace(job.settings, steps=bound, eval_every=every)
 
 
-def choosing(method: Method, rate: float | None, batches: int) -> int:
-    """Forward passes that the first step takes to choose what nobody gave: the radius of its probes, and the rate.
-
-    Args:
-        method: of the run.
-        rate: its learning rate, None for one that is to be measured.
-        batches: of a step.
-    """
-    from zolr.estimators import setting
-    from zolr.tuning import FORWARDS
-
-    radius = setting(method.estimator, "eps", 0.0)  # zero: nothing is probed
-    return (FORWARDS + 1) * batches if radius is None or (radius and rate is None) else 0
-
-
-def unpaid(amount: float, name: str, first: int) -> str:
-    """The error for a budget that is gone before the rate is known."""
-    return (
-        f"--equal forwards={amount:g} does not pay for choosing the learning rate of '{name}', which takes {first} before the "
-        "first step; give its --lr and --eps (as @lr=1e-3@eps=1e-3), or more forwards"
-    )
-
-
-def timed(job: Job) -> dict[str, Any]:
+def timed(job: Job) -> dict[str, Any] | None:
     """Time of a step over that of two plain forwards without autograd, by pairs taken in turn on the same batches.
 
-    The job has ended and its model is a plain one. Steps run on it by an engine of their own; the forwards are those of
-    a second set of modules around the same weights, which knows nothing of the engine.
+    The job has ended. Steps run on its model, a plain one again, by a fresh engine with the settings of the run (compiled,
+    held, kept aside as there); the forwards are those of a second set of modules around the same weights, which knows
+    nothing of the engine. Held and quantized weights are in both. None for weights that are brought for each use, or put
+    together from pieces: a second set of modules would share what does that.
     """
     import torch
 
     from zolr import lora, models
-    from zolr.engine import Engine
 
     settings, work = job.settings, job.work
+    if settings.device_map is not None or settings.shard:
+        return None
     method, lr = job.engine.method, job.engine.base_lr
+    if settings.holds:  # its adapter has been written beside a model that was left attached
+        job.engine.detach()
     del job.engine  # and the state of its optimizer
     model = work.model.to(work.device)
     twin = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())}).eval()
     if settings.adapter is not None:
         lora.wrap(model, settings.adapter, classifier=settings.head == "classes", seed=settings.seed)
     models.checkpoint_activations(model, settings.checkpointing or False)
-    loss = work.objective(settings.objective)
-    engine = Engine(
-        model,
-        method,
-        lr=lr,
-        loss=loss,
-        select=job.select if settings.adapter is None else lora.trained,
-        seed=settings.seed,
-        weight_decay=settings.weight_decay,
-        clip=settings.clip,
-        realization=settings.realization,
-    )
+    loss, engine = work.objective(settings.objective), job.new_engine(method, lr)
 
     def synchronized(work_to_do: Callable[[], Any]) -> Callable[[], None]:
         def done() -> None:
