@@ -692,7 +692,9 @@ def test_unknown_tasks_and_contradictions_are_refused(tmp_path):
         load_splits("sst2", k=16, train_rows=3)
     with pytest.raises(UsageError, match="nothing to train on"):
         load_splits()
-    with pytest.raises(UsageError, match="label_column are about own files"):
+    with pytest.raises(
+        UsageError, match="label_column is about own files; give the file to train on as data"
+    ):
         load_splits("sst2", label_column="x")
     with pytest.raises(UsageError, match="has 2 texts"):
         load_splits("rte", data=tmp_path / "x.csv", text_columns=["a"])

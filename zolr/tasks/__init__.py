@@ -517,6 +517,10 @@ def load_splits(
         parts, columns, found = _own(
             known, data, validation_data, test_data, text_columns, label_column, classes
         )
+        if data_dir is not None:
+            raise UsageError(
+                f"data = {str(data)!r} is read instead of the task's files in data_dir = {str(data_dir)!r}; give one of them"
+            )
         name, source = (known.name if known else Path(data).name), str(data)
         removed = 0
         if "test" not in parts:
@@ -529,7 +533,7 @@ def load_splits(
         given |= {"label_column": label_column, "classes": classes}
         extra = [setting for setting, value in given.items() if value is not None]
         if extra:
-            raise UsageError(f"{', '.join(extra)} are about own files; give the file to train on as data")
+            raise UsageError(f"{extra[0]} is about own files; give the file to train on as data")
         if known is None:
             raise UsageError(
                 f"nothing to train on; give a task ({', '.join(TASKS)}) or a file of your own as data"
