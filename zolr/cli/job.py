@@ -133,6 +133,8 @@ class Job:
             check=None if models.splits(self.work.model) else self._moved(self.batches(0)[0]),
             team=self.team,
         )
+        if settings.holds and not settings.shard:
+            adapters.check(self.work.model, self.engine.variables, self.own_modules)
 
         spent = self.privacy(settings.steps or 0)
         if spent is not None:
