@@ -117,14 +117,14 @@ def test_every_verb_is_listed(zolr: Run) -> None:
 
 def test_defaults_then_file_then_flags(zolr: Run, tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
-    config.write_text('paradigm = "fo"\nbatch_size = 4\nlr = 1\ntext-column = "review"\n')
+    config.write_text('paradigm = "fo"\nbatch_size = 4\nlr = 1\nlabel-words = "yes,no"\n')
     code, out, _ = zolr("finetune", "--config", config, "--lr", "0.5", "--print-config")
     assert code == 0
     assert (
         'paradigm = "fo"' in out
         and "batch-size = 4" in out
         and "lr = 0.5" in out
-        and 'text-column = ["review"]' in out
+        and 'label-words = ["yes,no"]' in out
     )
     assert 'model = "demo"' in out and 'task = "questions"' in out and "output" not in out
     again = tmp_path / "again.toml"
@@ -231,6 +231,20 @@ def failed(outcome: tuple[int, str, str], code: int, message: str) -> None:
         (["finetune", "--model", "x", "--paradigm", "fo"], 2, "nothing to train on; give --task"),
         (["finetune", "--data-dir", "absent", "--task", "sst2"], 3, "absent: there is no train.tsv of task 'sst2'"),
         (["finetune", "--data", "absent.csv"], 3, "absent.csv: there is no such file"),
+        (["finetune", "--data", "a.csv", "--data-dir", "D"], 2, "--data a.csv is read instead of .* --data-dir D; leave one"),
+        (["finetune", "--task", "sst2", "--label-column", "x"], 2, "--label-column is about a file of your own; give .*--data"),
+        (["finetune", "--validation", "v.csv"], 2, "--validation is about a file of your own"),
+        (["evaluate", "demo", "--text-column", "x"], 2, "--text-column is about a file of your own"),
+        (["evaluate", "demo", "--data", "a.csv", "--data-dir", "D"], 2, "--data a.csv is read instead of .*leave one"),
+        (["evaluate", "demo", "--data-seed", 1], 2, "No such option: --data-seed"),
+        (["finetune", "--head", "classes", "--template", "{text} {mask}"], 2, "--template is about the prompt, but .*classes.*leave it"),
+        (["finetune", "--head", "classes", "--label-words", "a,b"], 2, "--label-words is about the prompt"),
+        (["finetune", "--hold-rank", 8], 2, "--hold-rank 8 .*give --hold, or leave it out"),
+        (["finetune", "--method", "galore", "--clip-by", "twice"], 2, "--clip-by twice says how to clip.*give --clip"),
+        (["pretrain", "--data", "x", "--method", "galore", "--clip-by", "twice"], 2, "--clip-by twice says how.*give --clip"),
+        (["finetune", "--method", "adamw", "--transport", "align"], 2, "--transport align is about .*leave it out"),
+        (["pretrain", "--data", "x", "--transport", "keep"], 2, "--transport keep is about .*leave it out"),
+        (["finetune", "--method", "lomo", "--scale", 0.25], 2, "--scale 0.25 is a factor on what is lifted.*leave it out"),
         (["finetune", "--resume"], 2, "--resume needs the run to go on with; give --output"),
         (["finetune", "--resume", "--output", "absent"], 4, "run folder absent does not exist"),
         (["evaluate", "absent/run", "--task", "sst5", "--data-dir", "."], 3, "train.tsv"),
@@ -379,6 +393,21 @@ def test_folders_that_name_nothing_to_evaluate_on(zolr: Run, tmp_path: Path) -> 
     failed(zolr("evaluate", tmp_path), 3, "is no finished run: .*--resume --output")
 
 
+def test_a_run_is_read_as_it_was_trained(zolr: Run, tmp_path: Path) -> None:
+    from zolr.cli.workload import described
+    from zolr.tasks import TASKS
+
+    told = {"task": described(TASKS["sst2"]), "head": "classes", "metric": "accuracy"}
+    (tmp_path / "task.json").write_text(json.dumps(told))
+    failed(
+        zolr("evaluate", tmp_path, "--head", "prompt"), 2, "was trained with --head classes.*leave --head out"
+    )
+    for flag, value in (("--template", "{sentence} {mask}"), ("--label-words", "bad,good")):
+        found = zolr("evaluate", tmp_path, "--task", "sst2", flag, value)
+        failed(found, 2, f"{flag} is about the prompt, but .* was trained with --head classes.*leave it out")
+    failed(zolr("evaluate", tmp_path, "--label-column", "x"), 2, "--label-column is about a file of your own")
+
+
 def test_a_folder_in_use_is_left_alone(zolr: Run, learn: list[object], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
@@ -519,6 +548,33 @@ def test_a_run_from_end_to_end(
     again = tmp_path / "runs" / f"reviews-stiefel-{paradigm}-0"
     assert code == 0 and err == "" and f"run folder: runs/reviews-stiefel-{paradigm}-0" in out
     assert same(run, again) and (run / "config.toml").read_text() == (again / "config.toml").read_text()
+
+
+def test_an_evaluation_names_what_was_measured(zolr: Run, learn: list[object], tmp_path: Path) -> None:
+    numbers = ("--paradigm", "zo", "--method", "mezo", "--objective", "f1", "--steps", 1, "--lr", 1e-6)
+    assert zolr(*learn, *numbers, "--batch-size", 4)[0] == 0
+    run, other = tmp_path / "run", tmp_path / "other.csv"
+    other.write_text("review,verdict\nshe was happy,happy\nhe was sad,sad\n")
+    written = json.loads((run / "result.json").read_text())
+    for given, name in (((), "reviews.csv"), (("--data", other), "other.csv")):
+        code, out, err = zolr("evaluate", run, *given, "--json")
+        assert code == 0, err
+        found = json.loads(out)
+        assert (found["task"], found["metric"]) == (name, written["metric"]) == (name, "f1")
+        assert f"on {name}," in " ".join(zolr("evaluate", run, *given)[1].split())
+    code, out, _ = zolr(
+        "evaluate",
+        MODEL,
+        "--data",
+        other,
+        "--text-column",
+        "review",
+        "--label-column",
+        "verdict",
+        *WORDS,
+        "--json",
+    )
+    assert code == 0 and json.loads(out)["task"] == "other.csv"
 
 
 def test_a_classification_head(zolr: Run, learn: list[object], tmp_path: Path) -> None:

@@ -827,6 +827,30 @@ def test_ranks_of_an_adapter_are_those_of_its_weights(tmp_path: Path) -> None:
     assert config["alpha_pattern"] == config["rank_pattern"] and config["lora_alpha"] == config["r"]
 
 
+def test_an_adapter_is_refused_by_what_it_would_be_written_of(tmp_path: Path) -> None:
+    """Subclasses of linear maps may do anything, so they are stored whole, and peft needs one layer at least."""
+
+    class Own(nn.Linear):
+        pass
+
+    for layer in (Own(5, 5), nn.LayerNorm(5)):
+        model = nn.Sequential(nn.Linear(5, 5), layer)
+        for select, fits in ((lambda name, _: name[0] == "1", False), (lambda *_: True, True)):
+            run = Engine(
+                model, method("fo"), lr=1e-2, loss=lambda m, x: m(x).mean(), hold=True, select=select
+            )
+            outcomes = set()
+            for make in (adapters.check, lambda *parts: adapters.write(tmp_path, *parts, "base")):
+                try:
+                    make(model, run.variables)
+                    outcomes.add("")
+                except UsageError as error:
+                    outcomes.add(str(error))
+            (message,) = outcomes
+            assert fits == (message == "") and (fits or f"is of a {type(layer).__name__}; train" in message)
+            run.detach()
+
+
 def test_an_adapter_needs_held_weights_and_its_own_model(tmp_path: Path) -> None:
     model = net(torch.float32)
     run = Engine(model, method("fo"), lr=1e-2, loss=loss)

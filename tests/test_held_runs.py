@@ -216,6 +216,48 @@ def test_mistakes_end_in_one_line(zolr: Run, learn: Arguments, tmp_path: Path, c
     assert not (tmp_path / "run").exists()
 
 
+def test_what_no_adapter_can_hold_is_refused_before_the_first_step(
+    zolr: Run, learn: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zolr.engine import Engine
+
+    def step(*_: Any) -> None:
+        raise AssertionError("a step was taken")
+
+    monkeypatch.setattr(Engine, "step", step)
+    numbers = ("--method", "adamw", "--paradigm", "fo", "--hold", "--steps", 2, "--train", "norm")
+    (tmp_path / "run").mkdir()
+    for more in ((), ("--resume",)):
+        code, out, err = zolr(*learn, *numbers, *more)
+        lines = err.strip().splitlines()
+        assert code == 2 and out == "" and "adapter needs a plain linear map or an embedding" in lines[-1], (
+            err
+        )
+        assert "LlamaRMSNorm; train such weights too (--train all" in lines[-1]
+        assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / "config.toml"] * bool(more)
+        code, out, err = zolr(*learn[:-2], *numbers, "--print-config")
+        (tmp_path / "run" / "config.toml").write_text(out)
+
+
+def test_an_adapter_finds_its_base_from_every_folder(
+    zolr: Run, learn: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(MODEL.parent)
+    code, _, err = zolr(*learn, "--model", MODEL.name, *FO, "--hold", "--steps", 1)
+    assert code == 0, err
+    monkeypatch.chdir(tmp_path)
+    base = json.loads((tmp_path / "run" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert (
+        Path(base).is_absolute()
+        and Path(base).samefile(MODEL)
+        and f"base_model: {base}" in card
+        and f"load `{base}`" in card
+    )
+    code, _, err = zolr("evaluate", "run", "--json")
+    assert code == 0, err
+
+
 def test_an_adapter_is_no_model_to_train(zolr: Run, learn: Arguments, tmp_path: Path) -> None:
     assert zolr(*learn, *FO, "--hold")[0] == 0
     code, _, err = zolr(*learn[:2], tmp_path / "run", *learn[3:-1], tmp_path / "next", *FO)

@@ -72,6 +72,8 @@ def test_rates_of_pretraining_are_of_rows_that_have_backprop() -> None:
         assert filled.transport == given.get("transport")
     for given, apart in (({"lr": 3e-3}, 0.3), ({"scale": 1.0}, 1.0), ({"tables": "subspace"}, 1.0)):
         assert pretrain.Pretrain(data=("x",), method="stiefel", **given).filled().composed().scale == apart
+    whole = pretrain.Pretrain(data=("x",), method="stiefel", projector="identity").filled()
+    assert whole.transport is None and whole.filled() == whole  # which is what --resume reads
     assert pretrain.Pretrain(data=("x",), method="adamw").filled().lr == USUAL.lr
     assert pretrain.Pretrain(data=("x",), method="galore", lr=2e-3).filled().lr == 2e-3
     # where the protocol of a recipe publishes a rate, that is the default too

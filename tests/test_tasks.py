@@ -692,12 +692,16 @@ def test_unknown_tasks_and_contradictions_are_refused(tmp_path):
         load_splits("sst2", k=16, train_rows=3)
     with pytest.raises(UsageError, match="nothing to train on"):
         load_splits()
-    with pytest.raises(UsageError, match="label_column are about own files"):
+    with pytest.raises(
+        UsageError, match="label_column is about own files; give the file to train on as data"
+    ):
         load_splits("sst2", label_column="x")
     with pytest.raises(UsageError, match="has 2 texts"):
         load_splits("rte", data=tmp_path / "x.csv", text_columns=["a"])
     with pytest.raises(UsageError, match="has its classes"):
         load_splits("rte", data=tmp_path / "x.csv", classes=["a"])
+    with pytest.raises(UsageError, match="is read instead of .* in data_dir = 'D'; give one of them"):
+        load_splits("rte", data=tmp_path / "x.csv", data_dir="D")
     with pytest.raises(UsageError, match="cannot be a field"):
         own_task("mine", ["a:b"], ["x", "y"])
 
@@ -767,6 +771,27 @@ def test_own_files_make_disjoint_splits(tmp_path):
     assert splits.classes == ("negative", "positive") and splits.columns == ("sentence",)
 
 
+def test_k_shot_validation_has_as_many_rows_as_were_asked_for_at_most(tmp_path):
+    path = write(tmp_path / "train.csv", rows_of())
+    columns: dict[str, Any] = {"text_columns": ["review"], "label_column": "verdict"}
+    whole = load_splits(data=path, k=5, **columns)
+    few = load_splits(data=path, k=5, validation_rows=4, **columns)
+    assert (len(whole.validation), len(few.validation)) == (10, 4)
+    assert few.train == whole.train and all(example in whole.validation for example in few.validation)
+
+
+def test_a_file_that_leaves_no_row_to_train_on_is_named_as_the_cause(tmp_path):
+    path, other = write(tmp_path / "train.csv", rows_of()), write(tmp_path / "test.csv", rows_of(4))
+    columns: dict[str, Any] = {"data": path, "text_columns": ["review"], "label_column": "verdict"}
+    with pytest.raises(DataError, match=r"train\.csv: every row of it is a validation row too; give diff"):
+        load_splits(validation_data=path, **columns)
+    with pytest.raises(DataError, match="every row of it is a test or a validation row too"):
+        load_splits(validation_data=path, test_data=other, **columns)
+    for settings in ({}, {"k": 2}):
+        with pytest.raises(DataError, match="every row of it is a test row too"):
+            load_splits(test_data=path, **settings, **columns)
+
+
 def test_own_tasks_take_class_names_as_words(roberta):
     task = own_task("reviews.csv", ["review"], ["bad", "good"])
     prompt = task.prompt(roberta, masked=True)
@@ -827,6 +852,17 @@ BAD_FILES = {
         "no column 'label'; did you mean 'lable'? known: text, lable",
     ),
     "semicolons": ("a.csv", b"text;label\nx;1\n", "separated by ';'"),
+    "semicolons and quotes": (
+        "a.csv",
+        b'text;label\n"x";1\n',
+        "line 2: the fields seem to be separated by ';', not by commas; save the file with commas",
+    ),
+    "semicolons and a quoted header": ("a.csv", b'"text";"label"\n"x";1\n', "line 1: the fields seem to be"),
+    "semicolons and a comma": (
+        "a.csv",
+        b"text;label\na, b;1\n",
+        "but the header has 1; the fields seem to be separated by ';'",
+    ),
     "tsv without tabs": ("a.tsv", b"text,label\nx,1\n", "no tab in it"),
     "no header": ("a.csv", b"fine film,1\ndull film,0\n", "no column 'text'"),
     "column twice": (

@@ -365,6 +365,14 @@ def test_scores() -> None:
     assert score("matthews", predicted, labels, 3) == pytest.approx((24 - 12) / (24 * 22) ** 0.5, abs=1e-6)
 
 
+def test_what_is_all_of_one_class_correlates_with_nothing() -> None:
+    mixed = torch.tensor([0] * 3 + [1] * 7)
+    for constant in (torch.zeros_like(mixed), torch.ones_like(mixed)):
+        assert score("matthews", constant, mixed, 2) == score("matthews", mixed, constant, 2) == 0.0
+        assert score("matthews", constant, constant, 2) == 0.0
+    assert score("matthews", mixed, mixed, 2) == 1.0
+
+
 def test_pretraining_stops_early_and_keeps_the_lowest_loss(zolr: Run, tmp_path: Path) -> None:
     """At a rate that undoes what it has learned; gone on with, it is over."""
     text, run = tmp_path / "text.txt", tmp_path / "run"

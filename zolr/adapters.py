@@ -6,7 +6,7 @@ A matrix becomes a pair of factors at scale 1, a bias is stored beside them, and
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,36 @@ def base_of(folder: Path) -> str:
     return name
 
 
+def absolute(name: str) -> str:
+    """A model's name that holds from every folder: that of a folder as a whole path, others as they are."""
+    return str(Path(name).absolute()) if Path(name).is_dir() else name
+
+
+def check(model: nn.Module, variables: Sequence[Variable], keep: Sequence[str] = ()) -> None:
+    """Refuse, from the first step on, what `write` could not make an adapter of.
+
+    Args:
+        model, variables, keep: as for `write`.
+
+    Raises:
+        UsageError: a variable outside of `keep` is not held, so its part of the result is in the model; or none of them is
+            of a kind of module that a LoRA adapter has a layer for.
+    """
+    beside = _beside(variables, keep)
+    if (written := next((v.name for v in beside if not v.held), None)) is not None:
+        raise UsageError(
+            f"weight '{written}' is not held, so no adapter can tell what it was moved by; train with hold=True"
+        )
+    modules, whole = dict(model.named_modules()), _whole(beside)
+    paired = any(v.stack is not None and site.kind != "other" for v in beside for site in v.sites)
+    if not paired and not any(_is_bias(modules[name], names) for name, names in whole.items()):
+        named = f"; '{beside[0].name}' is of a {type(beside[0].sites[0].module).__name__}" if beside else ""
+        raise UsageError(
+            f"an adapter needs a plain linear map or an embedding, and none is trained{named}; train such weights too "
+            "(--train all, select='all'), or leave out --hold, --quantize and --device-map"
+        )
+
+
 @torch.no_grad()
 def write(
     folder: Path, model: nn.Module, variables: Sequence[Variable], base: str, keep: Sequence[str] = ()
@@ -55,24 +85,21 @@ def write(
         keep: names of modules to store whole, trained or not, such as a head that the base does not have.
 
     Raises:
-        UsageError: a variable outside of `keep` is not held, so its part of the result is in the model.
+        UsageError: as `check`.
     """
     from safetensors.torch import save_file
 
+    check(model, variables, keep)
+    beside = _beside(variables, keep)
     kept: dict[str, Tensor] = {}  # live weights of variables inside of what is stored whole
-    beside: list[Variable] = []
     for variable in variables:
-        if not any(variable.name.startswith(f"{name}.") for name in keep):
-            beside.append(variable)
-        elif variable.stack is not None:
+        if variable in beside:
+            continue
+        if variable.stack is not None:
             kept |= {site.name: _moved(variable, site) for site in variable.sites}
         else:
             dense = variable.value.detach() if variable.held else variable.dense(variable.point())
             kept |= {site.name: site.weight if dense is None else dense for site in variable.sites}
-    if (written := next((v.name for v in beside if not v.held), None)) is not None:
-        raise UsageError(
-            f"weight '{written}' is not held, so no adapter can tell what it was moved by; train with hold=True"
-        )
     modules = dict(model.named_modules())
     ranks: dict[str, int] = {}
     tensors: dict[str, Tensor] = {}
@@ -94,7 +121,7 @@ def write(
             tensors |= _factors(site.module_name, left, right, site.kind == "embedding")
     for name, trained in list(whole.items()):
         module = modules[name]
-        if set(trained) == {"bias"} and "weight" in module._parameters and _is_linear(module):
+        if _is_bias(module, trained):
             if name not in ranks:  # peft finds the bias in a LoRA layer alone
                 ranks[name] = 1
                 loose: Any = module
@@ -119,16 +146,12 @@ def write(
             state = {f"{name}.{key}": tensor for key, tensor in modules[name].state_dict().items()}
         tensors |= {f"{_PREFIX}{key}": tensor for key, tensor in {**state, **kept}.items() if key in state}
         whole[name] = {}
-    if not ranks:
-        raise UsageError(
-            "an adapter needs a linear map or an embedding; train such weights too (select='linear')"
-        )
     rank = max(ranks.values())
     other = {f"^{name}": own for name, own in ranks.items() if own != rank}
     config = {
         "peft_type": "LORA",
         "auto_mapping": None,
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": absolute(base),
         "revision": None,
         "task_type": None,
         "inference_mode": True,
@@ -271,6 +294,26 @@ def _factors(name: str, left: Tensor, right: Tensor, embedding: bool) -> dict[st
             f"{_PREFIX}{name}.lora_embedding_B": right,  # (width, r)
         }
     return {f"{_PREFIX}{name}.lora_A.weight": right.mT, f"{_PREFIX}{name}.lora_B.weight": left}
+
+
+def _beside(variables: Sequence[Variable], keep: Sequence[str]) -> list[Variable]:
+    """The variables outside of what is stored whole, trained or not."""
+    return [v for v in variables if not any(v.name.startswith(f"{name}.") for name in keep)]
+
+
+def _whole(variables: Sequence[Variable]) -> dict[str, set[str]]:
+    """Parameters that are stored as they are instead of as factors, by module."""
+    found: dict[str, set[str]] = {}
+    for variable in variables:
+        for site in variable.sites:
+            if variable.stack is None or site.kind == "other":
+                found.setdefault(site.module_name, set()).add(site.parameter)
+    return found
+
+
+def _is_bias(module: nn.Module, trained: Collection[str]) -> bool:
+    """Whether what is trained of a module is the bias of a linear map, which a LoRA layer stores."""
+    return set(trained) == {"bias"} and "weight" in module._parameters and _is_linear(module)
 
 
 def _is_linear(module: nn.Module) -> bool:

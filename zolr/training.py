@@ -275,7 +275,8 @@ def score(metric: str, predictions: Tensor, labels: Tensor, classes: int) -> flo
     """A classification metric of predicted and true class indices `(rows,)`.
 
     Args:
-        metric: `accuracy`, `f1` (macro average over the classes) or `matthews` (correlation).
+        metric: `accuracy`, `f1` (macro average over the classes) or `matthews` (correlation; 0 where predictions or labels
+            are all of one class, as scikit-learn and GLUE have it).
     """
     from torchmetrics.functional.classification import (
         multiclass_accuracy,
@@ -287,6 +288,8 @@ def score(metric: str, predictions: Tensor, labels: Tensor, classes: int) -> flo
         value = multiclass_accuracy(predictions, labels, num_classes=classes, average="micro")
     elif metric == "f1":
         value = multiclass_f1_score(predictions, labels, num_classes=classes, average="macro")
+    elif any(rows.unique().numel() < 2 for rows in (predictions, labels)):
+        value = 0.0  # 0 / 0; torchmetrics makes a small number of it
     else:
         value = multiclass_matthews_corrcoef(predictions, labels, num_classes=classes)
     return round(float(value), 6)  # float32 spells 0.7 as 0.699999988

@@ -16,6 +16,7 @@ from zolr.errors import UsageError
 
 if TYPE_CHECKING:
     from zolr.engine import Engine
+    from zolr.methods import Method
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,30 @@ class Composition(TablePolicy):
         "Method",
         shown="the method's, and a classification head",
     )
+
+    def check_used(self, method: Method, clip: float | None) -> None:
+        """Refuse settings that a run has no use for.
+
+        Args:
+            method: what these settings describe.
+            clip: largest norm of a gradient, None for any.
+        """
+        from zolr.projectors.identity import Identity
+
+        if self.transport is not None and method.refresh_every is None:
+            raise UsageError(
+                f"--transport {self.transport} is about state at a new subspace, and this method never takes one; "
+                "leave it out, or use --projector stiefel"
+            )
+        if self.scale is not None and method.dense and isinstance(method.projector, Identity):
+            raise UsageError(
+                f"--scale {self.scale} is a factor on what is lifted from subspaces, and this method has none; "
+                "leave it out, or use --method galore"
+            )
+        if self.clip_by is not None and clip is None:
+            raise UsageError(
+                f"--clip-by {self.clip_by} says how to clip, and nothing is clipped; give --clip too, or leave it out"
+            )
 
 
 @dataclass(frozen=True)

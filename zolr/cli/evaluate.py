@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 from annotated_types import Ge
 
 from zolr.cli import runs
-from zolr.cli.choices import Seed
 from zolr.cli.config import add, flag, resolve
 from zolr.cli.workload import EVAL_ROWS, DataChoice, Machine, Trust, Workload
 from zolr.errors import DataError, UsageError
@@ -36,10 +35,12 @@ class Subject(Trust):
 class Evaluate(Machine, DataChoice, Subject):
     """Settings of `zolr evaluate`."""
 
+    head: Literal["prompt", "classes"] | None = flag(  # pyright: ignore[reportIncompatibleVariableOverride]
+        None, "What the run was trained with: prompt, classes.", "Model", shown="that of the run, else prompt"
+    )
     eval_rows: Annotated[int, Ge(1)] | None = flag(  # pyright: ignore[reportIncompatibleVariableOverride]
         None, "Rows at most.", "Data", shown=f"those of the run on its own data, else {EVAL_ROWS}"
     )
-    data_seed: Seed = flag(0, "Seed of the splits of an own file without --task.", "Data")
     batch_size: Annotated[int, Ge(1)] = flag(32, "Examples of a forward pass.", "Memory")
     quantize: Literal["int8", "nf4"] | None = flag(
         None,
@@ -50,37 +51,55 @@ class Evaluate(Machine, DataChoice, Subject):
     json: bool = flag(False, "Print JSON.", "Output", saved=False)
 
 
+class Question(NamedTuple):
+    """What is asked of a model.
+
+    Args:
+        name: of the examples.
+        task, head: how the model reads them.
+        metric: the one that counts.
+        examples: all of them.
+    """
+
+    name: str
+    task: Task
+    head: str
+    metric: str
+    examples: list[Example]
+
+
 def run(settings: Evaluate) -> None:
     """Measure a run or a model on a task or on your own file."""
     from zolr.cli.workload import device_of, set_threads
 
+    settings.check_source()
     set_threads(settings.threads)
     device = device_of(settings.device)
     folder = Path(settings.model)
     finished = (folder / runs.TASK).is_file()
     if not finished and settings.task is None and settings.data is None:
         _check_run(settings.model)
-    task, head, examples = _of_run(settings, folder) if finished else _of_model(settings)
+    asked = _of_run(settings, folder) if finished else _of_model(settings)
     quantize = settings.quantize
     if finished and quantize is None:  # an adapter fits the codes that it was trained beside
         quantize = runs.read_json(folder / runs.TASK).get("quantize")
     work = Workload(
         settings.model,
-        task,
-        head,
+        asked.task,
+        asked.head,
         max_length=settings.max_length,
         dtype=settings.dtype,
         device=device,
         quantize=quantize,
         trust_remote_code=settings.trust_remote_code,
     )
-    metrics = work.evaluate(work.encode(examples), settings.batch_size)
+    metrics = work.evaluate(work.encode(asked.examples), settings.batch_size)
     if settings.json:
         found = {
             "model": settings.model,
-            "task": task.name,
-            "rows": len(examples),
-            "metric": task.metric,
+            "task": asked.name,
+            "rows": len(asked.examples),
+            "metric": asked.metric,
             **metrics,
         }
         print(runs.as_json(found))
@@ -91,7 +110,7 @@ def run(settings: Evaluate) -> None:
 
     for note in work.notes:
         console().print(note, markup=False)
-    title = f"{settings.model} on {task.name}, {len(examples)} rows"
+    title = f"{settings.model} on {asked.name}, {len(asked.examples)} rows"
     Console(highlight=False).print(table(title, list(metrics), [list(metrics.values())]))
 
 
@@ -100,18 +119,20 @@ def register(app: typer.Typer) -> None:
     add(app, "evaluate", Evaluate, run)
 
 
-def _of_run(settings: Evaluate, folder: Path) -> tuple[Task, str, list[Example]]:
-    """Task, head and examples of a finished run: its own test set unless other data are given."""
+def _of_run(settings: Evaluate, folder: Path) -> Question:
+    """What is asked of a finished run: its own test set unless other data are given."""
     from zolr.cli.finetune import Finetune
     from zolr.cli.workload import splits_of, task_from, words_of
     from zolr.tasks import find_task, load_file
     from zolr.tasks.fewshot import cut
 
     saved = runs.read_json(folder / runs.TASK)
-    if settings.head == "classes" and saved["head"] != "classes":
+    head = saved["head"]
+    if settings.head not in (None, head):
         raise UsageError(
-            f"--head classes: {folder} was trained with --head {saved['head']} and has no other; leave --head out"
+            f"--head {settings.head}: {folder} was trained with --head {head} and has no other; leave --head out"
         )
+    settings.check_prompt(head, f"{folder} was trained with --head {head}, which has none")
     if settings.task is not None and settings.data is not None:
         raise UsageError(
             f"--task {settings.task}: a run reads a file of yours by the task that it was trained on; leave out --task, or --data"
@@ -119,6 +140,7 @@ def _of_run(settings: Evaluate, folder: Path) -> tuple[Task, str, list[Example]]
     task = task_from(saved["task"], folder / runs.TASK)
     words = words_of(settings.label_words, task.classes) if settings.label_words else None
     task = task.changed(template=settings.template, words=words)
+    metric = saved.get("metric", task.metric)
     config = folder / runs.CONFIG  # a model made from a journal alone has none
     if settings.data is None and settings.task is None and not config.is_file():
         raise DataError(f"{folder} does not say what the run was tested on; give --task or --data")
@@ -131,21 +153,19 @@ def _of_run(settings: Evaluate, folder: Path) -> tuple[Task, str, list[Example]]
             )
         label = settings.label_column or trained.label_column or "label"
         examples, _ = load_file(settings.data, columns, label, task.classes)
-        return task, saved["head"], cut(examples, settings.eval_rows or EVAL_ROWS)
+        examples = cut(examples, settings.eval_rows or EVAL_ROWS)
+        return Question(Path(settings.data).name, task, head, metric, examples)
     if settings.task is not None:
         rows = settings.eval_rows or EVAL_ROWS
-        choice = replace(settings, text_column=(), label_column=None, eval_rows=rows)
+        choice = replace(settings, eval_rows=rows)
         other = find_task(settings.task)
         if other.classes != task.classes:
             raise UsageError(
                 f"task '{other.name}' has classes {', '.join(other.classes)}, but the run learned {', '.join(task.classes)}; "
                 "evaluate it on a task with the same classes"
             )
-        return (
-            task,
-            saved["head"],
-            splits_of(choice, other, seed=trained.data_seed, k=None, train_rows=None, more={}).test,
-        )
+        splits = splits_of(choice, other, seed=trained.data_seed, k=None, train_rows=None, more={})
+        return Question(splits.name, task, head, metric, splits.test)
     rows = settings.eval_rows or trained.eval_rows
     choice = replace(trained, eval_rows=rows, data_dir=settings.data_dir or trained.data_dir)
     known = None if trained.task is None else find_task(trained.task)
@@ -153,7 +173,7 @@ def _of_run(settings: Evaluate, folder: Path) -> tuple[Task, str, list[Example]]
     splits = splits_of(
         choice, known, seed=trained.data_seed, k=trained.k, train_rows=trained.train_rows, more=files
     )
-    return task, saved["head"], splits.test
+    return Question(splits.name, task, head, metric, splits.test)
 
 
 def _check_run(name: str) -> None:
@@ -179,8 +199,8 @@ def _check_run(name: str) -> None:
         )
 
 
-def _of_model(settings: Evaluate) -> tuple[Task, str, list[Example]]:
-    """Task, head and examples for a model as it is, without training."""
+def _of_model(settings: Evaluate) -> Question:
+    """What is asked of a model as it is, without training."""
     from zolr.cli.workload import splits_of, task_of, words_of
     from zolr.tasks import load_file, own_task
     from zolr.tasks.fewshot import cut
@@ -196,10 +216,13 @@ def _of_model(settings: Evaluate) -> tuple[Task, str, list[Example]]:
             settings.data, columns, settings.label_column or "label", task.classes if task else None
         )
         task = task or own_task(Path(settings.data).stem, columns, classes)
-        examples = cut(examples, settings.eval_rows or EVAL_ROWS)
+        name, examples = Path(settings.data).name, cut(examples, settings.eval_rows or EVAL_ROWS)
     else:
         assert task is not None
         choice = replace(settings, eval_rows=settings.eval_rows or EVAL_ROWS)
-        examples = splits_of(choice, task, seed=settings.data_seed, k=None, train_rows=None, more={}).test
+        # whose test set is the same for every seed
+        splits = splits_of(choice, task, seed=0, k=None, train_rows=None, more={})
+        name, examples = splits.name, splits.test
     words = words_of(settings.label_words, task.classes) if settings.label_words else None
-    return task.changed(template=settings.template, words=words), settings.head, examples
+    task = task.changed(template=settings.template, words=words)
+    return Question(name, task, "prompt", task.metric, examples)

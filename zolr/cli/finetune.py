@@ -83,7 +83,10 @@ class Finetune(
 
     def filled(self) -> Self:
         """The settings with every number that depends on the method, and checked as far as names go."""
+        self.check_source()
+        self.check_prompt(self.head, "--head classes reads texts without one")
         method = self.composed()
+        self.check_used(method, self.clip)
         numbers = DEFAULTS[method.paradigm]
         if self.epochs is not None and self.steps is not None:
             raise UsageError(
@@ -124,6 +127,10 @@ class Finetune(
             raise UsageError(
                 f"--memory-budget {self.memory_budget} goes by predictions, and there is none for --device-map "
                 f"{self.device_map}; leave one of them out"
+            )
+        if self.hold_rank is not None and not self.holds:
+            raise UsageError(
+                f"--hold-rank {self.hold_rank} is of what is kept beside weights that are not written; give --hold, or leave it out"
             )
         if self.holds and self.weight_decay:
             raise UsageError(

@@ -124,6 +124,8 @@ class Job:
             check=None if models.splits(self.work.model) else self._moved(self.batches(0)[0]),
             team=self.team,
         )
+        if settings.holds and not settings.shard:
+            adapters.check(self.work.model, self.engine.variables, self.own_modules)
 
         fresh = models.fresh_modules(self.work.model) if settings.head == "classes" else []
         left = [m for m in fresh if not any(v.name.startswith(f"{m}.") for v in self.engine.variables)]

@@ -247,6 +247,7 @@ class Pretrain(Writing, Inspection, Ranks, Machine, Thrift, Course, Composition,
         if self.warmup >= self.steps:
             raise UsageError(f"--warmup {self.warmup} leaves none of {self.steps} steps; use less")
         method = self.composed()
+        self.check_used(method, self.clip)
         if self.checkpointing and method.paradigm != "fo":
             raise UsageError(
                 f"--checkpointing is for backprop; paradigm '{method.paradigm}' saves no activations, leave it out"
@@ -259,7 +260,7 @@ class Pretrain(Writing, Inspection, Ranks, Machine, Thrift, Course, Composition,
         transport = self.transport
         if method.paradigm == "fo":
             rate = rate_of(name)
-            transport = transport or rate.transport
+            transport = transport or (rate.transport if method.refresh_every else None)
             lr = rate.lr if lr is None else lr
             scale = rate.scale if scale is None and tables == "full" else scale
         return replace(

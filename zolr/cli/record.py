@@ -280,6 +280,8 @@ def complete(job: Job, place: runs.RunFolder, result: dict[str, Any], meter: Met
 
 def card(job: Job, result: Mapping[str, Any], memory: Mapping[str, Any]) -> str:
     """The model card."""
+    from zolr.adapters import absolute
+
     s, work, metric = job.settings, job.work, result["metric"]
     method = job.engine.method
     pipeline = {"classes": "text-classification"}.get(
@@ -294,7 +296,7 @@ def card(job: Job, result: Mapping[str, Any], memory: Mapping[str, Any]) -> str:
     lines = [
         "---",
         *(
-            ["library_name: peft", f"base_model: {s.model}"]
+            ["library_name: peft", f"base_model: {absolute(s.model)}"]
             if s.holds and not s.shard
             else ["library_name: transformers"]
         ),
@@ -347,7 +349,9 @@ def _batch(memory: Mapping[str, Any]) -> str:
 
 def _held_lines(job: Job, result: Mapping[str, Any]) -> list[str]:
     """How to put an adapter and its base together again."""
-    s = job.settings
+    from zolr.adapters import absolute
+
+    s, base = job.settings, absolute(job.settings.model)
     if not s.holds:
         return []
     if s.shard:
@@ -356,10 +360,10 @@ def _held_lines(job: Job, result: Mapping[str, Any]) -> list[str]:
             f"| sharded | changes of rank {s.held_rank} at most beside weights that were not written; {lost} of their squared norm dropped |"
         ]
     lines = [
-        f"| base | `{s.model}`, {s.quantize or s.dtype}, not written |",
+        f"| base | `{base}`, {s.quantize or s.dtype}, not written |",
         f"| adapter | rank {s.held_rank} at most, {result['held']['lost']:.2%} of the squared norm of the change dropped |",
         "",
-        f"A LoRA adapter: load `{s.model}` with transformers, then `peft.PeftModel.from_pretrained(model, folder)`.",
+        f"A LoRA adapter: load `{base}` with transformers, then `peft.PeftModel.from_pretrained(model, folder)`.",
     ]
     if any(v.stack is not None and len(v.sites) > 1 for v in job.engine.variables):
         lines += [

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt
 
 from zolr.cli import note
-from zolr.cli.config import Settings, flag, nearest
+from zolr.cli.config import Settings, flag, nearest, spelled
 from zolr.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -88,6 +88,29 @@ class DataChoice(Settings):
     eval_rows: Annotated[int, Ge(1)] = flag(
         EVAL_ROWS, "Rows of the validation and of the test set at most.", "Data"
     )
+
+    def check_source(self) -> None:
+        """Refuse what is about own files where there is none, and two places to read from."""
+        for name in ("text_column", "label_column", "validation", "test"):
+            if self.data is None and getattr(self, name, None):
+                raise UsageError(
+                    f"--{spelled(name)} is about a file of your own; give the file as --data, or leave it out"
+                )
+        if self.data is not None and self.data_dir is not None:
+            raise UsageError(
+                f"--data {self.data} is read instead of the task's files in --data-dir {self.data_dir}; leave one of them out"
+            )
+
+    def check_prompt(self, head: str, why: str) -> None:
+        """Refuse what is about a prompt where there is none.
+
+        Args:
+            head: of the model.
+            why: that there is no prompt, for the error.
+        """
+        for name in ("template", "label_words"):
+            if head == "classes" and getattr(self, name):
+                raise UsageError(f"--{spelled(name)} is about the prompt, but {why}; leave it out")
 
 
 @dataclass(frozen=True)

@@ -462,6 +462,20 @@ def _own(
     return parts, task.columns if task else columns, found
 
 
+def _rest(source: str, rows: list[Example], taken: dict[str, list[Example]]) -> list[Example]:
+    """The rows that are in none of the splits `taken`.
+
+    Raises:
+        DataError: there is none.
+    """
+    pool = without(rows, *taken.values())
+    if not pool:
+        raise DataError(
+            f"{source}: every row of it is a {' or a '.join(taken)} row too; give different files for them"
+        )
+    return pool
+
+
 def load_splits(
     task: str | Task | None = None,
     *,
@@ -499,7 +513,7 @@ def load_splits(
         k: training examples a class, and validation examples a class.
         seed: names every draw but the cut of the test set.
         train_rows: training rows at most, classes in proportion; not together with `k`.
-        validation_rows: validation rows at most, or None for all; `k` does not heed it.
+        validation_rows: validation rows at most, or None for all.
         test_rows: test rows at most, or None for all; cut with seed 42 as in the published protocol.
         validation_share: share of the training rows to validate on where no split is there for it.
         test_share: share of the rows of an own file to test on where no file is given for it.
@@ -514,13 +528,17 @@ def load_splits(
         )
     known = find_task(task) if isinstance(task, str) else task
     if data is not None:
+        if data_dir is not None:
+            raise UsageError(
+                f"data = {str(data)!r} is read instead of the task's files in data_dir = {str(data_dir)!r}; give one of them"
+            )
         parts, columns, found = _own(
             known, data, validation_data, test_data, text_columns, label_column, classes
         )
         name, source = (known.name if known else Path(data).name), str(data)
         removed = 0
         if "test" not in parts:
-            pool = without(parts["train"], parts.get("dev", []))
+            pool = _rest(source, parts["train"], {"validation": parts["dev"]} if "dev" in parts else {})
             removed = len(parts["train"]) - len(pool)
             parts["train"], parts["test"] = hold_out(pool, test_share, seed, found, "testing")
         test, dev = cut(parts["test"], test_rows, seed), parts.get("dev")
@@ -529,7 +547,7 @@ def load_splits(
         given |= {"label_column": label_column, "classes": classes}
         extra = [setting for setting, value in given.items() if value is not None]
         if extra:
-            raise UsageError(f"{', '.join(extra)} are about own files; give the file to train on as data")
+            raise UsageError(f"{extra[0]} is about own files; give the file to train on as data")
         if known is None:
             raise UsageError(
                 f"nothing to train on; give a task ({', '.join(TASKS)}) or a file of your own as data"
@@ -548,18 +566,16 @@ def load_splits(
             raise DataError(
                 f"{source}: every validation row is a test row too; give different files for the two"
             )
-        pool = without(rows, test, dev)
+    pool = _rest(source, rows, {"test": test} if dev is None else {"test": test, "validation": dev})
+    if dev is not None:
         removed += len(rows) - len(pool)
-        train, validation = pool, cut(dev, validation_rows, seed)
-        if k is not None:
-            train, _ = few_shot(pool, k, seed, found, validate=False)
+        train = pool if k is None else few_shot(pool, k, seed, found, validate=False)[0]
     elif k is not None:
-        train, validation = few_shot(rows, k, seed, found, held_out=test)
+        train, dev = few_shot(rows, k, seed, found, held_out=test)
     else:
-        pool = without(rows, test)
         removed += len(rows) - len(pool)
         train, dev = hold_out(pool, validation_share, seed, found, "validation")
-        validation = cut(dev, validation_rows, seed)
+    validation = cut(dev, validation_rows, seed)
     if train_rows is not None:
         train = cap(train, train_rows, seed, found)
     missing = [name for i, name in enumerate(found) if not any(example.label == i for example in train)]

@@ -156,7 +156,12 @@ def _fields(path: str, line: int, row: list[str], columns: tuple[str, ...], reme
 
 
 def _read_csv(path: str, data: bytes, _: Sequence[str] | None) -> Table:
-    reader = csv.reader(io.StringIO(_text(path, data), newline=""), strict=True)
+    text = _text(path, data)
+    header = text.lstrip("\r\n").partition("\n")[0]
+    other = next((sign for sign in ("\t", ";", "|") if sign in header and "," not in header), None)
+    hint = f"the fields seem to be separated by {other!r}, not by commas; " if other else ""
+    again = f"{hint}save the file with commas"
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     columns: tuple[str, ...] = ()
     rows: list[tuple[int, dict[str, Any]]] = []
     limit = csv.field_size_limit(MAX_CHARACTERS)  # the module has one limit for everybody: put it back
@@ -168,18 +173,16 @@ def _read_csv(path: str, data: bytes, _: Sequence[str] | None) -> Table:
             except StopIteration:
                 break
             except csv.Error as error:
-                raise DataError(f"{path}, line {line}: {_csv_cause(error)}") from None
+                raise DataError(f"{path}, line {line}: {again if hint else _csv_cause(error)}") from None
             if not row:
                 continue
             if not columns:
                 columns = _columns(path, row)
             else:
-                remedy = "put double quotes around a text that has a comma in it"
+                remedy = again if hint else "put double quotes around a text that has a comma in it"
                 rows.append((line, _fields(path, line, row, columns, remedy)))
     finally:
         csv.field_size_limit(limit)
-    other = next((sign for sign in ("\t", ";", "|") if len(columns) == 1 and sign in columns[0]), None)
-    hint = f"the fields seem to be separated by {other!r}, not by commas; " if other else ""
     return Table(path, "line", columns, rows, hint)
 
 
