@@ -22,7 +22,7 @@ from zolr.cli.config import Settings, add, differing, flag, nearest, spelled, to
 from zolr.cli.finetune import Finetune
 from zolr.cli.race import Price
 from zolr.cli.variants import methods_in, variant
-from zolr.cli.workload import DEMO_TASK, REFERENCE_WIDTH, DataChoice, Machine, ModelChoice, task_of
+from zolr.cli.workload import DEMO_TASK, REFERENCE_WIDTH, DataChoice, Machine, ModelChoice, metric_of, task_of
 from zolr.errors import BudgetError, StorageError, UsageError, ZolrError
 
 UNITS = ("forwards", "seconds", "steps")
@@ -323,8 +323,7 @@ def _metric(settings: Compare) -> str:
     """The metric of a run that has no settings of its own."""
     from zolr.tasks import Task
 
-    task = task_of(settings, settings.model) or Task
-    return "f1" if settings.objective == "f1" else task.metric
+    return metric_of(settings.objective, task_of(settings, settings.model) or Task)
 
 
 def _equal(text: str) -> tuple[str, float]:
@@ -519,9 +518,7 @@ def _against_adamw(rows: Sequence[dict[str, Any]]) -> None:
     """Add each step over a step of AdamW, both measured in forwards of the same examples."""
     found, ratio = _reference(rows), "step_over_two_forwards"
     for row in rows:
-        row.pop(
-            "step_over_adamw", None
-        )  # of an earlier start, over a row that may be gone or no longer the plainest
+        row.pop("step_over_adamw", None)  # of an earlier start, over another row perhaps
         if found is not None and ratio in row:
             row["step_over_adamw"] = round(row[ratio] / found[ratio], 4)
 

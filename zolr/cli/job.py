@@ -51,7 +51,15 @@ class Job:
     ) -> None:
         from zolr import adapters, lora, models
         from zolr.cli.replay import about
-        from zolr.cli.workload import device_of, set_threads, splits_of, task_of, width_of, words_of
+        from zolr.cli.workload import (
+            device_of,
+            metric_of,
+            set_threads,
+            splits_of,
+            task_of,
+            width_of,
+            words_of,
+        )
         from zolr.distributed import Team
         from zolr.journal import fingerprint
         from zolr.tasks import TrainingBatches, own_task, truncation_share
@@ -115,7 +123,7 @@ class Job:
             whole = {"base": fingerprint(self.work.model)}
             self.work.cut(self.own_modules)
         method = settings.composed()
-        self.metric = "f1" if settings.objective == "f1" else task.metric
+        self.metric = metric_of(settings.objective, task)
         self.engine = self.new_engine(
             method,
             settings.learning_rate(method, width_of(self.work.model)),

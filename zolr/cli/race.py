@@ -69,9 +69,8 @@ class Price:
         each = method.estimator.forwards(batches)
         radius = setting(method.estimator, "eps", 0.0)  # zero: nothing is probed
         chooses = radius is None or (radius and rate is None)
-        measures = (
-            method.dense and clip is not None
-        )  # one gradient at a time: their norm takes a pass of its own
+        # of one gradient at a time the norm takes a pass of its own
+        measures = method.dense and clip is not None
         twice = measures and method.clipping == "twice"
         compares = setting(method.estimator, "signs") == "together"
         sees = method.projector.learns_from == "inputs" and not method.dense
@@ -212,9 +211,7 @@ def _allow(job: Job, allowance: Allowance, eval_every: int | None) -> None:
 
     engine, settings = job.engine, job.settings
     price = Price.of(engine.method, engine.base_lr, settings.clip, settings.accumulate or 1)
-    if all(
-        v.is_full for v in engine.variables
-    ):  # no weight has a subspace that its inputs could say anything of
+    if all(v.is_full for v in engine.variables):  # no weight has a subspace that inputs could say anything of
         price = replace(price, opening=0)
     allowance.price = price
     if allowance.unit == "forwards":

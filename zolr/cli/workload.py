@@ -86,7 +86,7 @@ class DataChoice(Settings):
         None, "Tokens of an example at most.", "Data", shown="the task's"
     )
     eval_rows: Annotated[int, Ge(1)] = flag(
-        EVAL_ROWS, "Rows of the validation and of the test set at most.", "Data"
+        EVAL_ROWS, "Rows of the validation (but for --k) and of the test set at most.", "Data"
     )
 
     def check_source(self) -> None:
@@ -301,6 +301,11 @@ def words_of(words: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
             f"--label-words: class '{missing[0]}' has no word; give one for each of {', '.join(classes)}"
         )
     return tuple(by_class[name] for name in classes)
+
+
+def metric_of(objective: str, task: Task | type[Task]) -> str:
+    """What a run goes by, and shows."""
+    return "f1" if objective == "f1" else task.metric
 
 
 def described(task: Task) -> dict[str, Any]:

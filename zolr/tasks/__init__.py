@@ -513,7 +513,7 @@ def load_splits(
         k: training examples a class, and validation examples a class.
         seed: names every draw but the cut of the test set.
         train_rows: training rows at most, classes in proportion; not together with `k`.
-        validation_rows: validation rows at most, or None for all.
+        validation_rows: validation rows at most, or None for all; `k` does not heed it.
         test_rows: test rows at most, or None for all; cut with seed 42 as in the published protocol.
         validation_share: share of the training rows to validate on where no split is there for it.
         test_share: share of the rows of an own file to test on where no file is given for it.
@@ -569,13 +569,15 @@ def load_splits(
     pool = _rest(source, rows, {"test": test} if dev is None else {"test": test, "validation": dev})
     if dev is not None:
         removed += len(rows) - len(pool)
-        train = pool if k is None else few_shot(pool, k, seed, found, validate=False)[0]
+        train, validation = pool, cut(dev, validation_rows, seed)
+        if k is not None:
+            train, _ = few_shot(pool, k, seed, found, validate=False)
     elif k is not None:
-        train, dev = few_shot(rows, k, seed, found, held_out=test)
+        train, validation = few_shot(rows, k, seed, found, held_out=test)
     else:
         removed += len(rows) - len(pool)
         train, dev = hold_out(pool, validation_share, seed, found, "validation")
-    validation = cut(dev, validation_rows, seed)
+        validation = cut(dev, validation_rows, seed)
     if train_rows is not None:
         train = cap(train, train_rows, seed, found)
     missing = [name for i, name in enumerate(found) if not any(example.label == i for example in train)]
