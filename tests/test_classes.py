@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
+from zolr.cli.finetune import Finetune
 from zolr.cli.job import Job
+from zolr.kinds import selection
 from zolr.models import load_tokenizer
 
 DEMO = Path(__file__).parent.parent / "zolr" / "demo" / "model"
@@ -94,3 +97,42 @@ def test_the_head_of_an_offloaded_model_is_stored(
     assert code == 0, err
     after = json.loads((run / "result.json").read_text())["metrics"]["test"]["after"]
     assert json.loads(out)["loss"] == pytest.approx(after["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "family", ["bert", "roberta", "distilbert", "deberta-v2", "electra", "gpt2", "llama", "modernbert"]
+)
+def test_head_is_what_a_classifier_has_and_its_base_has_not(family: str) -> None:
+    """And the pooler, which the classifier alone reads."""
+    numbers: dict[str, Any] = dict(vocab_size=70, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    numbers |= dict(intermediate_size=24, dim=16, hidden_dim=24, n_layers=1, n_heads=2, pad_token_id=0)
+    model = AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model(family, **numbers, num_labels=3)
+    )
+    base = {f"{model.base_model_prefix}.{name}" for name, _ in model.base_model.named_parameters()}
+    pooler = {name for name in base if ".pooler." in name}
+    chosen = selection(model, "head")
+    found = {name for name, parameter in model.named_parameters() if chosen(name, parameter)}
+    assert found == {name for name, _ in model.named_parameters()} - (base - pooler)
+
+
+def test_a_head_is_trained_with_what_the_method_trains(
+    zolr: Run, learn: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By forward passes, too, where a method takes the attention matrices alone; a choice that leaves it random is told."""
+    chosen = {
+        (name, train): Finetune(method=name, train=train, head="classes", data="x.csv").selection
+        for name, train in (("stiefel", None), ("mezo", None), ("stiefel", "attention"), ("lora", None))
+    }
+    assert list(chosen.values()) == ["attention+head", "all", "attention", "adapter"]
+    assert Finetune(method="stiefel").selection == "attention"
+    forward = [*learn[:5], "--paradigm", "zo", "--lr", 1e-2, "--eps", 1e-2, *learn[-6:]]
+    weights = {}
+    for name, more in {"usual": [], "left": ["--train", "attention"], "alone": ["--train", "head"]}.items():
+        code, out, err = zolr(*forward, *more, "--output", tmp_path / name)
+        assert code == 0, err
+        assert ("has random weights, and --train attention leaves them so" in err) == (name == "left")
+        weights[name] = load_file(tmp_path / name / "model.safetensors")
+    assert not torch.equal(weights["usual"]["score.weight"], weights["left"]["score.weight"])
+    own = {key for key, tensor in weights["alone"].items() if not torch.equal(tensor, weights["left"][key])}
+    assert "score.weight" in own and all(key == "score.weight" or "attn" in key for key in own)
