@@ -221,7 +221,9 @@ def test_every_method_has_its_row(zolr: Run, tmp_path: Path) -> None:
 
 def test_a_method_that_cannot_be_predicted_keeps_its_row(zolr: Run, folder: Path) -> None:
     asked = ("estimate", "--model", folder, *SMALL, "--method")
-    budget, away = rows_of(zolr(*asked, "adamw@memory-budget=1MiB,adamw@device=mps,mezo", "--json"))[:2]
+    unknown = "adamw@memory-budget=1MiB,adamw@device=mps,stiefel@shard=true"
+    budget, away, pieces, _ = rows_of(zolr(*asked, f"{unknown},mezo", "--json"))
+    assert "weights in pieces is not predicted" in pieces["error"]
     assert "leave it out, and give --budget" in budget["error"] and "use one of them" in away["error"]
     rows = rows_of(zolr(*asked, "mezo@checkpointing=true,stiefel@rank=4000,stiefel:fo", "--json"))
     refused, ranked, fine = rows

@@ -366,6 +366,8 @@ def _predicted(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
         raise UsageError(
             f"--device-map {plan.device_map}: what is in memory between two uses is not predicted; leave it out"
         )
+    if plan.shard:
+        raise UsageError("--shard: what each rank has of weights in pieces is not predicted; leave it out")
     if plan.memory_budget is not None:
         raise UsageError(
             f"--memory-budget {plan.memory_budget} would choose how a step is taken, and what is predicted is the step as given; "
