@@ -577,7 +577,16 @@ def penalized(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def logged(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     weight = next(model.parameters())
     assert weight.detach().norm() > 0 and weight.shape == (8, 6) and weight.dtype == torch.float32
-    return loss(model, batch)
+    assert not weight.new_zeros(3).any() and not torch.zeros_like(weight).any()
+    return loss(model, (batch[0].to(weight), batch[1]))
+
+
+def split(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return loss(model, batch) + sum(torch._foreach_norm([p.chunk(2)[0] for p in model.parameters()]))
+
+
+def spectral(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return loss(model, batch) + torch.linalg.svdvals(next(model.parameters())).sum()
 
 
 class TiedByHand(nn.Module):
@@ -613,9 +622,14 @@ def test_what_a_loss_reads_past_the_modules_is_said(name: str, paradigm: str) ->
 
     (once,) = said(perceptron(), penalized)
     assert "'0.weight' itself" in once and "test_as_given.py:" in once and "weight_decay" in once
+    for of in (split, spectral):
+        assert "'0.weight' itself" in said(perceptron(), of)[0]
     (once,) = said(TiedByHand(), loss)
     assert "'inner.weight'" in once
     assert said(perceptron(), loss) == said(perceptron(), logged) == []
+    if paradigm == "fo":  # a loss that its owner compiles is compiled as it would be
+        whole = torch.compile(loss, fullgraph=True, backend="eager")
+        assert said(perceptron(), whole) == []
     gpt = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11, n_positions=8))
     ids = torch.randint(0, 11, (2, 5), generator=torch.Generator().manual_seed(0))
     assert said(gpt, lambda model, _: model(input_ids=ids, labels=ids).loss) == []

@@ -282,6 +282,20 @@ def test_what_is_large_together_is_worked_on_one_by_one() -> None:
     assert 0 < left <= sum(p.numel() for p in model.parameters()) / 32
 
 
+@pytest.mark.parametrize(("name", "paradigm"), ROWS)
+def test_a_copy_of_a_run_goes_on_alike_under_every_row(name: str, paradigm: str) -> None:
+    if METHODS[name].adapter is not None:
+        pytest.skip("trains what peft adds")
+    method = small(name, paradigm)
+    if setting(method.estimator, "eps", 1.0) is None:
+        method = replace(method, estimator=changed(method.estimator, eps=1e-3))
+    run = trained(method, net(), 2, schedule=lambda step: 1 / (1 + step))
+    copied = copy.deepcopy(run)
+    assert [run.step([batch(i)]).loss for i in range(4)] == [copied.step([batch(i)]).loss for i in range(4)]
+    pairs = zip(run.model.state_dict().values(), copied.model.state_dict().values(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_copies_of_a_model_and_of_a_run_have_weights_of_their_own(dtype: torch.dtype) -> None:
     """A copy goes on as the first one would, and neither moves the other."""

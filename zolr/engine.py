@@ -977,7 +977,7 @@ class Engine:
     def _loss_of(self, batch: Any) -> Any:
         device = self.variables[0].value.device
         if self._past is None:
-            with Reads(self.variables) as reads:
+            with Reads(self.variables, self.method.paradigm == "fo") as reads:
                 loss = self._loss(self.model, batch)
             self._past = reads.found
         else:

@@ -14,7 +14,7 @@ TABLES = ("embedding", "head")  # what has a row for each token
 
 # modules that only a classifier has, by the names that families give them, and the pooler that it alone reads
 CLASSIFIER = re.compile(
-    r"^(classifier|pre_classifier|classification_head|score|sequence_summary|logits_proj|head|pooler)\.|\.pooler\."
+    r"^(classifier|pre_classifier|classification_head|score|sequence_summary|logits_proj|head\.dense|head\.norm|pooler)\.|\.pooler\."
 )
 
 

@@ -2,68 +2,85 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zolr.variables import Variable, binds
 
 _OWN, _TORCH = (str(Path(package).parent) + os.sep for package in (__file__, torch.__file__))
-# whoever calls these says that what is read is not to be derived; others, such as `shape`, give no numbers
-_HARMLESS = {Tensor.detach, Tensor.data.__get__, Tensor.requires_grad_}  # pyright: ignore[reportAttributeAccessIssue]
+# what takes the shape or the dtype of a tensor and none of its numbers, and what says that it is not to be derived
+_HARMLESS = (
+    "detach",
+    "alias",
+    "new_",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+)
 
 
-class Reads(TorchFunctionMode):
+class Reads(TorchDispatchMode):
     """Notes, while it is entered, which trained weights are used as they are stored, and by which line.
 
     There they are without the coordinates, without a probe and without a gradient, so that what is computed from them trains
-    nothing: a penalty on `model.parameters()`, or a map that is tied by hand.
+    nothing: a penalty on `model.parameters()`, or a map that is tied by hand. What has been compiled is
+    not looked into.
 
     Args:
         variables: whose weights.
+        derived: whether losses are derived by autograd, so that what is computed without it is meant for the eye alone.
     """
 
-    def __init__(self, variables: Sequence[Variable]) -> None:
+    def __init__(self, variables: Sequence[Variable], derived: bool) -> None:
         super().__init__()
         self._variables = {id(site.weight): v for v in variables for site in v.sites}
+        self._derived = derived
         self.found: dict[str, str] = {}  # names of weights, and "file:line"
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The call as it is, looked at."""
-        given = (*args, *(kwargs or {}).values())
-        read = [
-            part for part in _flat(given) if isinstance(part, nn.Parameter) and id(part) in self._variables
-        ]
-        result = func(*args, **(kwargs or {}))
-        if read and func not in _HARMLESS and isinstance(result, Tensor) and result.is_floating_point():
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Whoever compiles does so as if this were not here."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The operation as it is, looked at."""
+        read = [x for x in _flat((*args, *(kwargs or {}).values())) if id(x) in self._variables]
+        name = func._schema.name.removeprefix("aten::")
+        seen = not self._derived or torch.is_grad_enabled()
+        if read and seen and not name.startswith(_HARMLESS):
             for weight in read:
                 variable = self._variables[id(weight)]
                 line = _line(sys._getframe(1), variable)
                 if line is not None:
                     self.found.setdefault(variable.name, line)
-        return result
+        return func(*args, **(kwargs or {}))
 
 
-def _flat(given: Sequence[Any]) -> list[Any]:
+def _flat(given: Sequence[Any]) -> Iterator[Any]:
     """Arguments, and what is in those that are lists."""
-    return [x for part in given for x in (part if isinstance(part, list | tuple) else (part,))]
+    for part in given:
+        yield from part if isinstance(part, list | tuple) else (part,)
 
 
 def _line(frame: FrameType | None, variable: Variable) -> str | None:
-    """Where a weight was used, outermost of torch; None where its own module did it, or we did."""
+    """Where a weight was used, outside of torch; None where its own module did it, or we did."""
     line = None
     while frame is not None:
         file = frame.f_code.co_filename
-        if line is None and not file.startswith(_TORCH):
-            if file.startswith(_OWN):
+        watches = frame.f_code.co_name.startswith("__torch_")  # another mode that calls go through
+        if line is None and not watches and not file.startswith(_TORCH):
+            if file.startswith((_OWN, "<")):  # the latter has been compiled
                 return None
             line = f"{file}:{frame.f_lineno}"
-        if binds(frame.f_locals.get("self"), variable) and frame.f_code.co_name == "forward":
+        if frame.f_code.co_name == "forward" and binds(frame.f_locals.get("self"), variable):
             return None
         frame = frame.f_back
     return line

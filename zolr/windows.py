@@ -61,6 +61,19 @@ class Windows:
         self.spectra: dict[str, Spectrum] = {}
         self.watchers: list[Watcher] = []
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Windows":
+        """A copy with the whole optimizer: of one of its own, torch copies groups and state alone."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        optimizer: torch.optim.Optimizer = object.__new__(type(self.optimizer))
+        memo[id(self.optimizer)] = optimizer
+        own = {
+            name: part for name, part in vars(self.optimizer).items() if name != "step"
+        }  # a scheduler's wrapper
+        optimizer.__dict__ |= copy.deepcopy(own, memo)
+        twin.__dict__ |= copy.deepcopy(vars(self), memo)
+        return twin
+
     def build(self, lr: float, tables: set[str]) -> None:
         """Make the optimizer of all coordinates.
 
