@@ -32,19 +32,15 @@ def curves(folder: Path) -> list[dict[str, Any]]:
 def test_every_method_spends_the_same_forwards(zolr: Run, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     out, plot, table = tmp_path / "all", tmp_path / "pictures" / "all.png", tmp_path / "all.md"
-    methods = "adamw,adamw@checkpointing=true,stiefel:zo@rank=2"
+    methods = "adamw,stiefel:zo@rank=2"
     places = ("--output", out, "--plot", plot, "--markdown", table)
     equal = ("--equal", "forwards=150", "--memory-budget", "1TiB")
     code, printed, err = zolr("compare", "--methods", methods, *SMALL, *equal, *places, "--json")
     assert code == 0, err
     rows = json.loads(printed)
-    adamw, recomputed, stiefel = rows
-    assert [row["status"] for row in rows] == [DONE] * 3
-    assert [row["label"] for row in rows] == [
-        "adamw",
-        "adamw + checkpointing",
-        "stiefel:zo rank=2",
-    ]
+    adamw, stiefel = rows
+    assert [row["status"] for row in rows] == [DONE] * 2
+    assert [row["label"] for row in rows] == ["adamw", "stiefel:zo rank=2"]
     # a step of backprop is three forwards, of a probe two; stiefel finds its rate first, which counts
     assert adamw["steps"] == 50 and 0 < stiefel["steps"] < 75 and stiefel["batch_size"] == 4
     assert all(148 <= row["forwards"] <= 150 for row in rows)
@@ -65,12 +61,10 @@ def test_every_method_spends_the_same_forwards(zolr: Run, tmp_path: Path) -> Non
         assert row["step_over_adamw"] == pytest.approx(
             row["step_over_two_forwards"] / adamw["step_over_two_forwards"], abs=1e-3
         )
-    assert recomputed["after"] == adamw["after"]  # the same mathematics
-    assert recomputed["peak_bytes_predicted"] <= adamw["peak_bytes_predicted"]
     saved = json.loads((out / "compare.json").read_text())
     assert saved["equal"] == ["forwards", 150] and saved["methods"] == rows
     text = table.read_text()
-    assert text.count("\n| `") == 3 and "| `adamw + checkpointing` |" in text and "150 forward passes" in text
+    assert text.count("\n| `") == 2 and "| `stiefel:zo rank=2` |" in text and "150 forward passes" in text
     assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 20_000
     # the resolved settings repeat the run without its budget, and no way of taking steps was changed for it
     config = out / "stiefel-zo-rank=2" / "config.toml"

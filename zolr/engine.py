@@ -533,9 +533,8 @@ class Engine:
     def _tell_unread(self) -> None:
         """Say which weights no forward of the first step came by: what reads them otherwise trains nothing."""
         unread = [v.name for v in self.active if not v.touched]
-        if unread and (
-            len(unread) < len(self.active) or self.team.size == 1
-        ):  # a rank without a micro-batch has none
+        idle = self.team.size > 1 and len(unread) == len(self.active)  # a rank without a micro-batch
+        if unread and not idle:
             more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
             fate = "moved by chance alone" if self.method.paradigm == "zo" else "not trained"
             warnings.warn(
@@ -544,15 +543,14 @@ class Engine:
                 stacklevel=3,
             )
 
-        past = {name: line for name, line in (self._past or {}).items() if name not in unread}
-        for name, line in past.items():
+        past = next((found for found in (self._past or {}).items() if found[0] not in unread), None)
+        if past is not None:  # one says it; a penalty reads them all
             lacking = "without the probe" if self.method.paradigm == "zo" else "without a derivative"
             warnings.warn(
-                f"the loss reads weight '{name}' itself ({line}), where it is as it is stored, {lacking}: what comes of that trains "
-                "nothing; compute with the module alone, and use weight_decay for a penalty",
+                f"the loss reads weight '{past[0]}' itself ({past[1]}), where it is as it is stored, {lacking}: what comes of that "
+                "trains nothing; compute with the module alone, and use weight_decay for a penalty",
                 stacklevel=3,
             )
-            break  # one says it; a penalty reads them all
 
     def _fold_at_once(self) -> None:
         """Fold the step where the next one would put the weight together twice (see `zolr.merged`).

@@ -201,9 +201,8 @@ class Variable:
         memo[id(self)] = twin
         twin.__dict__ |= {name: copy.deepcopy(part, memo) for name, part in self.__dict__.items()}
         if self._value is not None and twin._value is not None and self.shares and not self.replaced:
-            data = copy.deepcopy(
-                self.weight, memo
-            ).data  # that of the copied module, which is not there as a whole yet
+            # that of the copied module, which is not there as a whole yet
+            data = copy.deepcopy(self.weight, memo).data
             twin._value.data = data.t() if self.transposed else data
         return twin
 

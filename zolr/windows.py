@@ -67,9 +67,8 @@ class Windows:
         memo[id(self)] = twin
         optimizer: torch.optim.Optimizer = object.__new__(type(self.optimizer))
         memo[id(self.optimizer)] = optimizer
-        own = {
-            name: part for name, part in vars(self.optimizer).items() if name != "step"
-        }  # a scheduler's wrapper
+        # a scheduler wraps the step of its own optimizer
+        own = {name: part for name, part in vars(self.optimizer).items() if name != "step"}
         optimizer.__dict__ |= copy.deepcopy(own, memo)
         twin.__dict__ |= copy.deepcopy(vars(self), memo)
         return twin
