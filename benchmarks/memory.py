@@ -230,6 +230,11 @@ def activations(options: argparse.Namespace) -> int:
     return 0
 
 
+def row_name(case: gpu.Case) -> str:
+    """What a row of `--measured` is called."""
+    return f"{case.paradigm} {case.method}"
+
+
 def measured(options: argparse.Namespace) -> int:
     """Run steps of every method on the host, as `gpu.py` does on a card; 1 if a prediction is off by over a percent."""
     like = gpu.Case("memory", options.model, dtype=options.dtype, objective=options.objective)
@@ -238,7 +243,7 @@ def measured(options: argparse.Namespace) -> int:
     print(f"{'row':24} {'measured GB':>11} {'predicted / measured':>20}")
     rows = []
     for case in gpu.of_methods(like):
-        name = f"{case.paradigm} {case.method}"
+        name = row_name(case)
         if options.rows and name not in options.rows:
             continue
         row = gpu.memory(case, "cpu", False, lambda _: None)
@@ -329,9 +334,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="of --seconds")
     parser.add_argument("--top", type=int, default=20, help="lines of the profile")
     options = parser.parse_args()
+    known = list(map(row_name, gpu.of_methods(gpu.Case("memory", "")))) if options.measured else list(CASES)
     for name in [*options.rows, *([options.profile] if options.profile else [])]:
-        if name not in CASES and not options.measured:
-            parser.error(f"no row '{name}'; rows: {', '.join(CASES)}")
+        if name not in known:
+            parser.error(f"no row '{name}'; rows: {', '.join(known)}")
     torch.set_num_threads(1)
     if options.profile:
         profile(options.profile, options)

@@ -296,7 +296,8 @@ def peak_of(run: zolr.Engine, data: Any, steps: int) -> int:
     return live.peak
 
 
-def test_weights_that_a_coin_leaves_whole_are_predicted() -> None:
+@pytest.mark.parametrize("q", [0.3, 0.9])
+def test_weights_that_a_coin_leaves_whole_are_predicted(q: float) -> None:
     from dataclasses import replace
 
     from zolr.memory import PERIODS
@@ -307,7 +308,7 @@ def test_weights_that_a_coin_leaves_whole_are_predicted() -> None:
         "llama-20m", num_hidden_layers=3, hidden_size=64, intermediate_size=128, vocab_size=200, seed=0
     )
     method = zolr.compose("gum", rank=4, refresh_every=1)
-    method = replace(method, residual=Compensate(0.3))
+    method = replace(method, residual=Compensate(q))
     found = predict(net.config, method, batch_size=2, max_length=8)
     assert any("coins" in one for one in found.assumptions)
     ids = torch.randint(5, 200, (2, 8), generator=torch.Generator().manual_seed(0))

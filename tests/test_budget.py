@@ -119,10 +119,13 @@ def test_a_budget_leaves_macro_f1_as_it_is(tmp_path: Path) -> None:
     free = run("f1")
     assert (free.settings.batch_size, free.settings.accumulate) == (32, 1) and free.predicted is not None
     budget = f"{free.predicted - 1}B"
-    split = run("accuracy", memory_budget=budget).settings
-    assert (split.batch_size, split.accumulate) == (16, 2)
+    for objective in ("loss", "accuracy"):
+        split = run(objective, memory_budget=budget).settings
+        assert (split.batch_size, split.accumulate) == (16, 2)
     with pytest.raises(BudgetError, match="the batch size stays: --objective f1 is the mean of"):
         run("f1", memory_budget=budget)
+    kept = run("f1", memory_budget=f"{free.predicted}B").settings
+    assert (kept.batch_size, kept.accumulate) == (32, 1)
 
 
 def test_ways_that_cannot_be_predicted_are_left_out_with_their_reason() -> None:

@@ -310,7 +310,7 @@ class Engine:
         self._statistics: list[tuple[Tensor, Tensor]] = []  # running ones, and what they were before the step
         self._fast = Compiled(self._loss_of, self.variables, self._trains) if compile else self._loss_of
         self._looked = False  # for weights that a step does not come by
-        # weights that the loss reads past their modules; what is compiled is not looked at, for it would be compiled otherwise
+        # weights that the loss reads past their modules, by the line; what is compiled is not looked into
         self._past: dict[str, str] | None = {} if compile or _is_compiled(model) else None
         self._told = False  # that held weights have lost something
         self._sharded = any(is_sharded(parameter) for parameter in model.parameters())

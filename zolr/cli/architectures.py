@@ -84,6 +84,7 @@ def _config(settings: Pretrain, changes: dict[str, Any]) -> Any:
 
 
 def check_length(settings: Pretrain, model: Any) -> None:
+    """Refuse rows that are longer than the model has positions."""
     from zolr.cli.workload import positions_of
 
     most = positions_of(model.config.get_text_config())
@@ -115,6 +116,7 @@ def check_apart(model: Any) -> None:
 
 
 def check_ids(model: Any, origins: Mapping[str, Any]) -> None:
+    """Refuse text with tokens that the model does not have."""
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max(origin["largest"] for origin in origins.values())
     if largest >= rows:

@@ -390,9 +390,8 @@ def _check_pays(name: str, plan: Any, amount: float) -> None:
     method = plan.composed()
     rate = plan.learning_rate(method, REFERENCE_WIDTH)
     price = Price.of(method, rate, plan.clip, plan.accumulate or plan.usual_accumulation)
-    if (
-        price.choosing
-    ):  # few rows may make the step of one batch where it would else have two: the least it can take
+    # few rows may make the step of one batch where it would else have two: this is the least it can take
+    if price.choosing:
         price = Price.of(method, rate, plan.clip, plan.accumulate or 1)
     price.check_pays(amount, name)
 

@@ -21,6 +21,11 @@ SPLIT = "last_rows"  # its entry on the rows that are held out of the text to tr
 
 
 def files_of(settings: Pretrain) -> tuple[list[Any], list[Any]]:
+    """The text to train on and the text to evaluate on, none for the last rows of the former.
+
+    Raises:
+        DataError: all of it is held out.
+    """
     from zolr.tasks.texts import every_source, sources
 
     train, valid = sources(settings.data, settings.hub_documents)
