@@ -2,14 +2,19 @@
 
 import io
 import json
+import os
 import re
-import subprocess
+import signal
 import sys
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run
+import torch
+from conftest import Run, begun
 from test_cli import failed
 
 from zolr.cli import compare
@@ -104,27 +109,28 @@ def test_a_budget_of_a_methods_own_is_refused_and_not_run(zolr: Run, tmp_path: P
     assert f"sgd memory-budget=2MiB does not fit: {row['error'][7:]}" in markdown([row], TERMS)
 
 
-DEATHS = {
-    "killed": ("import os; os.kill(os.getpid(), 9)", "SIGKILL"),
-    "refused": ("import torch; torch.empty(1 << 50)", "out of memory"),
-}
+def killed(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("death", DEATHS)
+def refused(*_: object) -> None:
+    torch.empty(1 << 50)
+
+
+def racing(train: Callable[..., None], *given: Any) -> None:
+    """What the process of a run does, but for its training."""
+    from zolr.cli import race
+
+    race.Job.train = train
+    race.main(*given)
+
+
+@pytest.mark.parametrize(("train", "message"), [(killed, "SIGKILL"), (refused, "out of memory")])
 def test_a_run_without_memory_is_a_row_with_what_was_predicted(
-    zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, death: str
+    zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: Callable[..., None], message: str
 ) -> None:
     """The process of the run is the real one, but that training takes all there is."""
-    does, message = DEATHS[death]
-    dying = (
-        "import sys, zolr.cli.race as race\n"
-        f"def train(*given):\n    {does}\n"
-        "race.Job.train = train\nsys.exit(race.main())"
-    )
-    python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{dying}'\n")
-    python.chmod(0o755)
-    monkeypatch.setattr(compare.sys, "executable", str(python))
+    monkeypatch.setattr(compare.race, "main", partial(racing, train))
     given = ("compare", "--methods", "sgd", *SMALL, "--steps", 2, "--output", tmp_path / "all")
     code, out, err = zolr(*given, "--json")
     (row,) = json.loads(out)
@@ -132,28 +138,34 @@ def test_a_run_without_memory_is_a_row_with_what_was_predicted(
     assert code == 7 and "every method failed" in err
 
 
-def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
-    import os
-    import signal
-    import time
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_child_ends_with_its_parent(tmp_path: Path, how: signal.Signals) -> None:
+    command = ["compare", "--methods", "sgd@steps=100000", *map(str, SMALL), "--no-timing"]
+    out, said = tmp_path / "out", tmp_path / "said"
+    parent = begun("zolr", [*command, "--output", str(tmp_path / "all")], {}, out, said)
+    folder = tmp_path / "all" / "sgd-fo-steps=100000"
+    if not within(60, (folder / "metrics.jsonl").is_file):
+        parent.kill()
+        pytest.fail(f"nothing began: {said.read_text()}")
+    os.kill(parent.pid or 0, how)
+    parent.join(60)
+    assert parent.exitcode == (-how if how == signal.SIGKILL else 128 + how), said.read_text()
+    assert within(60, lambda: any((folder / "checkpoints").glob("step-*")))  # it saves, and then it ends
+    assert within(60, lambda: not _grows(folder / "metrics.jsonl"))
 
-    command = [sys.executable, "-m", "zolr", "compare", "--methods", "sgd@steps=100000"]
-    command += [*map(str, SMALL), "--output", str(tmp_path / "all"), "--no-timing"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
-        folder = tmp_path / "all" / "sgd-fo-steps=100000"
-        for _ in range(600):
-            if (folder / "metrics.jsonl").is_file():
-                break
-            time.sleep(0.1)
-        else:
-            parent.kill()
-            pytest.fail(f"nothing began: {parent.communicate()}")
-        os.kill(parent.pid, signal.SIGTERM)
-        _, said = parent.communicate(timeout=60)
-    assert parent.returncode == 128 + signal.SIGTERM, said
-    size = (folder / "metrics.jsonl").stat().st_size
+
+def within(seconds: float, holds: Callable[[], bool]) -> bool:
+    """Wait until something holds, and say whether it came to that."""
+    end = time.monotonic() + seconds
+    while not (held := holds()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return held
+
+
+def _grows(path: Path) -> bool:
+    before = path.stat().st_size
     time.sleep(1.0)
-    assert (folder / "metrics.jsonl").stat().st_size == size and list((folder / "checkpoints").glob("step-*"))
+    return path.stat().st_size != before
 
 
 def test_what_was_run_is_shown_when_the_rest_is_interrupted(

@@ -6,21 +6,21 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from shutil import rmtree
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import typer
 
-from zolr.cli import runs
+from zolr.cli import race, runs
 from zolr.cli.choices import Schedule, TablePolicy, Thrift
 from zolr.cli.config import Settings, add, differing, flag, nearest, spelled, toml
 from zolr.cli.finetune import Finetune
-from zolr.cli.race import Price
+from zolr.cli.processes import fresh
 from zolr.cli.variants import methods_in, variant
 from zolr.cli.workload import DEMO_TASK, REFERENCE_WIDTH, DataChoice, Machine, ModelChoice, metric_of, task_of
 from zolr.errors import BudgetError, StorageError, UsageError, ZolrError
@@ -389,10 +389,10 @@ def _check_pays(name: str, plan: Any, amount: float) -> None:
     """Whether so many forwards pay for a step."""
     method = plan.composed()
     rate = plan.learning_rate(method, REFERENCE_WIDTH)
-    price = Price.of(method, rate, plan.clip, plan.accumulate or plan.usual_accumulation)
+    price = race.Price.of(method, rate, plan.clip, plan.accumulate or plan.usual_accumulation)
     # few rows may make the step of one batch where it would else have two: this is the least it can take
     if price.choosing:
-        price = Price.of(method, rate, plan.clip, plan.accumulate or 1)
+        price = race.Price.of(method, rate, plan.clip, plan.accumulate or 1)
     price.check_pays(amount, name)
 
 
@@ -459,19 +459,21 @@ def labels(competitors: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 def _raced(plan: Finetune, terms: Terms) -> dict[str, Any]:
     """One run in a process of its own: memory of one method must not count for the next."""
     equal = terms.equal if terms.equal is not None and terms.equal[0] != "steps" else None
-    told = {"settings": asdict(plan), "equal": equal, "budget": terms.budget}
+    told = {"settings": plan, "equal": equal, "budget": terms.budget}
     told |= {"timing": terms.timing, "metric": terms.metric}
-    command = [sys.executable, "-m", "zolr.cli.race"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as child:
+    with TemporaryDirectory(prefix="zolr-") as place:
+        found, said = Path(place) / "found", Path(place) / "said"
+        child = fresh().Process(target=race.main, args=(told, found, said))
+        child.start()
         try:
-            out, said = child.communicate(json.dumps(told))
+            child.join()
         except BaseException:  # interrupted: the child saves and leaves too
             child.terminate()
-            child.wait()
+            child.join()
             raise
-    return {**outcome(child.returncode, out, said), "folder": plan.output}
+        texts = [file.read_text(errors="replace") if file.is_file() else "" for file in (found, said)]
+    assert child.exitcode is not None
+    return {**outcome(child.exitcode, *texts), "folder": plan.output}
 
 
 def outcome(code: int, out: str, said: str) -> dict[str, Any]:
@@ -480,7 +482,7 @@ def outcome(code: int, out: str, said: str) -> dict[str, Any]:
     Args:
         code: exit code of its process, negative for a signal.
         out: what it reported, one JSON object a line.
-        said: what it wrote on stderr, the reason of a failure last.
+        said: what it printed, the reason of a failure last.
     """
     found: dict[str, Any] = {}
     for line in out.splitlines():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,11 @@ from annotated_types import Ge
 from zolr.cli import quieten
 from zolr.cli.budget import bytes_of
 from zolr.cli.config import Settings, add, flag
+from zolr.cli.processes import follow, fresh
 from zolr.cli.variants import methods_in, variant
 from zolr.errors import BudgetError, DataError, UsageError, ZolrError
 
 if TYPE_CHECKING:
-    from multiprocessing.context import BaseContext
-
     from rich.console import Console
     from rich.table import Table
     from transformers import PreTrainedConfig
@@ -295,7 +293,7 @@ def _all_rows(
     if not left:
         return
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(min(processes, len(left)), _fresh(), initializer=_helping)
+    pool = ProcessPoolExecutor(min(processes, len(left)), fresh(), initializer=_helping)
     try:
         tasks = [(given, pool.submit(_row, given)) for given in left]
         for given, task in tasks:
@@ -311,27 +309,11 @@ def _all_rows(
             helper.terminate()
 
 
-def _fresh() -> BaseContext:
-    """Processes that share nothing with this one, which may have threads or a card, but, where that is possible, their imports."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["zolr.cli.warm"])
-    return context
-
-
 def _helping() -> None:
     """Have a helper say nothing, and die with the run that it is of, however that ends."""
     quieten()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    asking = multiprocessing.parent_process()
-    assert asking is not None
-
-    def follow() -> None:
-        asking.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    follow(lambda: os._exit(1))
 
 
 def _row(

@@ -1,13 +1,15 @@
-"""One competitor of `zolr compare`, in a process of its own: `python -m zolr.cli.race`, told what to do on stdin.
+"""One competitor of `zolr compare`, in a process of its own.
 
-It says what it knows as soon as it knows it, one JSON object a line on stdout, so that a process that is killed for its
-memory has at least said how much was predicted.
+It says what it knows as soon as it knows it, one JSON object a line, so that a process that is killed for its memory has
+at least said how much was predicted.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 import sys
 import time
 from bisect import bisect_right
@@ -21,6 +23,7 @@ from zolr.cli import explained, noting, runs
 from zolr.cli.choices import factor_at, schedule_of
 from zolr.cli.finetune import Finetune
 from zolr.cli.job import Job
+from zolr.cli.processes import follow
 from zolr.errors import UsageError
 
 if TYPE_CHECKING:
@@ -295,28 +298,29 @@ def _seconds(task: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def main() -> int:
-    """Read a plan from stdin, run it, and return the exit code of `zolr`."""
-    plan = json.load(sys.stdin)
-    values: dict[str, Any] = {
-        name: tuple(v) if isinstance(v, list) else v for name, v in plan.pop("settings").items()
-    }
-    plan["equal"] = plan["equal"] and tuple(plan["equal"])
-    out = sys.stdout
-    sys.stdout = sys.stderr  # what libraries print is no result
+def main(plan: Mapping[str, Any], found: Path, said: Path) -> None:
+    """Run one competitor as what this process is for, and end it with the exit code of `zolr`.
 
-    def say(part: dict[str, Any]) -> None:
-        print(json.dumps(json.loads(runs.as_json(part))), file=out, flush=True)
+    Args:
+        plan: what `race` is told, but whom to tell.
+        found: file for the parts of the outcome.
+        said: file for everything that is printed, the reason of a failure last.
+    """
+    with open(said, "wb") as file:
+        for number in (1, 2):  # of this process and of what libraries start: nothing they print is a result
+            os.dup2(file.fileno(), number)
+    follow(
+        lambda: os.kill(os.getpid(), signal.SIGTERM)
+    )  # it saves and leaves, as the other process would have
+    with open(found, "w") as out:
 
-    try:
-        with noting(lambda line: print(line, file=sys.stderr)):
-            race(Finetune(**values), say=say, **plan)
-    except Exception as error:
-        code, text = explained(error)
-        print(" ".join(text.split()), file=sys.stderr)
-        return code
-    return 0
+        def say(part: dict[str, Any]) -> None:
+            print(json.dumps(json.loads(runs.as_json(part))), file=out, flush=True)
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+        try:
+            with noting(lambda line: print(line, file=sys.stderr)):
+                race(**plan, say=say)
+        except Exception as error:
+            code, text = explained(error)
+            print(" ".join(text.split()), file=sys.stderr)
+            sys.exit(code)
