@@ -33,7 +33,7 @@ from peers import held, installed, reason
 from torch import Tensor, nn
 
 import zolr
-from zolr.cli.pretrain import chunk_rows
+from zolr.cli.pretraining import chunk_rows
 from zolr.memory import LiveBytes, kept, size_of
 from zolr.methods import METHODS, compose
 from zolr.models import build, lm_loss

@@ -57,7 +57,7 @@ def predicted(name: str, device: str = "cuda", **changes: Any) -> dict[str, Any]
     """
     import torch
 
-    from zolr.cli.pretrain import prediction
+    from zolr.cli.pretraining import prediction
     from zolr.cli.reproduce import recipe_of
     from zolr.models import PRESETS
 

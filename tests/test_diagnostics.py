@@ -347,10 +347,10 @@ def test_what_cannot_be_diagnosed_is_refused() -> None:
 
 
 def test_a_diagnosis_is_a_flag(zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zolr.cli import pretrain
     from zolr.cli.finetune import Finetune
+    from zolr.cli.planned import Planned
 
-    monkeypatch.setattr(pretrain, "_predicted", lambda *_: None)
+    monkeypatch.setattr(Planned, "predicted", None)
     (tmp_path / "text.txt").write_text(
         "\n\n".join(f"The fox saw {i} dogs in the old house." for i in range(200))
     )

@@ -114,7 +114,7 @@ def test_a_step_on_the_host_is_predicted_as_a_run_there_does(zolr: Run, tmp_path
     job = Job(Finetune.gather({**given, "k": 8, "batch_size": 3, "eval_rows": 4}, None))
 
     def peak(batch: int) -> int:
-        return job._peak(replace(job.settings, batch_size=batch))
+        return job.peak(replace(job.settings, batch_size=batch))
 
     longest = max(len(one["input_ids"]) for one in job.train_set)
     budget = (peak(1) + peak(40)) // 2

@@ -10,6 +10,7 @@ import pytest
 from conftest import Run
 
 from zolr.cli import pretrain
+from zolr.cli.planned import Planned
 from zolr.cli.rates import RATES, USUAL, rate_of
 from zolr.cli.reproduce import Recorded, recipe_of, text_hash
 from zolr.errors import UsageError
@@ -85,12 +86,11 @@ def test_rates_of_pretraining_are_of_rows_that_have_backprop() -> None:
 def test_a_recipe_is_predicted_without_weights(row: str) -> None:
     import torch
 
+    from zolr.cli.pretraining import prediction
     from zolr.models import PRESETS
 
     settings = recipe_of(ROOT / "llama-20m" / f"{row}.toml").settings(batch_size=2, accumulate=1, length=16)
-    config = PRESETS["llama-20m"].config()
-    model: Any = type("Named", (), {"config": config})()
-    peak = pretrain._peak(settings, model, torch.device("cpu"), {})
+    peak = prediction(settings, PRESETS["llama-20m"].config(), torch.device("cpu")).peak_bytes
     # weights of 19.5 million parameters in bfloat16 are 39 MB, and the tables have masters and moments in float32
     assert 150e6 < peak < 600e6
 
@@ -103,7 +103,7 @@ TEXT = "\n\n".join(
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Writes a small recipe of pretraining, with a record or without."""
-    monkeypatch.setattr(pretrain, "_predicted", lambda *_: None)
+    monkeypatch.setattr(Planned, "predicted", None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
 

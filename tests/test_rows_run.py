@@ -89,13 +89,10 @@ def wrong_with(
 def test_every_row_runs_and_goes_on_after_a_kill_to_the_same_weights(
     verb: str, objective: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from zolr.cli import pretrain as verb_pretrain
-    from zolr.cli.job import Job
+    from zolr.cli.planned import Planned
 
-    monkeypatch.setattr(
-        Job, "predicted", None
-    )  # predictions have tests of their own, and take most of the time
-    monkeypatch.setattr(verb_pretrain, "_predicted", lambda *_: None)
+    # predictions have tests of their own, and take most of the time
+    monkeypatch.setattr(Planned, "predicted", None)
     wrong = {}
     # every row by both verbs and for both kinds of models, but not all four ways, which take twice as long
     for name, paradigm in ROWS[(verb == "pretrain") == (objective == "clm") :: 2]:

@@ -708,7 +708,8 @@ def test_a_result_says_how_fast_and_even_a_run_was(corpus, tmp_path, capsys):
 
 
 def test_schedules_end_at_their_floor():
-    from zolr.cli.pretrain import Pretrain, schedule
+    from zolr.cli.pretrain import Pretrain
+    from zolr.cli.pretraining import schedule
 
     for kind in ("cosine", "linear", "wsd"):
         factor = schedule(Pretrain(steps=100, warmup=10, schedule=kind, floor=0.1))
@@ -717,7 +718,8 @@ def test_schedules_end_at_their_floor():
 
 
 def test_wsd_may_be_given_another_end_until_it_falls():
-    from zolr.cli.pretrain import Pretrain, schedule
+    from zolr.cli.pretrain import Pretrain
+    from zolr.cli.pretraining import schedule
 
     long, short = (
         schedule(Pretrain(steps=steps, warmup=5, schedule="wsd", decay=0.25)) for steps in (200, 100)

@@ -193,6 +193,11 @@ class Finetune(
         return self.hold_rank or max(RANK, 4 * getattr(self.composed().projector, "rank", 0))
 
     @property
+    def split(self) -> tuple[int, int]:
+        """Examples of a forward pass, and batches of a step."""
+        return self.batch_size or 1, self.accumulate or 1
+
+    @property
     def usual_accumulation(self) -> int:
         """Batches of a step where nobody said: one of a size that was given, else what goes with the default size."""
         return 1 if self.batch_size else DEFAULTS[self.paradigm or "zo"].accumulate

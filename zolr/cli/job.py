@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 from zolr.cli import runs
-from zolr.cli.budget import SIZE, Way, advice, bytes_of, is_out_of_memory, memory_there, plan, told, verdict
+from zolr.cli.budget import is_out_of_memory
 from zolr.cli.choices import DEFAULTS, schedule_of
 from zolr.cli.config import toml
 from zolr.cli.finetune import Finetune
+from zolr.cli.planned import Planned
 from zolr.cli.workload import Workload, described
-from zolr.errors import BudgetError, NonFiniteError, UsageError
+from zolr.errors import NonFiniteError, UsageError
 
 if TYPE_CHECKING:
     from zolr.distributed import Team
@@ -32,7 +32,7 @@ WHOLE = {"f1": "--objective f1 is the mean of what each micro-batch has, which o
 DELTA = 1e-5  # at which the epsilon of a private run is told
 
 
-class Job:
+class Job(Planned[Finetune]):
     """One fine-tuning run, loaded and ready to go.
 
     Args:
@@ -64,7 +64,8 @@ class Job:
         from zolr.journal import fingerprint
         from zolr.tasks import TrainingBatches, own_task, truncation_share
 
-        self.team, self._shown = team or Team(), shown
+        super().__init__(shown)
+        self.team = team or Team()
         self.by_clock = False  # its rate follows seconds, which no settings repeat
         if adapters.is_adapter(Path(settings.model)):
             raise UsageError(
@@ -72,7 +73,7 @@ class Job:
                 "train the base, or a model that both were merged into"
             )
         set_threads(settings.threads)
-        device = device_of(settings.device)
+        self.device = device_of(settings.device)
         if settings.adapter is not None:
             lora.check_installed(settings.adapter)
         task = task_of(settings, settings.model)
@@ -90,7 +91,7 @@ class Job:
             settings.head,
             max_length=settings.max_length,
             dtype=settings.dtype,
-            device=device,
+            device=self.device,
             seed=settings.seed,
             adapter=settings.adapter,
             quantize=settings.quantize,
@@ -106,8 +107,8 @@ class Job:
         self.truncated = truncation_share(self.train_set)
         self.notes = list(self.work.notes)
         self.select = settings.selection
-        self._peaks: dict[Finetune, int] = {}
-        self.settings = settings = self._within_budget(self._sized(settings), settings)
+        self.settings = self._sized(settings)
+        self.settings = settings = self.within_budget(settings)
         self.batches = TrainingBatches(
             self.train_set,
             batch_size=self.step_size,
@@ -242,61 +243,6 @@ class Job:
             raise UsageError(f"--warmup {settings.warmup} leaves none of {steps} steps; use less")
         return replace(settings, batch_size=size, accumulate=parts, steps=steps, epochs=None)
 
-    def _within_budget(self, settings: Finetune, given: Finetune) -> Finetune:
-        """The settings with what nobody has given chosen so that a step fits the memory budget."""
-        if settings.memory_budget is None:
-            return settings
-        method, budget = settings.composed(), bytes_of(settings.memory_budget, "--memory-budget")
-        asked, chosen = self._ways(settings)
-        free = {name for name in ("checkpointing", "signs") if getattr(given, name) is None}
-        if given.batch_size is None and given.accumulate is None:
-            free |= set(SIZE)
-        if given.realization == "auto":
-            free.add("realization")
-        whole = WHOLE.get(settings.objective, "")
-        found = plan(lambda way: self._peak(chosen(way)), asked, method.paradigm, free, budget, whole)
-        self.notes += told(found, method.paradigm, budget)
-        return chosen(found.way)
-
-    def _ways(self, settings: Finetune) -> tuple[Way, Callable[[Way], Finetune]]:
-        """The way in which the settings take a step, and the settings that take it in another one."""
-        from zolr.estimators import setting
-
-        method = settings.composed()
-        asked = Way(
-            settings.batch_size or 1,
-            settings.accumulate or 1,
-            settings.checkpointing or False,
-            setting(method.estimator, "signs", "sequence"),
-            settings.realization,
-        )
-
-        def chosen(way: Way) -> Finetune:
-            signs = way.signs if method.paradigm == "zo" else None
-            size = dict(batch_size=way.batch_size, accumulate=way.accumulate)
-            return replace(
-                settings,
-                **size,
-                checkpointing=way.checkpointing,
-                signs=signs,
-                realization=way.realization,  # pyright: ignore[reportArgumentType]
-            )
-
-        return asked, chosen
-
-    def advice(self, error: BaseException) -> BudgetError:
-        """The error for a step that ran out of memory."""
-        asked, chosen = self._ways(self.settings)
-        there = memory_there(self.work.device.type)
-        paradigm, whole = self.settings.paradigm or "zo", WHOLE.get(self.settings.objective, "")
-        return advice(lambda way: self._peak(chosen(way)), asked, paradigm, there, error, whole)
-
-    @property
-    def budget(self) -> int | None:
-        """Bytes a step may take."""
-        budget = self.settings.memory_budget
-        return None if budget is None else bytes_of(budget, "--memory-budget")
-
     @property
     def batch_size(self) -> int:
         """Examples of a forward pass."""
@@ -339,31 +285,24 @@ class Job:
         second = next((e for e in self.splits.train if e.label != first.label), first)
         return [self.work.input.show(example) for example in (first, second)]
 
-    @cached_property
-    def predicted(self) -> int | None:
-        """Peak bytes of a step on the longest examples, as predicted without running one; None where that fails."""
+    def note(self, line: str) -> None:
+        """Tell who runs this, when it is time."""
+        self.notes.append(line)
+
+    @property
+    def whole(self) -> str:
+        """Why steps of other micro-batches would compute something else; "" where they would not."""
+        return WHOLE.get(self.settings.objective, "")
+
+    @property
+    def unpredictable(self) -> str:
+        """What the run has that no prediction knows; "" for nothing."""
         if self.settings.shard:
-            self.notes.append("note: no memory prediction for weights in pieces")
-            return None
-        if self.settings.device_map is not None:
-            self.notes.append("note: no memory prediction for weights that are away between two uses")
-            return None
-        try:
-            return self._peak(self.settings)
-        except Exception as error:  # an operation that fake tensors cannot run must not stop a run that works
-            self.notes.append(f"note: no memory prediction ({type(error).__name__}: {error})")
-            return None
+            return "weights in pieces"
+        return "weights that are away between two uses" if self.settings.device_map is not None else ""
 
-    def _peak(self, settings: Finetune) -> int:
-        """Predicted peak bytes of a step with these settings; seconds the first time, and remembered."""
-        from zolr.cli.screen import predicting
-
-        if settings not in self._peaks:
-            with predicting(self._shown, self._ways(settings)[0].flags(settings.paradigm or "zo")):
-                self._peaks[settings] = self._predict(settings)
-        return self._peaks[settings]
-
-    def _predict(self, settings: Finetune) -> int:
+    def foretell(self, settings: Finetune) -> int:
+        """Peak bytes of a step on the longest examples."""
         import torch
 
         from zolr.memory import predict
@@ -455,6 +394,6 @@ class Job:
         record.complete(self, place, result, meter)
         if "ranks" in result:
             shown.print(record.said(result["ranks"]), markup=False)
-        if self.budget is not None and (over := verdict(self.budget, meter.peak or None, meter.counter)):
+        if over := self.over_budget(meter):
             shown.print(over, markup=False)
         return result

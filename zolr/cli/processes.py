@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from multiprocessing.context import BaseContext
+    from multiprocessing.context import ForkServerContext, SpawnContext
 
 
-def fresh() -> BaseContext:
+def fresh() -> ForkServerContext | SpawnContext:
     """Processes that share nothing with this one, which may have threads or a card, but, where that is possible, their imports."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")

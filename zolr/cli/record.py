@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from zolr.cli.job import Job
+    from zolr.cli.planned import Planned
     from zolr.engine import Engine
     from zolr.training import Outcome
 
@@ -186,6 +187,54 @@ def versions(*more: str) -> dict[str, str]:
     return {"zolr": zolr.__version__, "python": platform.python_version(), **installed}
 
 
+def course(run: Planned[Any], outcome: Outcome, meter: Meter) -> dict[str, Any]:
+    """What `result.json` has of any run: how far it came, what that took, and at which rate."""
+    progress = outcome.progress
+    return {
+        "steps": progress.step,
+        "kept_step": outcome.kept_step,
+        "stopped_early": outcome.stopped_early,
+        "skipped": progress.skipped,
+        "forwards": progress.forwards,
+        "tokens": progress.tokens,
+        "seconds": round(progress.seconds, 3),
+        "peak_bytes_predicted": run.predicted,
+        "peak_bytes_measured": meter.peak or None,
+        **within(run.budget, meter.peak or None),
+        "lr": run.engine.base_lr,
+        "trained_share": run.engine.trained_share,
+        **exchanged(run.engine),
+    }
+
+
+def memory_of(run: Planned[Any], model: Any, meter: Meter) -> dict[str, Any]:
+    """The content of `memory.json`: peaks, and what they are peaks of."""
+    from zolr.memory import resident
+
+    return {
+        "peak_bytes_predicted": run.predicted,
+        "peak_bytes_measured": meter.peak or None,
+        "counter": meter.counter,
+        "process_bytes": resident("cpu").peak,
+        "dtype": run.settings.dtype,
+        "device": str(run.device),
+        "batch": list(meter.shape),
+        "attention": getattr(model.config, "_attn_implementation", None),
+    }
+
+
+def close(place: runs.RunFolder, fill: Callable[[Path], None], save_every: int | None) -> None:
+    """Complete a run folder.
+
+    Args:
+        fill: writes what is in it.
+        save_every: steps between checkpoints that were asked for, which stay; those that guarded the run go.
+    """
+    place.complete(fill)
+    if save_every is None:
+        shutil.rmtree(place.path / runs.CHECKPOINTS, ignore_errors=True)
+
+
 def result_of(
     job: Job, outcome: Outcome, before: Mapping[str, float], after: Mapping[str, float], meter: Meter
 ) -> dict[str, Any]:
@@ -193,7 +242,7 @@ def result_of(
     from zolr.estimators import setting
     from zolr.models import CODES
 
-    progress, settings, metric = outcome.progress, job.settings, job.metric
+    settings, metric = job.settings, job.metric
     return {
         "method": settings.method,
         "paradigm": settings.paradigm,
@@ -201,21 +250,10 @@ def result_of(
         "metric": metric,
         "before": before[metric],
         "after": after[metric],
-        "steps": progress.step,
-        "kept_step": outcome.kept_step,
-        "stopped_early": outcome.stopped_early,
-        "skipped": progress.skipped,
-        "forwards": progress.forwards,
-        "tokens": progress.tokens,
-        "tokens_seen": progress.tokens_seen,
-        "seconds": round(progress.seconds, 3),
-        "peak_bytes_predicted": job.predicted,
-        "peak_bytes_measured": meter.peak or None,
-        **within(job.budget, meter.peak or None),
-        "lr": job.engine.base_lr,
+        **course(job, outcome, meter),
+        "tokens_seen": outcome.progress.tokens_seen,
         "eps": setting(job.engine.method.estimator, "eps"),
-        "privacy": job.privacy(progress.step),
-        "trained_share": job.engine.trained_share,
+        "privacy": job.privacy(outcome.progress.step),
         "held": {"rank": settings.held_rank, "lost": job.engine.lost} if settings.holds else None,
         "rows": {
             "train": len(job.splits.train),
@@ -226,7 +264,6 @@ def result_of(
             "test": {"before": before, "after": after},
             "validation": {"before": outcome.before, "after": outcome.after},
         },
-        **exchanged(job.engine),
         "settings": as_dict(settings),
         "versions": versions(
             *(["peft"] if settings.adapter else []),
@@ -238,21 +275,9 @@ def result_of(
 def complete(job: Job, place: runs.RunFolder, result: dict[str, Any], meter: Meter) -> None:
     """Put everything into the run folder; `result.json` is the last to appear."""
     from zolr import adapters, lora
-    from zolr.memory import resident
 
     settings, work = job.settings, job.work
-    memory = {
-        "peak_bytes_predicted": result["peak_bytes_predicted"],
-        "peak_bytes_measured": meter.peak or None,
-        "counter": meter.counter,
-        "process_bytes": resident("cpu").peak,
-        "model": settings.model,
-        "dtype": settings.dtype,
-        "quantize": settings.quantize,
-        "device": str(work.device),
-        "batch": list(meter.shape),
-        "attention": getattr(work.model.config, "_attn_implementation", None),
-    }
+    memory = memory_of(job, work.model, meter) | {"model": settings.model, "quantize": settings.quantize}
     task = job.told_task
 
     def fill(folder: Path) -> None:
@@ -273,9 +298,7 @@ def complete(job: Job, place: runs.RunFolder, result: dict[str, Any], meter: Met
         runs.write_text(folder / runs.CARD, card(job, result, memory))
         runs.write_json(folder / runs.RESULT, result)
 
-    place.complete(fill)
-    if settings.save_every is None:  # they guarded the run; asked for, they stay
-        shutil.rmtree(place.path / runs.CHECKPOINTS, ignore_errors=True)
+    close(place, fill, settings.save_every)
 
 
 def card(job: Job, result: Mapping[str, Any], memory: Mapping[str, Any]) -> str:
