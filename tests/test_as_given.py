@@ -627,7 +627,8 @@ def test_what_a_loss_reads_past_the_modules_is_said(name: str, paradigm: str) ->
     (once,) = said(TiedByHand(), loss)
     assert "'inner.weight'" in once
     assert said(perceptron(), loss) == said(perceptron(), logged) == []
-    if paradigm == "fo":  # a loss that its owner compiles is compiled as it would be
+    # a loss that its owner compiles is compiled as it would be; dynamo of torch 2.11 does not trace that an attribute goes again
+    if paradigm == "fo" and torch.__version__ >= (2, 12):
         whole = torch.compile(loss, fullgraph=True, backend="eager")
         assert said(perceptron(), whole) == []
     gpt = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11, n_positions=8))
