@@ -397,13 +397,28 @@ class Idle(nn.Module):
         return self.used(x)
 
 
-@pytest.mark.parametrize(("model", "name"), [(Past, "last"), (Idle, "idle")])
-def test_weights_that_no_forward_comes_by_are_refused_where_they_are_checked(
-    model: Callable[[], nn.Module], name: str
-) -> None:
-    message = f"'{name}.weight' is used by no forward of its module .*: it is not used, or read past.*--train"
+def test_weights_that_are_read_past_their_modules_are_refused_where_they_are_checked() -> None:
+    message = r"'last.weight' is used by no forward of its module \(and so is 1 more\), but read past it \(.*py:\d+\).*--train"
     with pytest.raises(UsageError, match=message):
-        zolr.Engine(model(), zolr.compose("stiefel", "fo", rank=2), lr=1e-3, loss=loss, check=(X, Y))
+        zolr.Engine(Past(), zolr.compose("stiefel", "fo", rank=2), lr=1e-3, loss=loss, check=(X, Y))
+    run = zolr.Engine(Idle(), zolr.compose("stiefel", "fo", rank=2), lr=1e-3, loss=loss, check=(X, Y))
+    with pytest.warns(UserWarning, match=r"used weight 'idle.weight' and 1 more"):  # which does no harm
+        run.step([(X, Y)])
+
+
+class Dropping(Idle):
+    """Leaves a layer out by chance, in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x) + (0 if self.training else self.idle(x[:, :4])[:, :3])
+
+
+def test_a_layer_that_chance_left_out_is_not_called_unused() -> None:
+    run = zolr.Engine(Dropping().train(), zolr.compose("stiefel", "fo", rank=2), lr=1e-3, loss=loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.step([(X, Y)])
+    assert run.model.training
 
 
 class Recurrent(nn.Module):
@@ -598,6 +613,25 @@ class TiedByHand(nn.Module):
         return self.inner(nn.functional.linear(torch.tanh(self.inner(x)), self.inner.weight.t()))
 
 
+class Inner(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+    def around(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Around(nn.Module):
+    """Calls a method of a module that is not its forward, as ProphetNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Inner(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + self.inner.around(x * x)
+
+
 SMALL = {
     ("stiefel", "fo"): {"rank": 2},
     ("stiefel", "zo"): {"rank": 2, "eps": 1e-3},
@@ -624,8 +658,9 @@ def test_what_a_loss_reads_past_the_modules_is_said(name: str, paradigm: str) ->
     assert "'0.weight' itself" in once and "test_as_given.py:" in once and "weight_decay" in once
     for of in (split, spectral):
         assert "'0.weight' itself" in said(perceptron(), of)[0]
-    (once,) = said(TiedByHand(), loss)
-    assert "'inner.weight'" in once
+    for model in (TiedByHand(), Around()):
+        (once,) = said(model, loss)
+        assert "'inner.weight'" in once
     assert said(perceptron(), loss) == said(perceptron(), logged) == []
     # a loss that its owner compiles is compiled as it would be; dynamo of torch 2.11 does not trace that an attribute goes again
     if paradigm == "fo" and torch.__version__ >= (2, 12):

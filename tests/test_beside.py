@@ -233,3 +233,21 @@ def test_activations_that_are_computed_again_see_the_same_points() -> None:
         data = torch.randint(5, 300, (3, 7), generator=torch.Generator().manual_seed(0))
         losses.append([run.step([data]).loss for _ in range(5)])
     assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (1, 1), (2, 3, 5), (1, 2, 2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_model_may_write_into_the_output(shape: tuple[int, ...], dtype: torch.dtype, biased: bool) -> None:
+    """As inplace activations do, and models that scale their queries."""
+    model = nn.Sequential(nn.Linear(6, 6, biased), nn.Linear(6, 6, biased), nn.ReLU(inplace=True))
+    model.append(nn.Linear(6, 1)).to(dtype)
+    x = draw("x", *shape, 6).to(dtype)
+    engine = zolr.Engine(
+        model,
+        zolr.compose("stiefel", "fo", rank=2),
+        lr=1e-2,
+        loss=lambda model, x: model(x).float().square().mean(),
+    )
+    losses = [engine.step([x]).loss for _ in range(4)]
+    assert losses[-1] < losses[0]

@@ -24,6 +24,7 @@ FLOORS: dict[str, int] = {
                 "fakes",
                 "merged",
                 "distributed",
+                "norms",
                 "aside",
                 "undo",
             ),

@@ -7,7 +7,6 @@ activations and writes a third. Written by hand both sums are part of a product 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -51,13 +50,18 @@ class _Beside(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (T, n)
         ctx.decay, ctx.right, ctx.shape = decay, right, x.shape
-        # what is returned is no view: a model may write into it
-        out = F.linear(x if decay == 1.0 else x * decay, weight, bias)
+        # what is returned is no view, as what F.linear makes of a bias may be: a model may write into it
+        out = x.new_empty(*x.shape[:-1], len(weight))
+        flat, scaled = out.view(-1, len(weight)), rows if decay == 1.0 else rows * decay
+        if bias is None:
+            torch.mm(scaled, weight.mT, out=flat)
+        else:
+            torch.addmm(bias, scaled, weight.mT, out=flat)
         first, second = (basis, coords.mT) if right else (coords.mT, basis.mT)
         inner = rows @ first  # (T, r)
         # of the input side only x P is needed again; the other side needs all of x
         ctx.save_for_backward(inner if right else rows, coords, weight, basis)
-        out.view(-1, out.shape[-1]).addmm_(inner, second)
+        flat.addmm_(inner, second)
         return out
 
     @staticmethod

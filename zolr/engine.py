@@ -4,7 +4,7 @@ import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import inf, isfinite, prod, sqrt
@@ -36,6 +36,7 @@ from zolr.keys import Key
 from zolr.kinds import TABLES, categories, left_alone, selection
 from zolr.layers import blocks_of
 from zolr.methods import Method
+from zolr.norms import Running, put_back
 from zolr.projectors.identity import Identity
 from zolr.reads import Reads
 from zolr.subspaces import Subspace
@@ -305,9 +306,9 @@ class Engine:
                 "compile records the backward pass as a whole, and a dense method takes its gradients one by one; "
                 "leave compile out"
             )
-        norms = nn.modules.batchnorm._NormBase
-        self._norms = {name: m for name, m in model.named_modules() if isinstance(m, norms)}
+        self._running = Running(model)
         self._statistics: list[tuple[Tensor, Tensor]] = []  # running ones, and what they were before the step
+        self._evaluated: set[int] = set()  # micro-batches of this step that statistics have counted
         self._fast = Compiled(self._loss_of, self.variables, self._trains) if compile else self._loss_of
         self._looked = False  # for weights that a step does not come by
         # weights that the loss reads past their modules, by the line; what is compiled is not looked into
@@ -478,8 +479,8 @@ class Engine:
         return self.method.projector.learns_from == "inputs"
 
     def _run_unseen(self, batches: Sequence[Any]) -> None:
-        """Forward passes that leave the generators as they were."""
-        with same_noise(self.variables[0].value.device):
+        """Forward passes that leave generators and running statistics as they were."""
+        with same_noise(self.variables[0].value.device), self._running.unchanged():
             mean_loss(self._loss_of, batches)
 
     def fold(self) -> None:
@@ -527,11 +528,15 @@ class Engine:
         self._fold_at_once()
         if not self._looked:
             self._looked = True
-            self._tell_unread()
+            self._tell_unread(batches[0])
         return info
 
-    def _tell_unread(self) -> None:
+    def _tell_unread(self, batch: Any) -> None:
         """Say which weights no forward of the first step came by: what reads them otherwise trains nothing."""
+        if self.model.training and not self._sharded and not all(v.touched for v in self.active):
+            # in training a layer may be left out by chance, in evaluation it is not
+            with self._mode(False), same_noise(self.variables[0].value.device), torch.no_grad():
+                self._loss(self.model, batch)
         unread = [v.name for v in self.active if not v.touched]
         idle = self.team.size > 1 and len(unread) == len(self.active)  # a rank without a micro-batch
         if unread and not idle:
@@ -642,21 +647,10 @@ class Engine:
     def _begin_undo(self) -> None:
         self.windows.undo.begin()
         if self.windows.undo.keeps:
-            self._statistics = self._running()
+            self._statistics = self._running.kept()
             self._numbers = _Numbers.of(self)
         if self.undo:
             self.windows.keep([v for v in self.variables if v.realization == "inplace"], "weight")
-
-    def _statistics_of(self) -> Iterator[tuple[str, Tensor]]:
-        """Running statistics of normalizations, which training changes beside the weights, by name."""
-        for place, module in self._norms.items():
-            yield from module.named_buffers(prefix=place)
-
-    def _running(self) -> list[tuple[Tensor, Tensor]]:
-        """The statistics that normalizations in training mode are about to change, and what they are now."""
-        return [
-            (buffer, buffer.clone()) for m in self._norms.values() if m.training for buffer in m.buffers()
-        ]
 
     def _keep_values(self, variables: Sequence[Variable]) -> None:
         """Keep what an update writes."""
@@ -673,8 +667,7 @@ class Engine:
             choices: what it has chosen for all steps, and counted, too.
         """
         assert self._numbers is not None
-        for buffer, before in self._statistics:
-            buffer.copy_(before)
+        put_back(self._statistics)
         self.windows.put_back()
         self._numbers.put_back(self, choices)
 
@@ -703,6 +696,7 @@ class Engine:
 
     def _step(self, batches: Sequence[Any]) -> Info:
         forwards = 0
+        batches = _distinct(batches)
         share = Share(batches, self.team, self._judge_loss, self.variables[0].value.device)
         if self.method.layers.every and self.step_count // self.method.layers.every != self._period:
             self._activate(self.step_count // self.method.layers.every)
@@ -728,8 +722,11 @@ class Engine:
             forwards += self._try_signs(share)
         key = self.key.fold_in("step", self.step_count)
         forwards += self.method.estimator.forwards(share.total)
+        before = self._running.kept() if share.split else []
         with self._cautious() as lr:
             seen = self._advance(share, key, lr, forwards)
+        if before:
+            self._running.combine(before, self.team, share.lengths)
         self.team.steps += 1
         forwards += self.method.estimator.forwards(share.total) * self._measured
         if self._repeated is not None:
@@ -808,6 +805,7 @@ class Engine:
     def _advance(self, batches: Share, key: Key, lr: float, forwards: int) -> "_Seen":
         """Estimate and apply; what was seen, and whether it was applied."""
         self._dropped, self._measured = False, 0
+        self._evaluated.clear()
         for variable in self.active:
             variable.folding = False
         squares: list[Tensor] = []
@@ -896,10 +894,8 @@ class Engine:
             def measure(variable: Variable, gradient: Tensor) -> None:
                 squares.append(self._square(variable, variable.mask(gradient, own=True)))
 
-            self._measured, before = 1, self._running()
+            self._measured = 1
             run(measure)
-            for buffer, old in before:  # the second pass sees the same batch, which counts once
-                buffer.copy_(old)
             norm = torch.stack(squares).sum().sqrt()
         return (self.clip / (norm + 1e-6)).clamp(max=1.0)
 
@@ -974,8 +970,9 @@ class Engine:
 
     def _loss_of(self, batch: Any) -> Any:
         device = self.variables[0].value.device
-        if self._past is None:
-            with Reads(self.variables, self.method.paradigm == "fo") as reads:
+        derived = self.method.paradigm == "fo"
+        if self._past is None and (torch.is_grad_enabled() or not derived):
+            with Reads(self.variables, derived) as reads:
                 loss = self._loss(self.model, batch)
             self._past = reads.found
         else:
@@ -1008,10 +1005,17 @@ class Engine:
         device = self.variables[0].value.device
         noise, numbers = key.fold_in("dropout"), {id(b): batches.first + i for i, b in enumerate(batches)}
 
+        # torch.manual_seed asks for accelerators, and writes down who did where there are none
+        seed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
+
         def named(batch: Any) -> Any:
             number = numbers[id(batch)]
-            torch.manual_seed((noise.fold_in(number) if number else noise).integer() >> 1)
-            return loss(batch)
+            seed((noise.fold_in(number) if number else noise).integer() >> 1)
+            again = id(batch) in self._evaluated
+            self._evaluated.add(id(batch))
+            # a batch counts once in running statistics, however often a step evaluates it
+            with self._running.unchanged() if again else nullcontext():
+                return loss(batch)
 
         # dropout draws from the global generators: give it a name a micro-batch, and leave them as found
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -1233,10 +1237,13 @@ class Engine:
     def digests(self, *, all_weights: bool = False) -> dict[str, Tensor]:
         """A number for each trained weight, of its bits, its coordinates and their subspace, and of its optimizer state.
 
+        Running statistics have theirs too.
+
         Args:
             all_weights: those that are not trained too.
         """
         result = {v.name: self.windows.digest(v) for v in self.variables}
+        result |= {name: digest(buffer).cpu() for name, buffer in self._running.named()}
         if all_weights:
             for name, parameter in self.model.named_parameters():
                 if name not in result and parameter.device.type != "meta" and not is_sharded(parameter):
@@ -1262,7 +1269,7 @@ class Engine:
             "scheduler": None if self._scheduler is None else _plain(self._scheduler.state_dict()),
             "caution": None if self._caution is None else asdict(self._caution),
             "signs": self._signs,
-            "statistics": {name: buffer.clone() for name, buffer in self._statistics_of()},
+            "statistics": {name: buffer.clone() for name, buffer in self._running.named()},
             "variables": {v.name: self.windows.state(v) for v in self.variables},
         }
 
@@ -1308,7 +1315,7 @@ class Engine:
         norm = state.get("norm")
         self._norm = None if norm is None else norm.to(self.variables[0].value.device, copy=True)
         self._caution = None if state["caution"] is None else Caution(**state["caution"])
-        for name, buffer in self._statistics_of():
+        for name, buffer in self._running.named():
             if name in state.get("statistics", {}):
                 buffer.copy_(state["statistics"][name])
         if self._compares_signs and state.get("signs") is not None:
@@ -1349,6 +1356,21 @@ class Engine:
         finally:
             self.ahead = ahead
         return twin.detach().eval()
+
+
+def _distinct(batches: Sequence[Any]) -> list[Any]:
+    """The micro-batches of a step, each an object of its own, by which it is told apart from one that says the same."""
+    found: list[Any] = []
+    for batch in batches:
+        if any(batch is other for other in found):
+            if isinstance(batch, Tensor):
+                batch = batch.view_as(batch)
+            elif isinstance(batch, tuple):  # copy.copy gives the same one back
+                batch = tuple.__new__(type(batch), list(batch))
+            else:
+                batch = copy.copy(batch)
+        found.append(batch)
+    return found
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -71,7 +71,7 @@ def _flat(given: Sequence[Any]) -> Iterator[Any]:
 
 
 def _line(frame: FrameType | None, variable: Variable) -> str | None:
-    """Where a weight was used, outside of torch; None where its own module did it, or we did."""
+    """Where a weight was used, outside of torch; None where the forward that we gave its module did it, or another line of ours."""
     line = None
     while frame is not None:
         file = frame.f_code.co_filename
@@ -80,7 +80,8 @@ def _line(frame: FrameType | None, variable: Variable) -> str | None:
             if file.startswith((_OWN, "<")):  # the latter has been compiled
                 return None
             line = f"{file}:{frame.f_lineno}"
-        if frame.f_code.co_name == "forward" and binds(frame.f_locals.get("self"), variable):
+        ours = file.startswith(_OWN) and frame.f_code.co_name == "forward"
+        if ours and binds(frame.f_locals.get("self"), variable):
             return None
         frame = frame.f_back
     return line

@@ -6,6 +6,7 @@ import torch
 
 from zolr.errors import UsageError
 from zolr.keys import Key
+from zolr.reads import Reads
 from zolr.variables import Variables
 
 
@@ -22,16 +23,18 @@ def verify(
         tolerance: on the loss; by default from the precision of the weight and the size of the effect.
 
     Raises:
-        UsageError: a weight whose effect is not the same, by name (not used, or read past its module's forward, usually).
+        UsageError: a weight whose effect is not the same, by name (read past its module's forward, usually).
     """
     for variable in variables:
         variable.touched = False
-    base = evaluate()
-    unused = [v.name for v in variables if not v.touched]
-    if unused:
+    with Reads(variables, derived=False) as reads:
+        base = evaluate()
+    # what nothing uses acts as its dense weight does, which is not at all
+    past = [v.name for v in variables if not v.touched and v.name in reads.found]
+    if past:
         raise UsageError(
-            f"weight '{unused[0]}' is used by no forward of its module{_others(unused)}: it is not used, or read past the module, and "
-            f"nothing would train it; leave it out with a narrower selection (--train attention, or select={_without(unused)})"
+            f"weight '{past[0]}' is used by no forward of its module{_others(past)}, but read past it ({reads.found[past[0]]}), so nothing "
+            f"would train it; leave it out with a narrower selection (--train, or select={_without(past)})"
         )
     for variable in variables:
         if variable.held:  # there is no dense weight to compare with
