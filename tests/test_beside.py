@@ -120,7 +120,8 @@ def test_a_layer_more_costs_its_products_and_no_casts_sums_or_divisions(dtype: t
     few, many = (operations(engine(dtype, layers), batches(1)) for layers in (2, 6))
     more = many - few
     # in forward its own product, x P and (x P) Bᵀ; in backward the two of x and that of B; GELU and the norm have others
-    products = sum(more[f"aten.{name}.default"] for name in ("mm", "addmm", "addmm_"))
+    names = ("mm.default", "addmm.default", "addmm_.default", "mm.out", "addmm.out")
+    products = sum(more[f"aten.{name}"] for name in names)
     assert products == 4 * 7
     assert more["aten.add.Tensor"] == 4 * 2  # of the residual stream, there and back
     for name in ("_to_copy.default", "copy_.default", "div_.Tensor", "div.Tensor", "mul.Tensor"):
