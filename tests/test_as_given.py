@@ -745,3 +745,49 @@ def test_a_layer_without_outputs_is_left_out() -> None:
         net = nn.ModuleList([nn.Linear(6, 3), nn.Linear(3, 0)])
     engine = zolr.Engine(net, zolr.compose("adamw"), lr=1e-3, loss=lambda m, b: loss(m[0], b))  # type: ignore[index]
     assert engine.step([(X, Y)]).loss > 0 and {v.name for v in engine.variables} == {"0.weight", "0.bias"}
+
+
+# ---- running statistics, and batches that say the same ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("stiefel", {"clip": 0.1}),
+        ("dependent", {}),
+        ("extrapolation", {}),
+        ("adazo-sam", {}),
+        ("lorenza", {}),
+        ("lomo", {"clip": 0.1}),
+        ("galore", {"clip": 0.1}),
+    ],
+)
+def test_a_batch_counts_once_in_running_statistics(name: str, more: dict[str, Any]) -> None:
+    parts = {"rank": 2} if name in ("stiefel", "dependent", "galore", "lorenza") else {}
+    parts |= {"clip_by": "twice"} if name in ("lomo", "galore") else {}
+    model, twin = normed().train(), normed().train()
+    twin.load_state_dict(model.state_dict())
+    engine = zolr.Engine(model, zolr.compose(name, "fo", **parts), lr=1e-3, loss=loss, **more)
+    engine.step([(X, Y), (X[:4] + 1, Y[:4])])
+    for x in (X, X[:4] + 1):
+        twin(x)
+    assert int(model[1].num_batches_tracked) == 2
+    reach = 0.1 if name == "adazo-sam" else 1e-6  # it sees the batch from where its first probe is
+    for key in ("running_mean", "running_var"):
+        assert (getattr(model[1], key) - getattr(twin[1], key)).abs().max() <= reach, key
+
+
+def test_a_batch_that_is_given_twice_has_noise_of_its_own() -> None:
+    seen: list[Tensor] = []
+
+    def noisy(model: nn.Module, batch: Any) -> Tensor:
+        x = batch if isinstance(batch, Tensor) else batch["x"] if isinstance(batch, dict) else batch[0]
+        out = nn.functional.dropout(model(x), 0.5, model.training)
+        seen.append((out == 0).detach())
+        return out.square().mean()
+
+    for batch in (X, (X, Y), [X], {"x": X}):
+        seen.clear()
+        engine = zolr.Engine(perceptron().train(), zolr.compose("stiefel", "fo", rank=2), lr=1e-3, loss=noisy)
+        engine.step([batch, batch])
+        assert len(seen) == 2 and not torch.equal(*seen), type(batch)

@@ -167,6 +167,44 @@ def few_batches(team: Team | None) -> dict[str, Tensor]:
 
 
 @case
+def running_statistics(team: Team | None) -> dict[str, Tensor]:
+    """Batch norms with a momentum and without, and an instance norm, which counts no batches."""
+    draw = lambda *shape, seed: torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()  # noqa: E731
+    found = {}
+    for name, more in (
+        ("stiefel", {"rank": 2}),
+        ("galore", {"rank": 2}),
+        ("adamw", {}),
+        ("extrapolation", {}),
+    ):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            norms = (
+                nn.BatchNorm1d(6),
+                nn.InstanceNorm1d(6, track_running_stats=True),
+                nn.BatchNorm1d(6, momentum=None),
+            )
+            first, last = nn.Conv1d(2, 6, 1), nn.Conv1d(6, 1, 1)
+        model = nn.Sequential(first, *norms, last).double()
+        engine = Engine(
+            model,
+            compose(name, "fo", **more),
+            lr=1e-2,
+            loss=lambda model, x: (model(x).square().sum(), x.shape[0]),
+            team=team,
+        )
+        for step, count in enumerate((5, 4, 1)):
+            engine.step([draw(2 + i, 2, 5, seed=10 * step + i) + i for i in range(count)])
+        state = engine.detach().state_dict()
+        found |= {
+            f"{name} {key}": value.double()
+            for key, value in state.items()
+            if "running" in key or "tracked" in key
+        }
+    return found
+
+
+@case
 def settings_of_a_step(team: Team | None) -> dict[str, Tensor]:
     """Clipping, decay, and accumulation in the coordinates, of a streamed row and of one that is not."""
     found = {}
