@@ -61,7 +61,7 @@ def test_bad_input_ends_in_one_line(proofs: ModuleType, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_nothing_grows(proofs: ModuleType, tmp_path: Path) -> None:
-    found = proofs.growth(600, tmp_path)
+    found = proofs.growth(300, tmp_path)
     for row in (value for value in found.values() if isinstance(value, dict)):
         assert (row["live bytes"], row["open files"], row["threads"], row["checkpoints left"]) == (0, 0, 0, 2)
 
