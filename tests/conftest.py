@@ -37,7 +37,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """Tests draw the same whatever ran before them in their worker: one seed, before any fixture."""
-    torch.default_generator.manual_seed(0)  # torch.manual_seed writes down who asked, for accelerators that are not there
+    torch.default_generator.manual_seed(
+        0
+    )  # torch.manual_seed writes down who asked, for accelerators that are not there
 
 
 @pytest.fixture

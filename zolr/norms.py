@@ -59,9 +59,8 @@ class Running:
             begun = torch.cat([old[id(b)].reshape(-1).double() for b in (mean, var, count)])
             own = torch.cat([b.reshape(-1).double() for b in (mean, var, count)])
             ended = team.joined(own, [len(own)] * team.size, "control").view(team.size, -1)
-            counted = isinstance(
-                module, _BatchNorm
-            )  # instance norms do not, and without a momentum they stay as they are
+            # instance norms count no batches, and without a momentum they stay as they are
+            counted = isinstance(module, _BatchNorm)
             seen = ended[:, -1] - begun[-1] if counted else own.new_tensor(batches)
             if counted and module.momentum is None:
                 known = begun[-1] + seen
@@ -80,6 +79,5 @@ class Running:
 def put_back(kept: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Give buffers the values that they had."""
     for buffer, value in kept:
-        buffer.data.copy_(
-            value
-        )  # a backward pass to come has saved them, and in training mode does not look at them
+        # past the version that autograd compares: a backward pass to come has saved it, and in training does not look at it
+        buffer.data.copy_(value)
