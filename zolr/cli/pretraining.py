@@ -126,14 +126,12 @@ class Pretraining(Planned[Pretrain]):
 
         from zolr.distributed import Share
         from zolr.estimators import mean_of, parts_of
+        from zolr.modes import mode
 
         loss, model = loss_of(self.settings, self.model, self.device), self.model
         share = Share(list(self.valid.evaluation(self.settings.eval_rows)), self.team, device=self.device)
-        training = model.training
-        model.eval()
-        with torch.no_grad():
+        with mode(model, training=False), torch.no_grad():
             parts = parts_of(lambda batch: loss(model, self._moved(batch)), share)
-        model.train(training)
         mean = float(mean_of(share, parts))
         return {"loss": mean, "perplexity": exp(min(mean, 700.0))}
 
