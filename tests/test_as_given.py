@@ -2,14 +2,19 @@
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Run
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import zolr
+from zolr.cli.job import Job
+from zolr.cli.pretraining import Pretraining
+from zolr.cli.workload import Workload
 from zolr.errors import UsageError
 from zolr.estimators import totals
 from zolr.memory import kept, predict
@@ -127,6 +132,43 @@ def test_a_frozen_norm_in_a_training_model_is_used_as_it_is() -> None:
     run = zolr.Engine(net, zolr.compose("stiefel", "fo", rank=2), lr=1e-3, loss=loss)
     assert run.step([(X, Y)]).loss == pytest.approx(seen, rel=1e-6)
     assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
+
+
+def test_a_check_leaves_a_frozen_norm_as_it_is() -> None:
+    net = normed().train()
+    net[1].eval()
+    method = zolr.compose("stiefel", "fo", rank=2)
+    run = zolr.Engine(net, method, lr=1e-3, loss=loss, check=(X, Y))
+    assert [module.training for module in net] == [True, False, True, True, True]
+    run.step([(X, Y)])
+    assert not any(net[1].running_mean)
+
+
+@pytest.mark.parametrize("verb", ["finetune", "pretrain"])
+def test_an_evaluation_leaves_modules_in_their_own_mode(
+    verb: str, zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, name = (Workload, "predictions") if verb == "finetune" else (Pretraining, "evaluate")
+    evaluate, seen = getattr(owner, name), []
+
+    def watched(self: Any, *arguments: Any) -> Any:
+        self.model.train()
+        modules = list(self.model.modules())
+        modules[-1].eval()
+        found = evaluate(self, *arguments)
+        seen.append([module.training for module in modules])
+        return found
+
+    monkeypatch.setattr(owner, name, watched)
+    monkeypatch.setattr(owner if verb == "pretrain" else Job, "predicted", None)
+    words = ["--method", "stiefel", "--paradigm", "fo", "--steps", 1, "--batch-size", 2, "--eval-rows", 4]
+    if verb == "pretrain":
+        (tmp_path / "text.txt").write_text("\n\n".join(f"The {i} mice met {i * i} cats." for i in range(90)))
+        words += ["--data", tmp_path / "text.txt", "--train-tokenizer", "--vocab-size", 280, "--length", 16]
+        words += ["--hidden-size", 16, "--layers", 1, "--heads", 2]
+    code, _, err = zolr(verb, *words, "--quiet", "--output", tmp_path / "run")
+    assert code == 0, err
+    assert seen and all(modes == [True] * (len(modes) - 1) + [False] for modes in seen)
 
 
 @pytest.mark.parametrize("fails", ["nan", "raises"])

@@ -23,6 +23,7 @@ FLOORS: dict[str, int] = {
                 "held",
                 "fakes",
                 "merged",
+                "modes",
                 "distributed",
                 "norms",
                 "aside",

@@ -366,6 +366,8 @@ def test_what_cannot_be_drawn_says_why(
         (("--what", "enrgy"), 2, "did you mean 'energy'"),
         (("--output", "a.gif"), 2, ".png, .pdf or .svg"),
         (("--x", "step"), 2, "did you mean 'steps'"),
+        (("--smooth", "-7"), 2, "--smooth -7.0: "),
+        (("--smooth", "0"), 2, "greater than or equal to 1"),
     ]:
         found, _, err = zolr("plot", folder, *words)
         assert found == code and said in err, err

@@ -14,6 +14,7 @@ from zolr.cli.planned import Planned
 from zolr.cli.rates import RATES, USUAL, rate_of
 from zolr.cli.reproduce import Recorded, recipe_of, text_hash
 from zolr.errors import UsageError
+from zolr.tasks.texts import SUFFIXES
 
 ROOT = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(ROOT.rglob("*.toml"))
@@ -144,6 +145,18 @@ def test_a_recipe_gives_again_what_it_gave(zolr: Run, recipe: Callable[..., Path
     (tmp_path / "other.txt").write_text(TEXT + " x")
     code, _, err = zolr("reproduce", path, "--data", tmp_path / "other.txt", "--quiet")
     assert code == 3 and "was recorded on another text" in err
+
+
+def test_a_text_is_known_by_every_file_that_a_run_would_read(tmp_path: Path) -> None:
+    found = {text_hash([str(tmp_path)])}
+    for name in (f"part{suffix}" for suffix in SUFFIXES):
+        for content in ("one", "other"):
+            (tmp_path / name).write_text(content)
+            found.add(text_hash([str(tmp_path)]))
+    assert len(found) == 1 + 2 * len(SUFFIXES)
+    (tmp_path / "notes.md").write_text("no text")
+    (tmp_path / "folder.txt").mkdir()
+    assert text_hash([str(tmp_path)]) in found
 
 
 def test_a_recipe_of_fine_tuning_is_reproduced(

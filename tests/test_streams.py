@@ -654,6 +654,43 @@ def test_a_run_is_not_resumed_on_other_data(corpus, tmp_path, capsys):
     assert code == 0, message
 
 
+@pytest.mark.parametrize("state", ["finished", "unfinished", "without a tokenizer"])
+def test_a_refused_resume_leaves_no_tokenizer_of_other_text(state, corpus, tmp_path, capsys):
+    """A finished run has its own beside the model; where one must be learned, that of refused text is not the run's."""
+    run, other = tmp_path / "run", tmp_path / "other.txt"
+    other.write_text((corpus / "valid.txt").read_text() * 2)
+    assert pretrained(run, corpus, "--steps", "2") == 0
+    if state != "finished":
+        (run / "result.json").unlink()
+        (run / "tokenizer").mkdir()
+        for file in run.glob("tokenizer*.json"):
+            file.rename(run / "tokenizer" / file.name)
+    if state == "without a tokenizer":
+        (run / "tokenizer").rename(tmp_path / "gone")
+    before = sorted(run.rglob("*"))
+    capsys.readouterr()
+    assert pretrained(run, other, "--steps", "4", "--resume") == 3
+    message = capsys.readouterr().err
+    assert "not what the run began with" in message and "tokenizer" not in message
+    assert sorted(run.rglob("*")) == before
+    assert pretrained(run, corpus, "--steps", "4", "--resume") == 0
+    assert (run / "tokenizer.json").is_file() and not (run / "tokenizer").exists()
+
+
+def test_text_that_is_refused_before_the_first_step_is_not_the_run_s(corpus, tmp_path, capsys):
+    run, short = tmp_path / "run", tmp_path / "short.txt"
+    short.write_text("one two three four five six seven eight nine ten " * 2)
+    assert pretrained(run, corpus, "--steps", "2") == 0
+    for path in sorted(run.rglob("*"), reverse=True):  # as if it had been killed at once
+        if path.name != "config.toml":
+            path.rmdir() if path.is_dir() else path.unlink()
+    capsys.readouterr()
+    assert pretrained(run, short, "--steps", "2", "--resume") == 3
+    assert "cannot hold out" in capsys.readouterr().err
+    assert [path.name for path in run.rglob("*")] == ["config.toml"]
+    assert pretrained(run, corpus, "--steps", "2", "--resume") == 0
+
+
 def test_a_run_is_not_resumed_on_a_damaged_shard_or_with_another_tokenizer(corpus, tmp_path, capsys):
     run, cache = tmp_path / "run", tmp_path / "cache"
     assert pretrained(run, corpus, "--steps", "2", "--cache", str(cache)) == 0
@@ -672,8 +709,7 @@ def test_a_run_is_not_resumed_on_a_damaged_shard_or_with_another_tokenizer(corpu
                 file.unlink()
             folder.rmdir()
     assert pretrained(*again) == 0
-    (run / "tokenizer").mkdir()  # a run that is not done yet has its tokenizer there
-    train_tokenizer(text_files([corpus])[0], 290, run / "tokenizer")
+    train_tokenizer(text_files([corpus])[0], 290, run)
     capsys.readouterr()
     assert pretrained(run, corpus, "--steps", "6", "--resume", "--cache", str(cache)) == 3
     assert "tokenizer has changed (300 tokens then, 290 now)" in capsys.readouterr().err
@@ -737,6 +773,7 @@ def test_pretraining_says_what_is_wrong(corpus, tokenizer, tmp_path, capsys, mon
         raise FileNotFoundError("no such set")
 
     monkeypatch.setattr(datasets, "load_dataset_builder", absent)
+    monkeypatch.setattr("zolr.models._hub_answers", lambda: False)
 
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(bytes(range(128)) * 40)
@@ -770,6 +807,12 @@ def test_pretraining_says_what_is_wrong(corpus, tokenizer, tmp_path, capsys, mon
             2,
             "no model config 'none/config.json'",
         ),
+        (
+            [*data, "--model", "llama-20mm", "--train-tokenizer"],
+            3,
+            "model 'llama-20mm' is not a folder or preset (did you mean 'llama-20m'?)",
+        ),
+        ([*data, "--model", str(model), "--train-tokenizer"], 2, "has never seen"),
         ([*data, "--tokenizer", str(corpus)], 3, "has no tokenizer; put the tokenizer.json"),
         ([*data, "--tokenizer", "./nowhere"], 3, "tokenizer folder './nowhere' does not exist"),
         ([*data, "--objective", "mlm", "--documents", "apart", "--train-tokenizer"], 2, "causal models"),

@@ -38,6 +38,7 @@ from zolr.estimators.backprop import Backprop
 from zolr.estimators.forward import Forward
 from zolr.estimators.spsa import Spsa
 from zolr.keys import Key
+from zolr.modes import mode
 from zolr.projectors import oriented, projected_length
 from zolr.projectors.coordinate import Coordinate
 from zolr.projectors.dependent import Dependent
@@ -196,14 +197,11 @@ def _standing(variables: Sequence[Variable]) -> Iterator[None]:
 @contextmanager
 def _still(engine: Engine) -> Iterator[None]:
     """No dropout, and no flag of a run changed."""
-    training = [(module, module.training) for module in engine.model.modules()]
     wanted = [(v.value, v.value.requires_grad) for v in engine.variables]
-    engine.model.eval()
     try:
-        yield
+        with mode(engine.model, training=False):
+            yield
     finally:
-        for module, mode in training:
-            module.training = mode
         for value, flag in wanted:
             value.requires_grad_(flag)
 

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import inf, isfinite, prod, sqrt
@@ -36,6 +36,7 @@ from zolr.keys import Key
 from zolr.kinds import TABLES, categories, left_alone, selection
 from zolr.layers import blocks_of
 from zolr.methods import Method
+from zolr.modes import mode
 from zolr.norms import Running, put_back
 from zolr.projectors.identity import Identity
 from zolr.reads import Reads
@@ -156,7 +157,9 @@ class Engine:
     """Trains a model by a method.
 
     Args:
-        model: any torch module; it computes with the live coordinates until `detach`.
+        model: any torch module; it computes with the live coordinates until `detach`. A step runs it in training mode under `fo`, also
+            where it is given in evaluation mode (dropout is then on), and in evaluation mode under `zo` and `fwd`; modules in
+            evaluation mode inside a model in training mode (frozen batch norms) stay in it.
         method: what to do (see `methods.compose`).
         lr: learning rate, positive. None, under zo, is chosen on the first step, as `eps` is when the method has
             none (see `tuning`).
@@ -677,22 +680,9 @@ class Engine:
                 f"{self._torn}; go back by load_state_dict to a state before it (Engine(undo=True) does so by itself)"
             )
 
-    @contextmanager
-    def _mode(self, wanted: bool) -> Iterator[None]:
-        """The model in training mode or not inside the context, each module as it was after it.
-
-        In a model in training mode, modules in evaluation mode (frozen batch norms) stay in it.
-        """
-        before = [(module, module.training) for module in self.model.modules()]
-        if (wanted and self.model.training) or all(training is wanted for _, training in before):
-            yield
-            return
-        self.model.train(wanted)
-        try:
-            yield
-        finally:
-            for module, training in before:
-                module.training = training
+    def _mode(self, wanted: bool) -> AbstractContextManager[None]:
+        """See `modes.mode`."""
+        return mode(self.model, wanted)
 
     def _step(self, batches: Sequence[Any]) -> Info:
         forwards = 0
@@ -1222,17 +1212,13 @@ class Engine:
         Raises:
             UsageError: a weight whose effect is not the same, by name (read past its module's forward, usually).
         """
-        training = self.model.training
-        self.model.eval()
-        try:
+        with mode(self.model, training=False):
             verify(
                 self.variables,
                 lambda: float(mean_loss(self._loss_of, [batch])),
                 self.key.fold_in("verify"),
                 tolerance,
             )
-        finally:
-            self.model.train(training)
 
     def digests(self, *, all_weights: bool = False) -> dict[str, Tensor]:
         """A number for each trained weight, of its bits, its coordinates and their subspace, and of its optimizer state.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,8 +74,8 @@ def cache_folder(given: str | None) -> Path:
 
 
 def tokenizer_of(settings: Pretrain, work: Path, files: list[Any]) -> Any:
-    """The tokenizer: named, or the model's own, or learned from the data and kept for a resumed run."""
-    from zolr.models import PRESETS, load_tokenizer
+    """The tokenizer: named, or the model's own, or learned from the data once and kept for a resumed run."""
+    from zolr.models import PRESETS, load_config, load_tokenizer
     from zolr.tasks.streams import train_tokenizer
     from zolr.tasks.texts import HubText
 
@@ -81,6 +83,8 @@ def tokenizer_of(settings: Pretrain, work: Path, files: list[Any]) -> Any:
         return load_tokenizer(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
     model = settings.model
     if model and model not in PRESETS and not model.endswith(".json"):
+        # a model that does not exist is a nearer mistake than anything about its tokens
+        load_config(model, trust_remote_code=settings.trust_remote_code)
         if settings.train_tokenizer:
             raise UsageError(
                 f"--train-tokenizer makes tokens that model '{model}' has never seen; leave it out, or give a config.json"
@@ -93,6 +97,8 @@ def tokenizer_of(settings: Pretrain, work: Path, files: list[Any]) -> Any:
         raise UsageError(
             f"model '{model or 'made from numbers'}' has no tokenizer; give --tokenizer, or --train-tokenizer"
         )
+    if (work / "tokenizer.json").is_file():  # of a finished run that is given more steps
+        return load_tokenizer(work)
     folder = work / TOKENIZER
     if not folder.exists():
         aside = folder.with_name(f"{TOKENIZER}.part")  # a process that is killed leaves no half of one
@@ -105,6 +111,23 @@ def tokenizer_of(settings: Pretrain, work: Path, files: list[Any]) -> Any:
         )
         aside.rename(folder)
     return load_tokenizer(folder)
+
+
+@contextmanager
+def kept_if_used(work: Path, first: bool) -> Iterator[None]:
+    """A tokenizer that is learned inside goes again where the run is refused, or another command would find it as the run's.
+
+    Args:
+        first: whether this rank is the one that learns.
+    """
+    folder = work / TOKENIZER
+    there = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if first and not there:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def streams_of(
@@ -149,10 +172,11 @@ def streams_of(
     stream = TokenStream.of_ids(texts["train"], tokenizer, batch_size=settings.rows, **common)
     usual = max(1, min(settings.eval_rows, stream.rows // 10))
     split = usual if began is None else began["rows"]  # what was trained on once stays text to train on
-    if not known:
-        runs.write_json(place, {**origins, SPLIT: {"rows": split}} if not valid else origins)
     if valid:
         held_out = TokenStream.of_ids(texts["held_out"], tokenizer, batch_size=settings.micro, **common)
-        return stream, held_out, origins
-    stream, held_out = stream.hold_out(split)
-    return stream, replace(held_out, batch_size=settings.micro), origins
+    else:
+        stream, last = stream.hold_out(split)
+        held_out = replace(last, batch_size=settings.micro)
+    if not known:  # once nothing of it is refused any more
+        runs.write_json(place, origins if valid else {**origins, SPLIT: {"rows": split}})
+    return stream, held_out, origins

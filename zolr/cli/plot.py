@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+from annotated_types import Ge
 
 from zolr.cli.config import Settings, add, flag, nearest
 from zolr.cli.lettering import LABEL_SIZE, counts, legend, plain_numbers, plain_ticks, shortened, widths
@@ -104,7 +105,7 @@ class Plot(Settings):
         f"loss, or another metric of the evaluations; or of --diagnose-every: {', '.join(FIGURES)}.",
         "Output",
     )
-    smooth: float | None = flag(
+    smooth: Annotated[float, Ge(1)] | None = flag(
         None, "Steps that a training loss is averaged over.", "Output", shown="a fiftieth of the run"
     )
 

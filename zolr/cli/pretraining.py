@@ -13,7 +13,7 @@ from zolr.cli import record, runs
 from zolr.cli.architectures import check_apart, check_ids, check_length, model_of
 from zolr.cli.budget import is_out_of_memory
 from zolr.cli.config import as_dict, toml
-from zolr.cli.corpus import TOKENIZER, files_of, streams_of, tokenizer_of
+from zolr.cli.corpus import TOKENIZER, files_of, kept_if_used, streams_of, tokenizer_of
 from zolr.cli.planned import Planned
 from zolr.cli.pretrain import Pretrain
 
@@ -51,18 +51,19 @@ class Pretraining(Planned[Pretrain]):
         if team.first and not settings.resume:
             # from now on --resume knows the folder, should this process be killed
             runs.write_text(place.work / runs.CONFIG, toml(settings))
-        with team.in_turn():
-            self.tokenizer = tokenizer_of(settings, place.work, train_files)
-        self.model: Any = model_of(settings, self.tokenizer).to(self.device)
-        check_length(settings, self.model)
-        if settings.documents == "apart":
-            check_apart(self.model)
-        self.settings = settings = self.within_budget(settings)
-        checkpoint_activations(self.model, settings.checkpointing or False)
-        with team.in_turn():
-            self.stream, self.valid, self.origins = streams_of(
-                settings, place.work, self.tokenizer, train_files, valid_files, shown
-            )
+        with kept_if_used(place.work, team.first):
+            with team.in_turn():
+                self.tokenizer = tokenizer_of(settings, place.work, train_files)
+            self.model: Any = model_of(settings, self.tokenizer).to(self.device)
+            check_length(settings, self.model)
+            if settings.documents == "apart":
+                check_apart(self.model)
+            self.settings = settings = self.within_budget(settings)
+            checkpoint_activations(self.model, settings.checkpointing or False)
+            with team.in_turn():
+                self.stream, self.valid, self.origins = streams_of(
+                    settings, place.work, self.tokenizer, train_files, valid_files, shown
+                )
         check_ids(self.model, self.origins)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         low = settings.compute == "bfloat16" or settings.dtype != "float32"
@@ -126,14 +127,12 @@ class Pretraining(Planned[Pretrain]):
 
         from zolr.distributed import Share
         from zolr.estimators import mean_of, parts_of
+        from zolr.modes import mode
 
         loss, model = loss_of(self.settings, self.model, self.device), self.model
         share = Share(list(self.valid.evaluation(self.settings.eval_rows)), self.team, device=self.device)
-        training = model.training
-        model.eval()
-        with torch.no_grad():
+        with mode(model, training=False), torch.no_grad():
             parts = parts_of(lambda batch: loss(model, self._moved(batch)), share)
-        model.train(training)
         mean = float(mean_of(share, parts))
         return {"loss": mean, "perplexity": exp(min(mean, 700.0))}
 
@@ -243,7 +242,8 @@ class Pretraining(Planned[Pretrain]):
             runs.write_text(folder / runs.CARD, card(settings, result))
             runs.write_json(folder / runs.RESULT, result)
 
-        shutil.rmtree(place.work / TOKENIZER, ignore_errors=True)
+        for folder in (place.work, place.path):  # a killed run that is replaced may have left one
+            shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
         record.close(place, fill, settings.save_every)
 
 

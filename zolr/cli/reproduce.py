@@ -42,8 +42,6 @@ SEEDED = {
 
 OF_PRETRAINING = ("loss", "perplexity")  # what is measured; that of fine-tuning hangs on its task
 
-TEXT = (".txt", ".txt.xz", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
-
 
 class Differs(ZolrError):
     """A run whose result lies outside of what its recipe has recorded."""
@@ -171,12 +169,13 @@ def text_hash(paths: Sequence[str]) -> str:
     Raises:
         DataError: a path does not exist.
     """
+    from zolr.tasks.texts import files_in
+
     digest = hashlib.sha256()
     for path in map(Path, paths):
         if not path.exists():
             raise DataError(f"no file or folder {str(path)!r}; give the text of the recipe with --data")
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.name.endswith(TEXT))
-        for file in files:
+        for file in [path] if path.is_file() else files_in(path):
             with file.open("rb") as handle:
                 digest.update(hashlib.file_digest(handle, "sha256").digest())
     return f"sha256:{digest.hexdigest()[:32]}"

@@ -444,24 +444,20 @@ class Workload:
 
         from zolr.distributed import Share
         from zolr.held import is_sharded
+        from zolr.modes import mode
         from zolr.tasks import evaluation_batches
 
         out = torch.empty(len(encoded), len(self.task.classes))
         batches = list(evaluation_batches(encoded, batch_size=batch_size, pad_id=self.pad_id))
         share, seen = Share(batches, self.team), [out.new_empty(0, out.shape[1])]
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                for _, batch in share:
-                    moved = {key: part.to(self.device) for key, part in batch.items()}
-                    seen.append(self.logits(self.model, moved).float().cpu())
-                if any(map(is_sharded, self.model.parameters())):  # all ranks gather weights, or none
-                    for _ in range(max(share.lengths) - len(share)):
-                        moved = {key: part.to(self.device) for key, part in batches[0][1].items()}
-                        self.logits(self.model, moved)
-        finally:
-            self.model.train(training)
+        with mode(self.model, training=False), torch.no_grad():
+            for _, batch in share:
+                moved = {key: part.to(self.device) for key, part in batch.items()}
+                seen.append(self.logits(self.model, moved).float().cpu())
+            if any(map(is_sharded, self.model.parameters())):  # all ranks gather weights, or none
+                for _ in range(max(share.lengths) - len(share)):
+                    moved = {key: part.to(self.device) for key, part in batches[0][1].items()}
+                    self.logits(self.model, moved)
         out[[row for rows, _ in batches for row in rows]] = share.rows(torch.cat(seen).mT, "evaluation").mT
         return out
 

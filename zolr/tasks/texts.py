@@ -195,15 +195,19 @@ def _listed(given: Sequence[str | Path], documents: int | None) -> Iterator[tupl
             for split in _splits_of(path):
                 yield split, HubText(name, None, split, documents)
         elif path.is_dir():
-            for file in sorted(path.rglob("*")):
-                if file.is_file() and file.name.endswith(SUFFIXES):
-                    yield file.name, file
+            for file in files_in(path):
+                yield file.name, file
         elif (_HUB.fullmatch(name) and not name.endswith(SUFFIXES)) or _part_of_a_folder(name):
             yield "", HubText.of(name, documents)
         else:
             raise DataError(
                 f"no file or folder {name!r}; give the path of a text file, or of a folder of them"
             )
+
+
+def files_in(folder: Path) -> list[Path]:
+    """All that counts as text in a folder, searched to the bottom, in order of path."""
+    return sorted(file for file in folder.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
 
 
 def _nothing(given: Sequence[str | Path], purpose: str) -> DataError:
