@@ -237,13 +237,15 @@ def test_a_size_that_was_given_is_never_changed(zolr: Run, tmp_path: Path) -> No
     assert code == 7 and "the least is" in err and "--batch-size 4 --accumulate 1 --no-checkpointing" in err
 
 
-def test_pretraining_keeps_its_budget(zolr: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("documents", ["joined", "apart"])
+def test_pretraining_keeps_its_budget(zolr: Run, tmp_path: Path, documents: str) -> None:
     text = tmp_path / "text.txt"
     text.write_text(
         "\n\n".join(f"The {i}th sentence of a text that has {i} more of them." for i in range(900))
     )
     shape = ("--hidden-size", 32, "--layers", 2, "--heads", 2, "--train-tokenizer", "--vocab-size", 300)
     given: tuple[object, ...] = ("--data", text, *shape, "--steps", 2, "--length", 32, "--threads", 1)
+    given += ("--documents", documents)
 
     def run(name: str, *more: object) -> tuple[int, str, str]:
         return zolr("pretrain", *given, "--output", tmp_path / name, "--json", *more)

@@ -639,6 +639,8 @@ def test_impossible_predictions_are_refused():
         predict(small(), batch_size=1, max_length=8, objective="prompts")
     with pytest.raises(UsageError, match="signs 'together' mean nothing under paradigm 'fo'"):
         predict(small(), compose("adamw"), batch_size=1, max_length=8, signs="together")
+    with pytest.raises(UsageError, match="packed rows mean nothing to objective 'prompt'"):
+        predict(small(), batch_size=1, max_length=8, packed=True)
     with pytest.raises((UsageError, DataError), match="did you mean 'roberta-large'"):
         predict("roberta-larg", batch_size=1, max_length=8)
 

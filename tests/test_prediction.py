@@ -43,7 +43,9 @@ def short(method: Method, window: int = 3) -> Method:
     return replace(method, estimator=estimator, refresh_every=every, layers=layers)
 
 
-def batches(objective: str, rows: int, tokens: int, count: int) -> list[dict[str, torch.Tensor]]:
+def batches(
+    objective: str, rows: int, tokens: int, count: int, packed: bool = False
+) -> list[dict[str, torch.Tensor]]:
     numbers = torch.Generator().manual_seed(0)
     found = []
     for _ in range(count):
@@ -53,6 +55,9 @@ def batches(objective: str, rows: int, tokens: int, count: int) -> list[dict[str
         labels = torch.zeros(rows, dtype=torch.long)
         prompt = dict(input_ids=ids, attention_mask=mask, positions=torch.ones_like(labels), labels=labels)
         found.append(dict(input_ids=ids, labels=ids.clone()) if objective == "lm" else prompt)
+        if packed:  # two documents and a bit a row
+            places = torch.arange(tokens).remainder(tokens // 2).expand(rows, -1)
+            found[-1]["position_ids"] = places.contiguous()
     return found
 
 
@@ -63,10 +68,9 @@ def measured(shape: PreTrainedConfig, method: Method, settings: dict[str, Any], 
         pytest.importorskip("peft")
         lora.wrap(model, settings["adapter"])
         select = lora.trained
-    if settings["checkpointing"]:
-        checkpoint_activations(model)
+    checkpoint_activations(model, settings["checkpointing"])
     size = settings["batch_size"], settings["max_length"], settings["accumulation"]
-    data = batches(settings["objective"], *size)
+    data = batches(settings["objective"], *size, settings.get("packed", False))
     loss: Any = lm_loss if settings["objective"] == "lm" else prompt_loss((3, 4))
     with LiveBytes() as live:
         live.track(model, *data)
@@ -153,6 +157,32 @@ def test_dropout_is_predicted_as_it_is_trained(name: str, checkpointing: bool) -
         for more in ({}, dict(device="cuda", dropout=None))
     )
     assert without.peak_bytes < card.peak_bytes < own.peak_bytes  # on a card attention is fused all the same
+
+
+@pytest.mark.parametrize(
+    ("name", "paradigm", "checkpointing", "rows", "tokens"),
+    [
+        ("adamw", "fo", False, 2, 257),
+        ("adamw", "fo", True, 3, 512),
+        ("stiefel", "fo", "selective", 7, 96),
+        ("mezo", "zo", False, 2, 257),
+        ("stiefel", "zo", False, 7, 96),
+        ("stiefel", "fwd", False, 3, 130),
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_documents_apart_are_predicted_with_their_mask(
+    family: str, name: str, paradigm: str, checkpointing: Any, rows: int, tokens: int
+) -> None:
+    shape, method = config(family), short(compose(name, paradigm))
+    settings = dict(batch_size=rows, max_length=tokens, dtype=torch.float32, objective="lm", packed=True)
+    settings |= dict(accumulation=2, checkpointing=checkpointing, select="all")
+    agrees(shape, method, settings, 4)
+    if paradigm == "fo" and not checkpointing:  # each layer keeps a mask of float32 numbers for the way back
+        joined = predict(shape, method, **{**settings, "packed": False})
+        packed = predict(shape, method, **settings)
+        assert packed.peak_bytes - joined.peak_bytes > 2 * 4 * rows * tokens**2
+        assert any("documents apart" in line for line in packed.assumptions)
 
 
 @pytest.mark.parametrize(("family", "select"), [("roberta", "norm"), ("llama", "attention"), ("gpt2", "all")])

@@ -418,6 +418,7 @@ def predict(
     hold_rank: int = RANK,
     device: torch.device | str = "cpu",
     dropout: float | None = 0.0,
+    packed: bool = False,
     profile: bool = False,
 ) -> Prediction:
     """Predict the peak memory of a training step by running that very step on tensors without data.
@@ -444,6 +445,8 @@ def predict(
         device: where the step is to run; a card that is there adds cuBLAS's workspaces to peak and forward (see `workspace`).
         dropout: of training steps (fo); None leaves the probabilities of the config. Masks are kept for the way back, and on the
             host attention is not fused where it has any; on a card it is.
+        packed: rows of objective "lm" hold several documents that do not see each other: batches have `position_ids` that begin
+            again, from which transformers makes a mask of `(batch_size, 1, max_length, max_length)`.
         profile: list the live storages at the peak, add them up by what they are, and name the module.
 
     Raises:
@@ -455,6 +458,10 @@ def predict(
             raise UsageError(f"{name} = {size} is not possible; use at least 1")
     if objective not in LOSSES:
         raise UsageError(f"objective '{objective}' is not known; use one of {', '.join(LOSSES)}")
+    if packed and objective != "lm":
+        raise UsageError(
+            f"packed rows mean nothing to objective '{objective}'; use 'lm', or leave packed out"
+        )
     config = model if isinstance(model, PreTrainedConfig) else load_config(model)
     plain: Any = copy.deepcopy(config)
     if hasattr(plain, "quantization_config"):  # of a model that was quantized while it was loaded
@@ -533,9 +540,9 @@ def predict(
         held = kept(engine)
         return live, weights, counted.track(*held["coords"]), counted.track(*held["optimizer"])
 
-    with _values_explained(), Fakes(), _one_text_a_row(), _few_rounds():
+    with _values_explained(), Fakes(), _texts_in_a_row(packed), _few_rounds():
         net = fresh()
-        batches = [_batch(objective, batch_size, max_length) for _ in range(accumulation)]
+        batches = [_batch(objective, batch_size, max_length, packed) for _ in range(accumulation)]
         with LiveBytes(profile=profile and method is None) as forward:
             weights = forward.track(net)
             forward.track(*batches)
@@ -545,7 +552,7 @@ def predict(
         assumptions = [
             f"{batch_size} x {max_length} tokens a micro-batch, {str(dtype).removeprefix('torch.')} weights",
             f"{net.config._attn_implementation} attention, fused where the kernel exists; {_dropout(plain, dropout if trains else 0.0)}",
-            "rows are padded; the optimizer holds temporaries of one tensor at a time (not foreach)",
+            f"rows are {'packed, documents apart' if packed else 'padded'}; the optimizer holds temporaries of one tensor at a time (not foreach)",
             f"bytes of live tensors, each rounded up to {ROUNDING}; what no tensor holds comes on top",
         ]
         if quantize is not None:
@@ -778,13 +785,15 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-def _batch(objective: str, rows: int, tokens: int) -> dict[str, Tensor]:
+def _batch(objective: str, rows: int, tokens: int, packed: bool) -> dict[str, Tensor]:
     ids = torch.zeros(rows, tokens, dtype=torch.long)
     batch = {"input_ids": ids, "labels": torch.zeros_like(ids if objective == "lm" else ids[:, 0])}
     if objective != "lm":
         batch["attention_mask"] = torch.ones_like(ids)
     if objective == "prompt":
         batch["positions"] = torch.zeros_like(ids[:, 0])
+    if packed:
+        batch["position_ids"] = torch.zeros_like(ids)
     return batch
 
 
@@ -904,14 +913,15 @@ def _values_explained() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_text_a_row() -> Iterator[None]:
-    """Let transformers know that no row holds several texts.
+def _texts_in_a_row(several: bool) -> Iterator[None]:
+    """Have transformers take rows for packed ones, or each for one text.
 
-    It asks the values of `position_ids` for that, and where there are none it makes a mask that real rows do not need.
+    It asks the values of `position_ids` for that. Where there are none it takes rows for packed ones, and makes the mask that
+    keeps their texts apart; real rows of one text need none.
     """
     name = "find_packed_sequence_indices"
     before = getattr(masking_utils, name, None)
-    if before is None:
+    if several or before is None:
         yield
         return
     setattr(masking_utils, name, lambda position_ids: None)

@@ -330,6 +330,8 @@ def objective_of(settings: Pretrain, model: Any, on: device, at: str | None = No
 def prediction(settings: Pretrain, config: Any, on: device, *, profile: bool = False) -> Prediction:
     """The peak of a step of a run and what it is made of; under mlm the loss is taken to see every token.
 
+    Where documents are apart, rows are taken to hold several: a batch in which none does has no mask, and takes less.
+
     Args:
         settings: of the run.
         config: of its model.
@@ -358,6 +360,7 @@ def prediction(settings: Pretrain, config: Any, on: device, *, profile: bool = F
         realization=settings.realization,
         device=on,
         dropout=None,
+        packed=settings.documents == "apart",
         profile=profile,
     )
 
