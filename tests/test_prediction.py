@@ -160,17 +160,16 @@ def test_dropout_is_predicted_as_it_is_trained(name: str, checkpointing: bool) -
 
 
 @pytest.mark.parametrize(
-    ("name", "paradigm", "checkpointing", "rows", "tokens"),
+    ("family", "name", "paradigm", "checkpointing", "rows", "tokens"),
     [
-        ("adamw", "fo", False, 2, 257),
-        ("adamw", "fo", True, 3, 512),
-        ("stiefel", "fo", "selective", 7, 96),
-        ("mezo", "zo", False, 2, 257),
-        ("stiefel", "zo", False, 7, 96),
-        ("stiefel", "fwd", False, 3, 130),
+        ("llama", "adamw", "fo", False, 2, 257),
+        ("gpt2", "adamw", "fo", True, 3, 512),
+        ("llama", "stiefel", "fo", "selective", 7, 96),
+        ("gpt2", "mezo", "zo", False, 2, 257),
+        ("llama", "stiefel", "zo", False, 7, 96),
+        ("gpt2", "stiefel", "fwd", False, 3, 130),
     ],
 )
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_documents_apart_are_predicted_with_their_mask(
     family: str, name: str, paradigm: str, checkpointing: Any, rows: int, tokens: int
 ) -> None:
