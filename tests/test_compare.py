@@ -125,11 +125,19 @@ def racing(train: Callable[..., None], *given: Any) -> None:
     race.main(*given)
 
 
-@pytest.mark.parametrize(("train", "message"), [(killed, "SIGKILL"), (refused, "out of memory")])
+@pytest.mark.parametrize(
+    ("train", "message", "on_host"), [(killed, "SIGKILL", True), (refused, "out of memory", False)]
+)
 def test_a_run_without_memory_is_a_row_with_what_was_predicted(
-    zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: Callable[..., None], message: str
+    zolr: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    train: Callable[..., None],
+    message: str,
+    on_host: bool,
 ) -> None:
-    """The process of the run is the real one, but that training takes all there is."""
+    """The process of the run is the real one, as on the host or as for a card, but that training takes all there is."""
+    monkeypatch.setattr(compare, "_on_host", lambda _: on_host)
     monkeypatch.setattr(compare.race, "main", partial(racing, train))
     given = ("compare", "--methods", "sgd", *SMALL, "--steps", 2, "--output", tmp_path / "all")
     code, out, err = zolr(*given, "--json")

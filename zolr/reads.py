@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zolr.variables import Variable, binds
 
 _OWN, _TORCH = (str(Path(package).parent) + os.sep for package in (__file__, torch.__file__))
+_FORWARDS = binds.__code__.co_filename  # of the forwards that modules are given, around their own
 # what takes the shape or the dtype of a tensor and none of its numbers, and what says that it is not to be derived
 _HARMLESS = (
     "detach",
@@ -76,11 +77,11 @@ def _line(frame: FrameType | None, variable: Variable) -> str | None:
     while frame is not None:
         file = frame.f_code.co_filename
         watches = frame.f_code.co_name.startswith("__torch_")  # another mode that calls go through
-        if line is None and not watches and not file.startswith(_TORCH):
+        if line is None and not watches and not file.startswith(_TORCH) and file != _FORWARDS:
             if file.startswith((_OWN, "<")):  # the latter has been compiled
                 return None
             line = f"{file}:{frame.f_lineno}"
-        ours = file.startswith(_OWN) and frame.f_code.co_name == "forward"
+        ours = file == _FORWARDS and frame.f_code.co_name == "forward"
         if ours and binds(frame.f_locals.get("self"), variable):
             return None
         frame = frame.f_back

@@ -463,7 +463,7 @@ def _raced(plan: Finetune, terms: Terms) -> dict[str, Any]:
     told |= {"timing": terms.timing, "metric": terms.metric}
     with TemporaryDirectory(prefix="zolr-") as place:
         found, said = Path(place) / "found", Path(place) / "said"
-        child = fresh().Process(target=race.main, args=(told, found, said))
+        child = fresh(warm=_on_host(plan.device)).Process(target=race.main, args=(told, found, said))
         child.start()
         try:
             child.join()
@@ -474,6 +474,13 @@ def _raced(plan: Finetune, terms: Terms) -> dict[str, Any]:
         texts = [file.read_text(errors="replace") if file.is_file() else "" for file in (found, said)]
     assert child.exitcode is not None
     return {**outcome(child.exitcode, *texts), "folder": plan.output}
+
+
+def _on_host(device: str) -> bool:
+    """Whether a run with this setting computes on the host."""
+    import torch
+
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
 
 
 def outcome(code: int, out: str, said: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Processes beside this one: they begin with the libraries imported, share nothing else with it, and end with it."""
+"""Processes beside this one, which share nothing with it but perhaps their imports, and end with it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
 
 
-def fresh() -> ForkServerContext | SpawnContext:
-    """Processes that share nothing with this one, which may have threads or a card, but, where that is possible, their imports."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+def fresh(*, warm: bool = True) -> ForkServerContext | SpawnContext:
+    """Processes that share nothing with this one, which may have threads or a card.
+
+    Args:
+        warm: they begin with their imports done, where that is possible. Not for what computes on a card: a library may ask
+            it something when it is imported, and then no process that was forked afterwards can use it.
+    """
+    if not warm or "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["zolr.cli.warm"])
