@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zolr.held import compute
 from zolr.variables import Variable, binds
 
 _OWN, _TORCH = (str(Path(package).parent) + os.sep for package in (__file__, torch.__file__))
-_FORWARDS = binds.__code__.co_filename  # of the forwards that modules are given, around their own
+_FORWARDS = [
+    f.__code__.co_filename for f in (binds, compute)
+]  # of what modules are given, around their own forward
 # what takes the shape or the dtype of a tensor and none of its numbers, and what says that it is not to be derived
 _HARMLESS = (
     "detach",
@@ -77,11 +80,11 @@ def _line(frame: FrameType | None, variable: Variable) -> str | None:
     while frame is not None:
         file = frame.f_code.co_filename
         watches = frame.f_code.co_name.startswith("__torch_")  # another mode that calls go through
-        if line is None and not watches and not file.startswith(_TORCH) and file != _FORWARDS:
+        if line is None and not watches and not file.startswith(_TORCH) and file not in _FORWARDS:
             if file.startswith((_OWN, "<")):  # the latter has been compiled
                 return None
             line = f"{file}:{frame.f_lineno}"
-        ours = file == _FORWARDS and frame.f_code.co_name == "forward"
+        ours = file in _FORWARDS and frame.f_code.co_name == "forward"
         if ours and binds(frame.f_locals.get("self"), variable):
             return None
         frame = frame.f_back

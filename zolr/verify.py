@@ -58,9 +58,10 @@ def verify(
         share = min(1e-2, max(1e-6, 1e4 * precision))
         allowed = tolerance or 1e3 * precision * max(1.0, abs(base)) + share * abs(direct - base)
         if not abs(side - direct) <= allowed:
+            rebuilt = "" if variable.realization == "rebuild" else ", or use realization 'rebuild'"
             raise UsageError(
                 f"weight '{variable.name}' acts differently through its coordinates (loss {side:.6g}) than as a "
-                f"dense weight (loss {direct:.6g}); exclude it from training, or use realization 'rebuild'"
+                f"dense weight (loss {direct:.6g}); exclude it from training{rebuilt}"
             )
 
 
