@@ -727,6 +727,66 @@ def test_weights_that_no_forward_comes_by_are_said_of_all_of_them() -> None:
         engine.step([(X, Y)])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["adamw", "stiefel", "galore", "muon", "apollo"])
+def test_weights_without_a_gradient_and_gradients_in_parts(name: str, dtype: torch.dtype) -> None:
+    """A branch that some batches leave out, and reentrant checkpointing, of a layer that is used twice too."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Branched(nn.Module):
+        def __init__(self, reentrant: bool) -> None:
+            super().__init__()
+            self.first, self.often = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.idle, self.reentrant = nn.Linear(6, 6), reentrant
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            for _ in range(2 if name == "stiefel" else 1):
+                x = x + checkpoint(self.often, x, use_reentrant=self.reentrant)
+            return x + self.idle(x) if x[0, 0] > 1e3 else x
+
+    found = []
+    for reentrant in (False, True):
+        torch.manual_seed(0)
+        model = Branched(reentrant).to(dtype)
+        parts = {"rank": 2} if name in ("stiefel", "galore", "apollo") else {}
+        engine = zolr.Engine(
+            model,
+            zolr.compose(name, "fo", **parts),
+            lr=1e-2,
+            loss=lambda model, x: model(x).float().square().mean(),
+            select=lambda name, p: p.dim() == 2,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the idle layer is said to be idle
+            losses = [engine.step([X.to(dtype), X[:3].to(dtype)]).loss for _ in range(3)]
+        assert losses[-1] < losses[0]
+        found.append(engine.detach().state_dict())
+    plain, again = found
+    for key, weight in plain.items():
+        torch.testing.assert_close(weight, again[key], rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_other_parameters_of_an_embedding_have_no_padding_row() -> None:
+    class Table(nn.Embedding):
+        def __init__(self) -> None:
+            super().__init__(9, 6, padding_idx=0)
+            self.extra, self.one = nn.Parameter(torch.ones(3, 6)), nn.Parameter(torch.ones(6))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) + self.extra[ids % 3] * self.one
+
+    for name, parts in (("adamw", {}), ("mezo", {"eps": 1e-3})):
+        model = nn.Sequential(Table(), nn.Linear(6, 1))
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        engine = zolr.Engine(
+            model, zolr.compose(name, **parts), lr=1e-2, loss=lambda m, ids: (m(ids) - 1).square().mean()
+        )
+        engine.step([torch.tensor([[1, 2, 5, 3, 8]])])
+        moved = {k: (w != before[k]) for k, w in engine.detach().state_dict().items()}
+        assert moved["0.extra"].any(1).all() and moved["0.one"].any() and not moved["0.weight"][0].any(), name
+
+
 def test_what_cannot_be_trained_is_refused_in_one_line() -> None:
     from torch.nn.utils import prune
     from torch.utils.checkpoint import checkpoint

@@ -556,7 +556,8 @@ class Engine:
             lacking = "without the probe" if self.method.paradigm == "zo" else "without a derivative"
             warnings.warn(
                 f"the loss reads weight '{past[0]}' itself ({past[1]}), where it is as it is stored, {lacking}: what comes of that "
-                "trains nothing; compute with the module alone, and use weight_decay for a penalty",
+                "trains nothing, and differs in the weights that are saved; compute with the module alone, and use weight_decay for a "
+                "penalty",
                 stacklevel=3,
             )
 

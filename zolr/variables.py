@@ -154,7 +154,9 @@ class Variable:
             (
                 s.module.padding_idx
                 for s in self.sites
-                if isinstance(s.module, nn.Embedding) and s.module.padding_idx is not None
+                if isinstance(s.module, nn.Embedding)
+                and s.parameter == "weight"  # others that a subclass has are no tables
+                and s.module.padding_idx is not None
             ),
             None,
         )

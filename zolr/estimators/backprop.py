@@ -42,7 +42,8 @@ class Backprop:
         share = share_of(batches)
         emit = share.in_order(variables, emit)
         values = [v.value for v in variables]
-        pending = {id(v.value): v for v in variables}
+        named = {id(v.value): v for v in variables}
+        pending = dict(named)  # those whose gradient is not there yet
         # complete, and too small for the order to matter: they are divided in one call
         late: list[Variable] = []
         handles = []
@@ -52,19 +53,25 @@ class Backprop:
         differentiable = False
 
         def gather(value: Tensor) -> None:
-            gathered = pending[id(value)].gathered
+            gathered = named[id(value)].gathered
             if gathered is not None and value.grad is not None:
                 gathered.add(value.grad, n)
                 value.grad = None
 
         def hand_over(value: Tensor) -> None:
+            if value.grad is None:  # what makes gradients of several values at once had none for this one
+                return
+            variable = named[id(value)]
+            waits = variable.gathered is None and not (variable.space.blocked or share.split)
             if id(value) not in pending:
+                if waits:  # its parts add up until then
+                    return
                 raise UsageError(
                     f"a weight of shape {tuple(value.shape)} got its gradient in two parts, as reentrant checkpointing of a module "
                     "that is used twice does; use checkpoint(..., use_reentrant=False)"
                 )
-            variable = pending.pop(id(value))
-            if variable.gathered is None and not (variable.space.blocked or share.split):
+            del pending[id(value)]
+            if waits:
                 late.append(variable)
                 return
             if variable.gathered is not None:
@@ -110,7 +117,7 @@ class Backprop:
                     variable.value.grad = torch.zeros_like(variable.value)
                 with torch.no_grad():
                     hand_over(variable.value)
-            gradients = [v.value.grad for v in late if v.value.grad is not None]
+            gradients: list[Any] = [v.value.grad for v in late]
             for variable in late:
                 variable.value.grad = None
             if gradients and not (isinstance(count, float) and count == 1.0):
