@@ -106,11 +106,12 @@ def test_a_step_that_must_stay_whole_keeps_its_batch() -> None:
     assert {(way.batch_size, way.accumulate) for way in asked} == {(16, 2)}
 
 
-def test_a_budget_leaves_macro_f1_as_it_is(tmp_path: Path) -> None:
+def test_a_budget_leaves_macro_f1_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean over micro-batches is another number for others, unlike that of a loss or an error rate."""
     from zolr.cli.finetune import Finetune
     from zolr.cli.job import Job
 
+    monkeypatch.setattr(Job, "foretell", lambda self, settings: 1000 * settings.batch_size)
     given = dict(k=6, eval_rows=4, max_length=16, paradigm="zo", lr=1e-3, eps=1e-3, device="cpu")
 
     def run(objective: str, **more: Any) -> Job:
@@ -231,7 +232,12 @@ def test_a_budget_that_nothing_fits_ends_before_training(zolr: Run, tmp_path: Pa
     assert code == 2 and "--memory-budget '4' is no amount of memory" in err
 
 
-def test_a_size_that_was_given_is_never_changed(zolr: Run, tmp_path: Path) -> None:
+def test_a_size_that_was_given_is_never_changed(
+    zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zolr.cli.job import Job
+
+    monkeypatch.setattr(Job, "foretell", lambda self, settings: settings.batch_size << 21)
     given = ("--paradigm", "fo", "--batch-size", 4, "--no-checkpointing", "--output", tmp_path / "run")
     code, _, err = finetune(zolr, *given, "--memory-budget", "6MiB", "--dry-run")
     assert code == 7 and "the least is" in err and "--batch-size 4 --accumulate 1 --no-checkpointing" in err

@@ -347,7 +347,7 @@ def test_a_file_without_a_line_break_is_packed_in_bounded_memory(tmp_path: Path,
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     """
     peaks = {}
-    for megabytes in (4, 24):
+    for megabytes in (2, 14):
         path = tmp_path / f"{megabytes}.txt"
         with path.open("w") as handle:
             for _ in range(megabytes):
@@ -364,8 +364,8 @@ def test_a_file_without_a_line_break_is_packed_in_bounded_memory(tmp_path: Path,
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         peaks[megabytes] = int(done.stdout) / 1024
-    # 20 MB of text more, which are 18 million ids
-    assert peaks[24] - peaks[4] < 10, peaks
+    # 12 MB of text more, which are 11 million ids
+    assert peaks[14] - peaks[2] < 10, peaks
 
 
 def scripts(folder: Path, code: str, given: list[list[str]]) -> list[str]:

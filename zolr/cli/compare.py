@@ -20,7 +20,7 @@ from zolr.cli import race, runs
 from zolr.cli.choices import Schedule, TablePolicy, Thrift
 from zolr.cli.config import Settings, add, differing, flag, nearest, spelled, toml
 from zolr.cli.finetune import Finetune
-from zolr.cli.processes import fresh
+from zolr.cli.processes import fresh, without_main
 from zolr.cli.variants import methods_in, variant
 from zolr.cli.workload import DEMO_TASK, REFERENCE_WIDTH, DataChoice, Machine, ModelChoice, metric_of, task_of
 from zolr.errors import BudgetError, StorageError, UsageError, ZolrError
@@ -464,7 +464,8 @@ def _raced(plan: Finetune, terms: Terms) -> dict[str, Any]:
     with TemporaryDirectory(prefix="zolr-") as place:
         found, said = Path(place) / "found", Path(place) / "said"
         child = fresh(warm=_on_host(plan.device)).Process(target=race.main, args=(told, found, said))
-        child.start()
+        with without_main():
+            child.start()
         try:
             child.join()
         except BaseException:  # interrupted: the child saves and leaves too

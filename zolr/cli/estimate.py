@@ -17,7 +17,7 @@ from annotated_types import Ge
 from zolr.cli import quieten
 from zolr.cli.budget import bytes_of
 from zolr.cli.config import Settings, add, flag
-from zolr.cli.processes import follow, fresh
+from zolr.cli.processes import follow, fresh, without_main
 from zolr.cli.variants import methods_in, variant
 from zolr.errors import BudgetError, DataError, UsageError, ZolrError
 
@@ -295,7 +295,8 @@ def _all_rows(
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(min(processes, len(left)), fresh(), initializer=_helping)
     try:
-        tasks = [(given, pool.submit(_row, given)) for given in left]
+        with without_main():
+            tasks = [(given, pool.submit(_row, given)) for given in left]
         for given, task in tasks:
             begins(given[1])
             try:
