@@ -153,8 +153,9 @@ def test_a_run_without_memory_is_a_row_with_what_was_predicted(
     assert code == 7 and "every method failed" in err
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_child_ends_with_its_parent(tmp_path: Path, how: signal.Signals) -> None:
+    """A terminal interrupts both, and the one ends the other besides; what kills the one alone tells the other nothing."""
     command = ["compare", "--methods", "sgd@steps=100000", *map(str, SMALL), "--no-timing"]
     out, said = tmp_path / "out", tmp_path / "said"
     parent = begun("zolr", [*command, "--output", str(tmp_path / "all")], {}, out, said)
@@ -162,11 +163,25 @@ def test_a_child_ends_with_its_parent(tmp_path: Path, how: signal.Signals) -> No
     if not within(60, (folder / "metrics.jsonl").is_file):
         parent.kill()
         pytest.fail(f"nothing began: {said.read_text()}")
+    for process in _children(parent.pid) if how == signal.SIGINT else ():
+        os.kill(process, how)
     os.kill(parent.pid or 0, how)
     parent.join(60)
     assert parent.exitcode == (-how if how == signal.SIGKILL else 128 + how), said.read_text()
-    assert within(60, lambda: any((folder / "checkpoints").glob("step-*")))  # it saves, and then it ends
     assert within(60, lambda: not _grows(folder / "metrics.jsonl"))
+    # it had saved by then
+    last = max(json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines())
+    assert (folder / "checkpoints" / f"step-{last}").is_dir()
+
+
+def _children(process: int | None) -> list[int]:
+    """Processes below one."""
+    found, new = [], [process]
+    while new:
+        path = Path(f"/proc/{new.pop()}/task")
+        below = [int(x) for file in path.glob("*/children") for x in file.read_text().split()]
+        found, new = found + below, new + below
+    return found
 
 
 def within(seconds: float, holds: Callable[[], bool]) -> bool:

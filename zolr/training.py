@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
+from multiprocessing import parent_process
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Literal, Protocol
@@ -27,9 +28,8 @@ from zolr.errors import DataError, NonFiniteError, PeerLostError, StorageError, 
 Batch = Mapping[str, Tensor]
 
 CHECK_EVERY = 100  # steps between two comparisons of the ranks' weights, which take about as long as a step
-PASSED_ON = (
-    5.0  # seconds within which a second signal is the same wish: launchers pass on what a terminal has sent
-)
+# seconds within which a second signal is the same wish: who starts a process passes on what a terminal has sent to both
+PASSED_ON = 5.0
 
 NON_FINITE_LIMIT = 20  # steps in a row without a finite loss: by then waiting longer has never helped
 
@@ -224,7 +224,8 @@ def train(
     run.open(resume, about or {})
     run.compare("before the first step", all_weights=True)
     loss, stopped = None, False
-    with _signals(PASSED_ON if team.size > 1 else 0.0) as stop, run.writing(), run.survived():
+    started = team.size > 1 or parent_process() is not None
+    with _signals(PASSED_ON if started else 0.0) as stop, run.writing(), run.survived():
         while True:
             asked = team.largest(stop.number)  # all ranks have to stop at the same step
             now = run.progress
