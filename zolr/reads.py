@@ -62,7 +62,7 @@ class Reads(TorchDispatchMode):
         if read and seen and not name.startswith(_HARMLESS):
             for weight in read:
                 variable = self._variables[id(weight)]
-                line = _line(sys._getframe(1), variable)
+                line = None if variable.lent else _line(sys._getframe(1), variable)
                 if line is not None:
                     self.found.setdefault(variable.name, line)
         return func(*args, **(kwargs or {}))

@@ -164,6 +164,7 @@ class Variable:
         self.decay = 1.0
         self.moved = False
         self.touched = False
+        self.lent = False  # to who reads it past its module, see `as_read`
         self.watch: Callable[[Tensor], None] | None = None  # sees the inputs of every linear site
         self._point: Tensor | None = None
         self._rows: tuple[Callable[[slice], Tensor], float] | None = None
@@ -964,12 +965,16 @@ def as_read(module: nn.Module) -> Iterator[None]:
     tensors: dict[str, Tensor] = {}
     bindings: dict[str, tuple[Variable, Kind]] = module.__dict__.get(_BINDINGS, {})
     for name, (variable, _) in bindings.items():
-        variable.touched = True
+        variable.touched = variable.lent = True
         dense = variable.dense(variable.point())
         if dense is not None:
             tensors[name] = dense
-    with _shadowed(module, tensors):
-        yield
+    try:
+        with _shadowed(module, tensors):
+            yield
+    finally:
+        for variable, _ in bindings.values():
+            variable.lent = False
 
 
 def multiplied_with(module: nn.Module) -> Tensor | None:
