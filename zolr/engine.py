@@ -4,7 +4,7 @@ import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import inf, isfinite, prod, sqrt
@@ -526,7 +526,7 @@ class Engine:
                 f"weight '{moved}' has other memory than when this engine was made (model.to, .data = ..., or load_state_dict with "
                 "assign=True), so steps would not reach it; make the Engine after that"
             )
-        with self._mode(self.method.paradigm == "fo"), self._whole_or_nothing():
+        with mode(self.model, self.method.paradigm == "fo"), self._whole_or_nothing():
             info = self._step(batches)
         self._fold_at_once()
         if not self._looked:
@@ -538,7 +538,7 @@ class Engine:
         """Say which weights no forward of the first step came by: what reads them otherwise trains nothing."""
         if self.model.training and not self._sharded and not all(v.touched for v in self.active):
             # in training a layer may be left out by chance, in evaluation it is not
-            with self._mode(False), same_noise(self.variables[0].value.device), torch.no_grad():
+            with mode(self.model, False), same_noise(self.variables[0].value.device), torch.no_grad():
                 self._loss(self.model, batch)
         unread = [v.name for v in self.active if not v.touched]
         idle = self.team.size > 1 and len(unread) == len(self.active)  # a rank without a micro-batch
@@ -680,10 +680,6 @@ class Engine:
             raise UsageError(
                 f"{self._torn}; go back by load_state_dict to a state before it (Engine(undo=True) does so by itself)"
             )
-
-    def _mode(self, wanted: bool) -> AbstractContextManager[None]:
-        """See `modes.mode`."""
-        return mode(self.model, wanted)
 
     def _step(self, batches: Sequence[Any]) -> Info:
         forwards = 0

@@ -246,12 +246,12 @@ class Job(Planned[Finetune]):
     @property
     def batch_size(self) -> int:
         """Examples of a forward pass."""
-        return self.settings.batch_size or 1
+        return self.settings.split[0]
 
     @property
     def step_size(self) -> int:
         """Examples of a step."""
-        return self.batch_size * (self.settings.accumulate or 1)
+        return prod(self.settings.split)
 
     def _write_shards(self, folder: Path) -> None:
         """Write the trained model, every rank its rows; those of a run that did not come to its end are replaced."""

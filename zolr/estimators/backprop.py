@@ -76,7 +76,6 @@ class Backprop:
                 return
             if variable.gathered is not None:
                 if share.split:  # then all of it goes the same way, and only coordinates travel
-                    assert value.grad is not None
                     variable.gathered.add(value.grad, n)
                     value.grad.zero_()
                 variable.gathered.divide(count)
