@@ -21,7 +21,9 @@ import json
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import zolr
 from zolr import lora
-from zolr.estimators import combine, mean_loss
+from zolr.estimators import changed, combine, mean_loss, setting
 from zolr.factorizations import leading, orthonormal
 from zolr.keys import Key
 from zolr.memory import LiveBytes
@@ -301,7 +303,11 @@ class Calls(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        free = func.is_view or func.namespace != "aten" or "empty" in func.name()
+        free = (
+            func.is_view
+            or func.namespace != "aten"
+            or any(n in func.name() for n in ("empty", "unsafe_view"))
+        )
         self.count += not free
         return func(*args, **(kwargs or {}))
 
@@ -318,14 +324,24 @@ def calls(options: argparse.Namespace, plain: Any) -> None:
             select = lora.trained
         with torch.no_grad(), Calls() as two:
             loss(net, data), loss(net, data)
-        method = row.build("zo")
         settings = {"lr": 1e-6, "loss": loss, "select": select, "seed": 0}
-        engine = zolr.Engine(net, method, **settings)
-        for _ in range(2):  # the first one draws bases, and compares signs
-            engine.step([data])
-        with Calls() as step:
-            engine.step([data])
-        print(f"{name:14} {step.count:7,} of {two.count:5,}  {step.count / two.count:6.2f}", flush=True)
+        method = row.build("zo")
+        own = setting(method.estimator, "signs")
+        for signs in dict.fromkeys([own, own and "together"]):
+            if signs:
+                method = replace(method, estimator=changed(method.estimator, signs=signs))
+            engine = zolr.Engine(copy.deepcopy(net), method, **settings)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of signs that go in sequence
+                for _ in range(2):  # the first one draws bases, and compares signs
+                    engine.step([data])
+                with Calls() as step:
+                    engine.step([data])
+            settled = setting(engine.method.estimator, "signs") or ""
+            print(
+                f"{name:14} {settled:9} {step.count:7,} of {two.count:5,}  {step.count / two.count:6.2f}",
+                flush=True,
+            )
 
 
 def cholesky_qr(matrix: torch.Tensor) -> torch.Tensor:

@@ -71,7 +71,7 @@ def test_both_signs_in_one_pass_are_those_in_sequence(name):
             found[signs] = [engine.step([data]).loss for _ in range(3)]
     # torch 2.11 has no rule for a mask of fewer rows than the queries: then signs follow each other, and that is said
     settled = setting(engine.method.estimator, "signs")
-    assert settled == "together" or any("attn_bias" in str(warning.message) for warning in said)
+    assert settled in ("rows", "together") or any("attn_bias" in str(warning.message) for warning in said)
     assert found["together"] == pytest.approx(found["sequence"], rel=1e-4)
 
 

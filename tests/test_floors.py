@@ -26,6 +26,7 @@ FLOORS: dict[str, int] = {
                 "modes",
                 "distributed",
                 "norms",
+                "rows",
                 "aside",
                 "undo",
             ),

@@ -20,6 +20,7 @@ from zolr.dense import Core
 from zolr.distributed import Share, Team, digest
 from zolr.errors import StorageError, UsageError
 from zolr.estimators import (
+    SIGNS,
     Estimate,
     Measuring,
     Repeatable,
@@ -40,10 +41,20 @@ from zolr.modes import mode
 from zolr.norms import Running, put_back
 from zolr.projectors.identity import Identity
 from zolr.reads import Reads
+from zolr.rows import NotByRows, repeated
 from zolr.subspaces import Subspace
 from zolr.tuning import Caution, Tuning, tune
 from zolr.undo import Undo
-from zolr.variables import Gathered, Realization, Variable, Variables, attach, commit, detach, is_attached
+from zolr.variables import (
+    Gathered,
+    Realization,
+    Variable,
+    Variables,
+    attach,
+    commit,
+    detach,
+    is_attached,
+)
 from zolr.verify import verify
 from zolr.windows import Windows
 
@@ -149,6 +160,28 @@ class _Numbers:
                 engine._scheduler.load_state_dict(self.scheduler)
 
 
+@dataclass(frozen=True)
+class _Each:
+    """The loss of a batch of a step, of which `loss(batch, rows)` evaluates the rows that it is given.
+
+    Args:
+        running: statistics of the model.
+        loss: told which batch it is besides.
+    """
+
+    running: Running
+    loss: Callable[[Any, Any], Any]
+
+    def __call__(self, batch: Any) -> Any:
+        return self.loss(batch, batch)
+
+    def on_rows(self, batch: Any, count: int) -> Any:
+        """The same of a batch whose rows are there so often (see `several.evaluate`)."""
+        if self.running.mixing:
+            raise NotByRows("the model normalizes over the rows of a batch")
+        return self.loss(batch, repeated(batch, count))
+
+
 class _NonFinite(Exception):
     """The loss of a streamed step is not finite."""
 
@@ -248,7 +281,7 @@ class Engine:
             )
         if isinstance(hold_rank, bool) or not isinstance(hold_rank, int) or hold_rank < 1:
             raise UsageError(f"hold_rank = {hold_rank!r} is no rank; use a whole number of at least 1")
-        if realization == "inplace" and setting(method.estimator, "signs") == "together":
+        if realization == "inplace" and setting(method.estimator, "signs", "sequence") != "sequence":
             raise UsageError(
                 "realization 'inplace' holds one sign at a time; use signs 'sequence', or realization 'auto'"
             )
@@ -930,21 +963,27 @@ class Engine:
         return core.space.project(gradient)
 
     def _try_signs(self, batches: Share) -> int:
-        """Evaluate both signs together and in sequence once, and go on in sequence where they differ on some rank."""
+        """Evaluate both signs together and in sequence once, and go on in sequence where they differ on some rank.
+
+        Returns:
+            forward passes that it took.
+        """
         estimator = cast(Spsa, self.method.estimator)
-        settled, reason = estimator.tried(self._loss_of, batches, self.active, self.key.fold_in("signs"))
-        differ = self.team.largest(settled is not estimator)
-        if differ:
+        loss = _Each(self._running, lambda batch, rows: self._loss_of(rows))
+        settled, reason, passes = estimator.tried(loss, batches, self.active, self.key.fold_in("signs"))
+        way = SIGNS.index(setting(settled, "signs"))
+        alike = self.team.largest(way) == -self.team.largest(-way)
+        if not (way and alike):
             reason = reason or "so it is on another rank"
             warnings.warn(f"signs are evaluated in sequence, not together: {reason}", stacklevel=4)
-        self._evaluate_signs("sequence" if differ else "together")
+        self._evaluate_signs(SIGNS[way] if alike else "sequence")
         self._told_ahead["signs"] = self._signs
-        return 4 * batches.total
+        return passes * batches.total
 
     @property
     def _compares_signs(self) -> bool:
         """Whether both ways to evaluate signs are still to be compared."""
-        return self._signs is None and setting(self.method.estimator, "signs") == "together"
+        return self._signs is None and setting(self.method.estimator, "signs", "sequence") != "sequence"
 
     def _evaluate_signs(self, way: str) -> None:
         """Evaluate both signs of a probe in this way from now on, and compare no more."""
@@ -995,18 +1034,18 @@ class Engine:
         # torch.manual_seed asks for accelerators, and writes down who did where there are none
         seed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
 
-        def named(batch: Any) -> Any:
+        def named(batch: Any, rows: Any) -> Any:
             number = numbers[id(batch)]
             seed((noise.fold_in(number) if number else noise).integer() >> 1)
             again = id(batch) in self._evaluated
             self._evaluated.add(id(batch))
             # a batch counts once in running statistics, however often a step evaluates it
             with self._running.unchanged() if again else nullcontext():
-                return loss(batch)
+                return loss(rows)
 
         # dropout draws from the global generators: give it a name a micro-batch, and leave them as found
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            return estimator(named, batches, self.active, emit, key)
+            return estimator(_Each(self._running, named), batches, self.active, emit, key)
 
     def _judged(
         self, estimate: Estimate, gradients: Sequence[Tensor] = (), record: Tensor | None = None

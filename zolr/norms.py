@@ -25,6 +25,12 @@ class Running:
         for place, module in self._modules.items():
             yield from module.named_buffers(prefix=place)
 
+    @property
+    def mixing(self) -> bool:
+        """Whether rows of a batch depend on each other now: a batch norm takes its statistics from them."""
+        norms = (m for m in self._modules.values() if isinstance(m, _BatchNorm))
+        return any(m.training or m.running_mean is None for m in norms)
+
     def kept(self) -> list[tuple[Tensor, Tensor]]:
         """Buffers that forward passes would change, those of modules in training mode, and what they are now."""
         return [(b, b.clone()) for m in self._modules.values() if m.training for b in m.buffers()]

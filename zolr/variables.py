@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from functools import cache, partial
 from math import prod
 from types import MethodType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from zolr.held import (
 )
 from zolr.keys import Key
 from zolr.probes import BLOCK, Layout, Space, row_blocks
+from zolr.rows import NotByRows
 from zolr.subspaces import Coded, Full, Left, Right, Subspace, TwoSided, Viewed
 
 Realization = Literal["auto", "side", "rebuild", "inplace"]
@@ -429,12 +430,18 @@ class Variable:
         """The point that a context has set, None outside of one."""
         return self._point
 
+    @property
+    def stacked(self) -> bool:
+        """Whether a context has set several points, each for rows of its own (see `by_rows`)."""
+        return self._point is not None and self._point.dim() > self.value.dim()
+
     @contextmanager
     def at(self, point: Tensor, *, plain: bool = True) -> Iterator[None]:
         """Evaluate the model with the coordinates at `point` inside the context.
 
         Args:
-            point: tensor of coords_shape; may carry a tangent or a vmap axis, then `plain` must be False.
+            point: tensor of coords_shape; may carry a tangent or a vmap axis, then `plain` must be False. With one more axis
+                in front, several points for as many equal parts of the rows.
         """
         before = self._point, self._rows, self._plain
         self._point, self._rows, self._plain = point, None, plain
@@ -565,6 +572,8 @@ class Variable:
             return weight
         if point is None:
             return None if self.decay == 1.0 else self.weight * self.decay
+        if self.stacked:
+            raise NotByRows(f"{self.name} is not trained beside a product with its stored weight")
         weight = self.weight
         stack = self.stack
         if self.is_full:
@@ -616,6 +625,7 @@ class Variable:
             or kind == "embedding"
             or torch.is_grad_enabled()
             or not self._plain
+            or self.stacked
         ):
             return True
         m, n = self.shape
@@ -911,6 +921,11 @@ def _with_side(
     """Output of a linear or embedding module plus the side path of its variable."""
     variable, kind, point = side
     decay = variable.decay
+    if variable.stacked:
+        if kind == "embedding":
+            raise NotByRows(f"{variable.name} is looked up by row")
+        plain = lambda x: compute(module, cls.forward, x, *args, **kwargs)  # noqa: E731
+        return _rows_beside(plain, variable, x, cast(Tensor, point))
     if kind == "embedding":
         out = cls.forward(module, x, *args, **kwargs)
         out = out if decay == 1.0 else out * decay
@@ -957,6 +972,35 @@ def _with_side(
     # apart from the window's product: autograd saves the inputs of that one alone
     out = out + _widened(variable.subspace, x.dtype).apply(x, point.to(x.dtype))
     return out + (x @ stack.right.to(x.dtype)) @ stack.left.mT.to(x.dtype)
+
+
+def _rows_beside(plain: Callable[[Tensor], Tensor], variable: Variable, x: Tensor, points: Tensor) -> Tensor:
+    """Output of a linear module plus the side path of its variable, at one point for each of equal parts of the rows.
+
+    Args:
+        plain: the module itself.
+        x: `(k b, ..., n)`, the rows of `k` parts behind each other.
+        points: `(k, *coords_shape)`.
+    """
+    # without an axis between, rows may be those that the model has picked for this module, as many of each part or not
+    if x.dim() < 3 or len(x) % len(points):
+        raise NotByRows(
+            f"the inputs {tuple(x.shape)} of {variable.name} do not say which rows they belong to"
+        )
+    subspace = variable.subspace
+    if not isinstance(subspace, Right | Left | TwoSided):
+        raise NotByRows(f"{variable.name} has coordinates in a {type(subspace).__name__.lower()} subspace")
+    out = plain(x if variable.decay == 1.0 else x * variable.decay)
+    if not out.is_contiguous():
+        raise NotByRows(f"the output of {variable.name} is a view")
+    parts = x.reshape(len(points), -1, x.shape[-1])
+    inner, outer = (_as(factor, out.dtype) for factor in subspace.factors(parts, _as(points, x.dtype)))
+    out.view(len(points), -1, out.shape[-1]).baddbmm_(inner, outer.expand(len(points), -1, -1))
+    if variable.stack is not None:
+        left, right = variable.stack.left.to(x.dtype), variable.stack.right.to(x.dtype)
+        seen = x.reshape(-1, x.shape[-1]) @ right
+        out.view(-1, out.shape[-1]).addmm_(_as(seen, out.dtype), _as(left.mT, out.dtype))
+    return out
 
 
 @contextmanager
@@ -1265,6 +1309,28 @@ def _moved(
         for i, point in zip(narrow, rounded, strict=True):
             points[i] = point
     return points
+
+
+@contextmanager
+def by_rows(
+    variables: Sequence[Variable], directions: Sequence[Callable[..., Tensor]], scales: Sequence[float]
+) -> Iterator[None]:
+    """Evaluate the model with each of equal parts of the rows of a batch at `value + scale * direction(name)` of its own.
+
+    Raises:
+        NotByRows: here or in the forward, where a variable is no low-rank change beside a linear map of three axes or more.
+    """
+    for variable in variables:
+        if variable.is_full or variable.space.blocked or variable.realization in ("inplace", "rebuild"):
+            raise NotByRows(f"{variable.name} is not trained beside a product with its stored weight")
+    each = [_moved(variables, d, scale) for d, scale in zip(directions, scales, strict=True)]
+    points = [one.new_empty(len(each), *one.shape) for one in each[0]]
+    for i, moved in enumerate(each):  # stacked one by one they would be a launch each
+        torch._foreach_copy_([stack[i] for stack in points], moved)  # pyright: ignore
+    with ExitStack() as stack:
+        for variable, stacked in zip(variables, points, strict=True):
+            stack.enter_context(variable.at(stacked))
+        yield
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:

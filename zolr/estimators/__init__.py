@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from math import nan
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, get_args, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,15 @@ from torch.overrides import TorchFunctionMode
 from zolr.distributed import share_of
 from zolr.errors import UsageError
 from zolr.keys import Key
-from zolr.variables import Variable, shifted
+from zolr.rows import NotByRows, repeated, rows_in
+from zolr.variables import Variable, by_rows, shifted
 
 Loss = Callable[[Any], Any]
 Emit = Callable[[Variable, Tensor], None]
 Direction = Callable[..., Tensor]
 Part = TypeVar("Part")
+Signs = Literal["sequence", "together", "rows"]
+SIGNS: tuple[Signs, ...] = get_args(Signs)
 
 
 class Estimator(Protocol):
@@ -434,22 +437,33 @@ class _MappedMasks(TorchFunctionMode):
 
 
 def evaluate(
-    measured: Callable[[], Tensor],
+    measure: Callable[[Loss, Sequence[Any]], Tensor],
+    loss: Loss,
+    batches: Sequence[Any],
     variables: Sequence[Variable],
     points: Sequence[tuple[Direction, float]],
     rewind: Callable[[], None],
-    *,
-    together: bool = False,
+    signs: Signs = "sequence",
 ) -> list[Tensor]:
     """What is measured at the coordinates moved by `scale * direction`, for every point.
 
     Args:
-        measured: a tensor of the model as it stands.
+        measure: makes a tensor of a loss and its batches, as `parts_of` does.
         points: directions and scales.
         rewind: of `same_noise`; every point sees the same noise.
-        together: all points in one pass by vmap.
+        signs: the points one after the other ("sequence"), or in one pass: by vmap ("together"), or as rows of one batch
+            ("rows"), which falls back on vmap where a batch or the way through the model is not of rows. A loss with a
+            function `on_rows(batch, count)` makes that batch itself.
     """
-    if together and len(points) > 1:
+    measured = lambda: measure(loss, batches)  # noqa: E731
+    if len(points) < 2:
+        signs = "sequence"
+    if signs == "rows":
+        try:
+            return _by_rows(measure, loss, batches, variables, points, rewind)
+        except NotByRows:
+            signs = "together"
+    if signs == "together":
         like = variables[0].value
         # filled on the device: a copy from the host would wait for it
         scales = torch.stack([like.new_full((), scale) for _, scale in points])
@@ -471,20 +485,77 @@ def evaluate(
     return values
 
 
-def apart(
-    measured: Callable[[], Tensor], variables: Sequence[Variable], points: Sequence[tuple[Direction, float]]
-) -> str:
-    """Why some points cannot be evaluated together; empty where they can.
+def _by_rows(
+    measure: Callable[[Loss, Sequence[Any]], Tensor],
+    loss: Loss,
+    batches: Sequence[Any],
+    variables: Sequence[Variable],
+    points: Sequence[tuple[Direction, float]],
+    rewind: Callable[[], None],
+) -> list[Tensor]:
+    """What is measured at every point, each micro-batch in one pass that has its rows once for each point.
 
-    vmap has no rule for an operation that looks at values, and a model may treat the leading axis as its own: the
-    points are evaluated both ways, and compared.
+    Raises:
+        NotByRows: the batch, the loss or the way through the model is not of rows.
+    """
+    directions, scales = zip(*points, strict=True)
+    count, outputs = len(points), []
+    with by_rows(variables, directions, scales):
+        rewind()
+        for batch in batches:
+            rows = rows_in(batch)
+            own = getattr(
+                loss, "on_rows", None
+            )  # of a loss that tells batches apart by which object they are
+            output = loss(repeated(batch, count)) if own is None else own(batch, count)
+            if not isinstance(output, Tensor) or output.shape != (count * rows,):
+                raise NotByRows("the loss is not one number for each row")
+            outputs.append(output.chunk(count))
+    # what the batches were at a point, their losses are: `measure` adds up the same numbers as elsewhere
+    return [measure(lambda own: own, [each[i] for each in outputs]) for i in range(count)]
+
+
+def compared(
+    measure: Callable[[Loss, Sequence[Any]], Tensor],
+    loss: Loss,
+    batches: Sequence[Any],
+    variables: Sequence[Variable],
+    points: Sequence[tuple[Direction, float]],
+    signs: Signs,
+) -> tuple[Signs, str, int]:
+    """How points can be evaluated in one pass, by rows if they can; in sequence, and why, if in none.
+
+    vmap has no rule for an operation that looks at values, and a model may treat the leading axis as its own, or rows
+    depend on each other: the points are evaluated in sequence too, and compared.
+
+    Args:
+        signs: what is asked for, "together" (either way) or "rows".
+
+    Returns:
+        The way, the reason, and forwards a micro-batch that it took.
     """
     with same_noise(variables[0].value.device) as rewind:
-        expected = evaluate(measured, variables, points, rewind)
-        try:
-            found = evaluate(measured, variables, points, rewind, together=True)
-        except (RuntimeError, NotImplementedError) as error:  # what torch raises where a rule is missing
-            return str(error).strip().split("\n")[0]
+        expected = evaluate(measure, loss, batches, variables, points, rewind)
+        reason, passes = "", len(points)
+        for way in ("rows", "together") if signs == "together" else ("rows",):
+            try:
+                if way == "rows":
+                    found = _by_rows(measure, loss, batches, variables, points, rewind)
+                else:
+                    found = evaluate(measure, loss, batches, variables, points, rewind, way)
+            except (RuntimeError, NotImplementedError, NotByRows) as error:  # torch's where a rule is missing
+                reason = str(error).strip().split("\n")[0]
+                passes += 0 if isinstance(error, NotByRows) else len(points)  # known before a pass is over
+                continue
+            passes += len(points)
+            if reason := _difference(expected, found, variables):
+                continue
+            return way, "", passes
+    return "sequence", reason, passes
+
+
+def _difference(expected: Sequence[Tensor], found: Sequence[Tensor], variables: Sequence[Variable]) -> str:
+    """By how much two evaluations of the same points differ; empty where it is rounding."""
     precision = max(torch.finfo(v.weight.dtype).eps for v in variables)
     if not expected[0].numel():  # of a rank without a micro-batch
         return ""
@@ -499,6 +570,14 @@ def check_probes(probes: int) -> None:
     """Refuse a number of probes that means nothing."""
     if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
         raise UsageError(f"{probes!r} probes a step are not possible; use a whole number of at least 1")
+
+
+def check_signs(signs: str) -> None:
+    """Refuse a way to evaluate signs that there is not."""
+    if signs not in SIGNS:
+        raise UsageError(
+            f"signs '{signs}' is not known; use {', '.join(map(repr, SIGNS[:-1]))} or '{SIGNS[-1]}'"
+        )
 
 
 def check_eps(eps: float | None) -> None:

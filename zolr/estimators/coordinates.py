@@ -86,7 +86,9 @@ class Coordinates(BySlopes):
         with same_noise(variables[0].value.device) as rewind:
             for variable, probe, _ in probes:
                 plus, minus = evaluate(
-                    lambda: mean_loss(loss, batches),
+                    mean_loss,
+                    loss,
+                    batches,
                     [variable],
                     [(probe, self.eps), (probe, -self.eps)],
                     rewind,

@@ -86,8 +86,8 @@ class Mixture(BySlopes):
     @torch.no_grad()
     def tried(
         self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key
-    ) -> tuple["Mixture", str]:
+    ) -> tuple["Mixture", str, int]:
         """This rule, or the same with signs in sequence and why; see `Spsa.tried`."""
         random: Any = self.random
-        settled, reason = random.tried(loss, batches, variables, key)
-        return replace(self, random=settled), reason
+        settled, reason, passes = random.tried(loss, batches, variables, key)
+        return replace(self, random=settled), reason, passes

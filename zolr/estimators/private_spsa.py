@@ -15,10 +15,12 @@ from zolr.estimators import (
     Direction,
     Found,
     Loss,
-    apart,
+    Signs,
     check_eps,
     check_probes,
+    check_signs,
     combine,
+    compared,
     evaluate,
     same_noise,
     totals,
@@ -52,7 +54,7 @@ class PrivateSpsa(BySlopes):
         law: "rademacher", "gaussian" (as released) or "sphere" (as in the analysis).
         limit: C, largest slope of an example; inf for none.
         noise: sigma, standard deviation of the noise of the sum in units of C; 0 for none (and no privacy).
-        signs: "sequence" or "together", see `Spsa`.
+        signs: "sequence", "together" or "rows", see `Spsa`.
 
     Raises:
         UsageError: an argument out of range, or noise without a limit.
@@ -66,7 +68,7 @@ class PrivateSpsa(BySlopes):
     law: str = "gaussian"
     limit: float = 200.0
     noise: float = 10.0
-    signs: Literal["sequence", "together"] = "sequence"
+    signs: Signs = "sequence"
     paradigm: ClassVar[Literal["fo", "zo", "fwd"]] = "zo"
     exact: ClassVar[bool] = False
 
@@ -83,8 +85,7 @@ class PrivateSpsa(BySlopes):
             raise UsageError(f"noise = {self.noise} is no noise multiplier; use 0 or a positive number")
         if self.noise and not isfinite(self.limit):
             raise UsageError(f"noise = {self.noise} has no unit without a limit on slopes; give limit")
-        if self.signs not in ("sequence", "together"):
-            raise UsageError(f"signs '{self.signs}' is not known; use 'sequence' or 'together'")
+        check_signs(self.signs)
 
     def forwards(self, batches: int) -> int:
         """`2 k` forwards a micro-batch."""
@@ -115,11 +116,13 @@ class PrivateSpsa(BySlopes):
         with same_noise(variables[0].value.device) as rewind:
             for direction in directions:
                 both = evaluate(
-                    lambda: _examples(loss, batches),
+                    _examples,
+                    loss,
+                    batches,
                     variables,
                     [(direction, self.eps), (direction, -self.eps)],
                     rewind,
-                    together=self.signs == "together",
+                    self.signs,
                 )
                 plus, minus = share_of(batches).rows(torch.stack(both)).unbind()
                 each = (plus - minus) / (2 * self.eps)  # (n,)
@@ -150,12 +153,12 @@ class PrivateSpsa(BySlopes):
     @torch.no_grad()
     def tried(
         self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key
-    ) -> tuple["PrivateSpsa", str]:
+    ) -> tuple["PrivateSpsa", str, int]:
         """This rule, or the same in sequence and why; see `Spsa.tried`."""
         direction = Probe(layout(variables), self.law, key)
         points = [(direction, self.eps), (direction, -self.eps)]
-        reason = apart(lambda: _examples(loss, batches), variables, points)
-        return (replace(self, signs="sequence"), reason) if reason else (self, "")
+        way, reason, passes = compared(_examples, loss, batches, variables, points, self.signs)
+        return replace(self, signs=way), reason, passes
 
 
 def _examples(loss: Loss, batches: Sequence[Any]) -> Tensor:

@@ -13,10 +13,12 @@ from zolr.estimators import (
     Direction,
     Found,
     Loss,
-    apart,
+    Signs,
     check_eps,
     check_probes,
+    check_signs,
     combined,
+    compared,
     evaluate,
     mean_of,
     parts_of,
@@ -42,8 +44,9 @@ class Spsa(BySlopes):
         sides: 2 for central differences, 1 for `(L(B + eps z) - L(B)) / eps`, which shares one base loss between
             probes (k + 1 forwards instead of 2 k) at the price of a curvature term in the variance.
         directions: "fresh" (independent) or "orthonormal" (mutually orthogonal, less variance for several probes).
-        signs: "sequence" (least memory) or "together" (both signs in one forward by vmap; of one-sided probes all of
-            them, and the base). An engine tries "together" on its first step (see `tried`).
+        signs: "sequence" (least memory), or both signs in one forward; of one-sided probes all of them, and the base: as
+            rows of one batch ("rows") or by vmap ("together"). An engine tries on its first step (see `tried`): what is asked
+            for together goes by rows where it can.
         normalize: divide by the standard deviation of the slopes, which is that of the probes' losses over eps. Steps
             are long where the loss is flat and short where it is steep, and a factor on the loss means nothing: the
             estimate points along the gradient in expectation, but has not its length. Probes that all agree in their
@@ -61,7 +64,7 @@ class Spsa(BySlopes):
     law: str = "rademacher"
     sides: int = 2
     directions: Literal["fresh", "orthonormal"] = "fresh"
-    signs: Literal["sequence", "together"] = "sequence"
+    signs: Signs = "sequence"
     normalize: bool = False
     paradigm: ClassVar[Literal["fo", "zo", "fwd"]] = "zo"
     exact: ClassVar[bool] = False
@@ -75,8 +78,7 @@ class Spsa(BySlopes):
             raise UsageError(f"sides = {self.sides} is not possible; use 2 (central) or 1 (one-sided)")
         if self.directions not in ("fresh", "orthonormal"):
             raise UsageError(f"directions '{self.directions}' are not known; use 'fresh' or 'orthonormal'")
-        if self.signs not in ("sequence", "together"):
-            raise UsageError(f"signs '{self.signs}' is not known; use 'sequence' or 'together'")
+        check_signs(self.signs)
         if self.normalize and self.probes < 2:
             raise UsageError(f"{self.probes} probe has no spread to normalize by; use at least 2 probes")
 
@@ -96,7 +98,7 @@ class Spsa(BySlopes):
         """Measure the slopes; see `Measuring`."""
         if self.eps is None:
             raise UsageError("spsa has no eps; give one, or let the engine choose with lr=None")
-        eps, together = self.eps, self.signs == "together"
+        eps, together = self.eps, self.signs != "sequence"
         directions = self.draw(variables, key)
         if self.sides == 1 and together:
             directions = [self._held(d, variables) for d in directions]  # which are all alive in any case
@@ -104,7 +106,7 @@ class Spsa(BySlopes):
         own = directions[share.turn(len(directions))]
 
         def measured(points: Sequence[tuple[Direction, float]]) -> torch.Tensor:
-            parts = evaluate(lambda: parts_of(loss, batches), variables, points, rewind, together=together)
+            parts = evaluate(parts_of, loss, batches, variables, points, rewind, self.signs)
             return share.stacked(parts, 2)
 
         with same_noise(variables[0].value.device) as rewind:
@@ -153,14 +155,17 @@ class Spsa(BySlopes):
     @torch.no_grad()
     def tried(
         self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key
-    ) -> tuple["Spsa", str]:
-        """This rule, or the same in sequence and why, if the model cannot be run on several points together.
+    ) -> tuple["Spsa", str, int]:
+        """This rule as it can be followed: with signs by rows, together, or in sequence and why.
 
-        Two points are evaluated both ways, `4` forwards a micro-batch.
+        Two points are evaluated in sequence and in one pass, 4 forwards a micro-batch; 6 where rows gave other losses.
+
+        Returns:
+            The rule, the reason, and forwards a micro-batch that it took.
         """
         direction, eps = self.draw(variables, key)[0], self.eps or 1e-3
         points = [(direction, eps), (direction, -eps)]
         if self.sides == 1:  # as a step does it: every point with a direction of its own
             points[1] = self.draw(variables, key.fold_in("other"))[0], eps
-        reason = apart(lambda: parts_of(loss, batches), variables, points)
-        return (replace(self, signs="sequence"), reason) if reason else (self, "")
+        way, reason, passes = compared(parts_of, loss, batches, variables, points, self.signs)
+        return replace(self, signs=way), reason, passes
