@@ -136,7 +136,7 @@ def test_the_slope_is_that_of_a_loop_written_by_hand() -> None:
             dict(plain.named_parameters())[v.name].data.copy_(
                 weight + v.subspace.lift(coords + scale * z[v.name])
             )
-        seen.append(loss(plain, data).mean())
+        seen.append(loss(plain, data).mean().detach())
     info = run.step([data])
     assert info.slope == pytest.approx(abs(float(seen[0] - seen[1])) / 2e-3, rel=1e-9)
     assert info.loss == pytest.approx(float(seen[0] + seen[1]) / 2, rel=1e-12)
@@ -328,3 +328,31 @@ def test_what_asks_for_rows_alone_goes_in_sequence_where_there_are_none() -> Non
         run.step([batch()])
     assert way(run) == "sequence"
     assert replace(run.method.estimator, signs="rows") != run.method.estimator  # type: ignore[type-var]
+
+
+INNER = {
+    "ascent": {"point": "ascent"},
+    "lookahead": {"point": "lookahead"},
+    "mixture": {"method": "zo-hgd"},
+}
+
+
+@pytest.mark.parametrize("case", INNER)
+def test_signs_of_a_part_inside_are_settled_too(case: str) -> None:
+    found = {}
+    for signs in ("sequence", "together"):
+        run = engine(net(), signs, **({"projector": "stiefel"} | INNER[case]))
+        found[signs] = steps(run)
+        assert way(run) == ("rows" if signs == "together" else signs)
+    assert found["together"] == pytest.approx(found["sequence"], rel=0, abs=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_in_training_keeps_points_apart(dtype: torch.dtype) -> None:
+    """Two rows of one batch have dropout masks of their own, which in bfloat16 rounding would hide."""
+    model = net(between=nn.Dropout(0.01)).to(dtype)
+    method = compose("stiefel", "fo", rank=2, optimizer="sgd", point="ascent", signs="together")
+    run = Engine(model.train(), method, lr=1e-3, loss=loss, select=linear_maps)
+    for number in range(3):
+        run.step([batch(seed=number)])
+    assert way(run) == "together"

@@ -26,6 +26,7 @@ from zolr.estimators import (
     Repeatable,
     changed,
     mean_loss,
+    owners,
     rows_of,
     same_noise,
     setting,
@@ -165,20 +166,20 @@ class _Each:
     """The loss of a batch of a step, of which `loss(batch, rows)` evaluates the rows that it is given.
 
     Args:
-        running: statistics of the model.
         loss: told which batch it is besides.
+        apart: why rows that are added to a batch would not leave the others as they are; empty where they do.
     """
 
-    running: Running
     loss: Callable[[Any, Any], Any]
+    apart: str
 
     def __call__(self, batch: Any) -> Any:
         return self.loss(batch, batch)
 
     def on_rows(self, batch: Any, count: int) -> Any:
-        """The same of a batch whose rows are there so often (see `several.evaluate`)."""
-        if self.running.mixing:
-            raise NotByRows("the model normalizes over the rows of a batch")
+        """The same of a batch whose rows are there so often (see `estimators.evaluate`)."""
+        if self.apart:
+            raise NotByRows(self.apart)
         return self.loss(batch, repeated(batch, count))
 
 
@@ -968,10 +969,10 @@ class Engine:
         Returns:
             forward passes that it took.
         """
-        estimator = cast(Spsa, self.method.estimator)
-        loss = _Each(self._running, lambda batch, rows: self._loss_of(rows))
-        settled, reason, passes = estimator.tried(loss, batches, self.active, self.key.fold_in("signs"))
-        way = SIGNS.index(setting(settled, "signs"))
+        prober = cast(Spsa, owners(self.method.estimator, "signs")[0])
+        loss = _Each(lambda batch, rows: self._loss_of(rows), self._rows_depend)
+        settled, reason, passes = prober.tried(loss, batches, self.active, self.key.fold_in("signs"))
+        way = SIGNS.index(settled.signs)
         alike = self.team.largest(way) == -self.team.largest(-way)
         if not (way and alike):
             reason = reason or "so it is on another rank"
@@ -990,6 +991,13 @@ class Engine:
         self._signs = way
         if setting(self.method.estimator, "signs") != way:
             self.method = replace(self.method, estimator=changed(self.method.estimator, signs=way))
+
+    @property
+    def _rows_depend(self) -> str:
+        """Why a row's loss depends on the rows beside it; empty where it does not as far as a model tells."""
+        if self._trains():
+            return "a model in training draws its noise, or takes statistics, over all rows"
+        return "the model normalizes over the rows of a batch" if self._running.mixing else ""
 
     def _trains(self) -> bool:
         return self.model.training
@@ -1045,7 +1053,7 @@ class Engine:
 
         # dropout draws from the global generators: give it a name a micro-batch, and leave them as found
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            return estimator(_Each(self._running, named), batches, self.active, emit, key)
+            return estimator(_Each(named, self._rows_depend), batches, self.active, emit, key)
 
     def _judged(
         self, estimate: Estimate, gradients: Sequence[Tensor] = (), record: Tensor | None = None

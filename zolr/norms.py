@@ -27,9 +27,8 @@ class Running:
 
     @property
     def mixing(self) -> bool:
-        """Whether rows of a batch depend on each other now: a batch norm takes its statistics from them."""
-        norms = (m for m in self._modules.values() if isinstance(m, _BatchNorm))
-        return any(m.training or m.running_mean is None for m in norms)
+        """Whether a batch norm takes its statistics from the rows of a batch in evaluation too."""
+        return any(isinstance(m, _BatchNorm) and m.running_mean is None for m in self._modules.values())
 
     def kept(self) -> list[tuple[Tensor, Tensor]]:
         """Buffers that forward passes would change, those of modules in training mode, and what they are now."""

@@ -158,7 +158,7 @@ class Guided(Estimator, Protocol):
 
 def setting(part: Any, name: str, default: Any = None) -> Any:
     """A setting of a part, or of the first part inside of it that has one of this name."""
-    for owner in _owners(part, name):
+    for owner in owners(part, name):
         return getattr(owner, name)
     return default
 
@@ -170,23 +170,23 @@ def changed(part: Part, **settings: Any) -> Part:
         UsageError: no part has one of the settings.
     """
     for name in settings:
-        if not _owners(part, name):
+        if not owners(part, name):
             raise UsageError(f"there is no setting '{name}' in {type(part).__name__}; leave it out")
     own = {f.name: getattr(part, f.name) for f in fields(part)}  # type: ignore[arg-type]
     given = {name: value for name, value in settings.items() if name in own}
     for name, inner in own.items():
-        below = {n: v for n, v in settings.items() if n not in own and _owners(inner, n)}
+        below = {n: v for n, v in settings.items() if n not in own and owners(inner, n)}
         if below:
             given[name] = changed(inner, **below)
     return replace(part, **given)  # type: ignore[type-var]
 
 
-def _owners(part: Any, name: str) -> list[Any]:
+def owners(part: Any, name: str) -> list[Any]:
     """The part itself if it has a setting of this name, otherwise those of its parts that do."""
     if not is_dataclass(part):
         return []
     names = [f.name for f in fields(part)]
-    return [part] if name in names else [o for n in names for o in _owners(getattr(part, n), name)]
+    return [part] if name in names else [o for n in names for o in owners(getattr(part, n), name)]
 
 
 def totals(output: Any) -> tuple[Tensor, Tensor | float]:

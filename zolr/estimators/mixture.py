@@ -1,7 +1,7 @@
 """Two estimates of one gradient, averaged."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -82,12 +82,3 @@ class Mixture(BySlopes):
         # a slope that is not finite must show, whichever of them it is
         both = torch.cat([first.recorded, second.recorded])
         return Found(first.loss, first.slopes + 0.0 * second.slopes.sum(), gradient, both)
-
-    @torch.no_grad()
-    def tried(
-        self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key
-    ) -> tuple["Mixture", str, int]:
-        """This rule, or the same with signs in sequence and why; see `Spsa.tried`."""
-        random: Any = self.random
-        settled, reason, passes = random.tried(loss, batches, variables, key)
-        return replace(self, random=settled), reason, passes
