@@ -192,6 +192,17 @@ def test_forward_mode_is_predicted_whatever_is_trained(family: str, select: str)
     agrees(config(family), short(compose("stiefel", "fwd")), settings, 5)
 
 
+@pytest.mark.parametrize(
+    ("select", "objective"), [("attention", "prompt"), ("all", "prompt"), ("attention", "lm")]
+)
+def test_both_signs_in_one_pass_are_predicted(select: str, objective: str) -> None:
+    """As rows of one batch, and by vmap where a vector is trained or a loss is that of tokens."""
+    settings = dict(batch_size=ROWS, max_length=TOKENS, dtype=torch.float32, objective=objective)
+    settings |= dict(accumulation=2, checkpointing=False, select=select)
+    method = short(compose("stiefel", "zo", signs="together", eps=1e-3))
+    agrees(config("roberta" if objective == "prompt" else "llama"), method, settings, 5)
+
+
 @pytest.mark.parametrize("paradigm", ["fo", "zo"])
 def test_a_spectrum_is_predicted_as_what_it_is(paradigm: str) -> None:
     """What `dependent` keeps beyond the bases of `stiefel` is in the figures."""

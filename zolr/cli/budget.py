@@ -19,7 +19,7 @@ PASS_ROWS = (
     2.0  # what every pass costs besides its rows, in rows: two halves of 16 rows take 1.12 of the whole
 )
 SIDE = 1.05  # products with factors where a rebuilt weight would be faster; assumed
-TOGETHER = 1.14  # both signs in one pass against two: 1.15 against 1.01 of two forwards
+TOGETHER = 1.14  # both signs in one pass by vmap: 1.15 of two forwards, against 1.01; as rows of one batch they take no longer
 
 Checkpointing = bool | Literal["selective"]
 CHECKPOINTING = {
