@@ -242,6 +242,24 @@ def test_states_in_rows_take_less(monkeypatch):
     assert peaks[0] - peaks[1] > 256 * 128 * 4
 
 
+def test_parts_are_few_however_many_tokens_there_are(monkeypatch):
+    """Else a prediction for a large batch would take as long as its rows are many."""
+    model, batch = tiny("llama", dtype=torch.float64), batch_of(VOCAB)
+    batch |= dict(labels=batch["input_ids"])
+    seen = []
+    model.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    monkeypatch.setattr(models, "CHUNK_ENTRIES", 1)
+    found = []
+    for most in (256, 3):
+        monkeypatch.setattr(models, "MOST_CHUNKS", most)
+        seen.clear()
+        with torch.no_grad():
+            total, count = models.lm_loss(model, batch)
+        found.append(float(total / count))
+        assert len(seen) == min(most, batch["input_ids"].numel())
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
+
+
 @pytest.mark.parametrize("family", ["bert", "llama", "opt"])
 def test_prompt_losses_are_per_row(family):
     model, batch = tiny(family), batch_of(VOCAB)

@@ -60,6 +60,7 @@ CODES: dict[str, str] = {"int8": "torchao", "nf4": "bitsandbytes"}
 
 IGNORED = -100  # label of a token that does not count, as everywhere in torch and transformers
 CHUNK_ENTRIES = 1 << 24  # logits alive at once in `lm_loss`, and widest states in `encode`: 64 MiB in float32
+MOST_CHUNKS = 256  # however many tokens there are: smaller parts of those are nothing beside their hidden states
 
 DEMO = Path(__file__).parent / "demo" / "model"
 
@@ -845,7 +846,7 @@ def _in_rows(model: nn.Module, tokens: int) -> Iterator[None]:
     """
     wide = _config(model).get_text_config()
     width = getattr(wide, "intermediate_size", None) or 4 * getattr(wide, "hidden_size", 1)
-    rows = max(1, CHUNK_ENTRIES // width)
+    rows = max(1, CHUNK_ENTRIES // width, -(-tokens // MOST_CHUNKS))
     if torch.is_grad_enabled() or tokens <= rows or torch.compiler.is_compiling():
         yield
         return
@@ -1145,7 +1146,7 @@ def lm_loss(model: nn.Module, batch: Batch, chunk: int | None = None) -> tuple[T
             the position that predicts them, so those of a causal model are already shifted. Optional
             `counted` `(k,)`: flat positions in `0 ... b·t` that hold every counted label; the head then sees
             these alone, which for a masked model saves most of its work.
-        chunk: tokens a chunk; by default as many as give 2**24 logits.
+        chunk: tokens a chunk; by default as many as give 2**24 logits, or the 256th part of all.
 
     Returns:
         `(sum, count)`, shapes `()`; the sum is added up in float64.
@@ -1160,7 +1161,8 @@ def lm_loss(model: nn.Module, batch: Batch, chunk: int | None = None) -> tuple[T
     if "counted" in batch:
         hidden, labels = hidden[batch["counted"]], labels[batch["counted"]]
     if chunk is None:
-        chunk = max(64, CHUNK_ENTRIES // _config(model).get_text_config().vocab_size)
+        entries = CHUNK_ENTRIES // _config(model).get_text_config().vocab_size
+        chunk = max(64, entries, -(-len(hidden) // MOST_CHUNKS))
 
     def chunk_loss(rows: Tensor, targets: Tensor) -> Tensor:
         losses = F.cross_entropy(head(model, rows), targets, ignore_index=IGNORED, reduction="none")
