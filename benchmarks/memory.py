@@ -147,7 +147,10 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]], *more: str) -
         ]
         words += [f"rank {options.rank}"] * bool(options.rank)
         words += [f"trained {options.train}"] * bool(options.train)
-        known[", ".join([*words, *more])] = found
+        name = ", ".join([*words, *more])
+        new = {row["row"]: row for row in rows}  # others that the file has stay, where they stood
+        old = {row["row"]: row for row in known.get(name, {}).get("rows", [])}
+        known[name] = {**found, "rows": [*(old | new).values()]}
         options.output.parent.mkdir(exist_ok=True)
         options.output.write_text(json.dumps(known, indent=1) + "\n")
     if options.json:
