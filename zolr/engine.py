@@ -304,7 +304,8 @@ class Engine:
         self._left = False  # the model has been given back
         self._writing = False  # weights or state are being written
         self._loss = loss
-        self._tune = _eps(method) is not _NO_EPS and (lr is None or _eps(method) is None)
+        self._lr = lr
+        self._tune = _chooses(method, lr)
         self._trainable = [n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
         self._blocks = blocks_of(shapes(model), method.layers.outside)
         chosen, kinds = selection(model, select), categories(model)
@@ -1219,6 +1220,20 @@ class Engine:
             group["lr"] = self.base_lr
         self._set_schedule()
 
+    def _forget(self, lr: float | None) -> None:
+        """Have chosen nothing, as before the first step.
+
+        Args:
+            lr: the rate; None for the one that was given.
+        """
+        self.method, self._signs, self.tuning = self.windows.method, None, None
+        self.base_lr = self._lr if lr is None else lr
+        self._tune = _chooses(self.method, self.base_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.base_lr or 1.0
+        self._scheduler = None
+        self._set_schedule()
+
     def _set_schedule(self) -> None:
         if self._schedule is None or self.base_lr is None:
             return
@@ -1297,7 +1312,7 @@ class Engine:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state of the same model and method.
+        """Continue from a saved state of the same model and method; what had not been chosen then is chosen again.
 
         Raises:
             UsageError: the state is of another method, other variables, another seed, or of weights that were held where these are
@@ -1327,12 +1342,13 @@ class Engine:
                     f"weight '{v.name}' is {'held' if v.held else 'written'} here, but not in the saved state; use the "
                     "same hold, and quantize or offload the same weights"
                 )
+        self.step_count, self._refreshed_at = state["step"], state["refreshed_at"]
+        self._forget(state["base_lr"])
         if state["tuning"] is not None:
             self._adopt(Tuning(**state["tuning"]))
-        self.base_lr = state["base_lr"]
         for v in self.variables:
             self.windows.load(v, state["variables"][v.name])
-        self.step_count, self._refreshed_at, self._torn = state["step"], state["refreshed_at"], ""
+        self._torn = ""
         self._activate(state.get("period", 0))
         norm = state.get("norm")
         self._norm = None if norm is None else norm.to(self.variables[0].value.device, copy=True)
@@ -1344,8 +1360,9 @@ class Engine:
             self._evaluate_signs(state["signs"])
         if self._scheduler is not None and state["scheduler"] is not None:
             self._scheduler.load_state_dict(state["scheduler"])
-        for group, lr in zip(self.optimizer.param_groups, state["lr"], strict=True):
-            group["lr"] = lr
+        if state["base_lr"] is not None:  # else these are none yet
+            for group, lr in zip(self.optimizer.param_groups, state["lr"], strict=True):
+                group["lr"] = lr
         for group, numbers in zip(self.optimizer.param_groups, state.get("groups", ()), strict=False):
             group.update(
                 {k: tuple(x) if isinstance(x, list) else x for k, x in numbers.items() if k in group}
@@ -1410,6 +1427,11 @@ _NO_EPS = object()
 def _eps(method: Method) -> Any:
     """Probe radius of a method: a number, None when it is to be chosen, `_NO_EPS` where there is none."""
     return setting(method.estimator, "eps", _NO_EPS)
+
+
+def _chooses(method: Method, lr: float | None) -> bool:
+    """Whether a rate or a radius is to be chosen on the first step."""
+    return _eps(method) is not _NO_EPS and (lr is None or _eps(method) is None)
 
 
 def _lasting(method: Method) -> dict[str, str]:
