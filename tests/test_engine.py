@@ -861,9 +861,20 @@ def test_r2_holds_for_every_part_of_the_state(case, tmp_path):
     assert resumed(make, (4,), trip) == []
 
 
-def test_r2_a_run_can_go_back_to_an_earlier_state():
+@pytest.mark.parametrize(
+    "method",
+    [
+        small("stiefel", "fo"),
+        small("subtrack"),
+        small("ldadam"),
+        small("galore", optimizer="Adagrad"),
+        small("grasswalk", blocks="cycle", switch_every=2),
+    ],
+    ids=["stiefel", "subtrack", "ldadam", "galore, Adagrad", "grasswalk, cycle"],
+)
+def test_r2_a_run_can_go_back_to_an_earlier_state(method):
     model = net(torch.float32)
-    engine = Engine(model, small("stiefel", "fo"), lr=1e-2, loss=loss, schedule=FACTORIES["cosine"])
+    engine = Engine(model, method, lr=1e-2, loss=loss, schedule=FACTORIES["cosine"])
     losses, states = [], []
     for batch in BATCHES[:8]:
         states.append(engine.state_dict())
