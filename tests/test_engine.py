@@ -892,6 +892,32 @@ def test_a_state_of_another_run_is_refused():
         Engine(net(), small("lozo"), lr=1e-2, loss=loss, select="linear").load_state_dict(state)
 
 
+@pytest.mark.parametrize("name", ["stiefel", "adamw", "galore"])
+def test_a_state_that_does_not_fit_changes_nothing(name):
+    def run(width: int, dtype: torch.dtype = torch.float32) -> Engine:
+        model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.BatchNorm1d(6), nn.Linear(6, width)).to(dtype)
+        engine = Engine(model, small(name, "fo"), lr=1e-2, loss=lambda m, x: m(x.to(dtype)).square().mean())
+        engine.step([torch.randn(5, 8)])
+        return engine
+
+    engine = run(5)
+    before = {n: t.clone() for n, t in engine.model.state_dict().items()}
+    normless = run(5).state_dict()
+    normless["statistics"] = {n: t.reshape(-1)[:0] for n, t in normless["statistics"].items()}
+    incomplete = {n: part for n, part in run(5).state_dict().items() if n != "base_lr"}
+    for state, why in (
+        (run(3).state_dict(), r"weight '3.weight' is \(3, 6\) in the saved state and \(5, 6\) here"),
+        (run(5, torch.float64).state_dict(), "weight '0.weight' is torch.float64 .* and torch.float32 here"),
+        (normless, r"buffer '2.running_mean' is \(0,\)"),
+        (incomplete, "no state of an engine"),
+        (None, "no state of an engine"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            engine.load_state_dict(state)
+        assert engine.step_count == 1 and not engine.torn
+        assert all(torch.equal(t, before[n]) for n, t in engine.model.state_dict().items())
+
+
 # ---- T1: transports ---------------------------------------------------------------------------------------------------
 
 

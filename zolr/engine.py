@@ -56,7 +56,7 @@ from zolr.variables import (
     is_attached,
 )
 from zolr.verify import verify
-from zolr.windows import Windows
+from zolr.windows import Windows, check_alike
 
 NOTED_LOSS = 0.01  # share of what held weights were moved by; a user hears of more
 
@@ -1315,40 +1315,20 @@ class Engine:
         """Continue from a saved state of the same model and method; what had not been chosen then is chosen again.
 
         Raises:
-            UsageError: the state is of another method, other variables, another seed, or of weights that were held where these are
-                not.
+            UsageError: the state is of another method, other variables, another seed, of weights of another shape or dtype, or that
+                were held where these are not; nothing has been changed.
         """
-        if "variables" not in state:
-            raise UsageError("this is no state of an engine; give what state_dict returned")
-        own = _lasting(self.method)
-        for part, said in state.get("method", own).items():
-            if said != own.get(part):
-                raise UsageError(
-                    f"the saved state is of a method with {part} {said}, and this one has {own.get(part)}; use the same method"
-                )
-        names = {v.name for v in self.variables}
-        if set(state["variables"]) != names:
-            different = sorted(set(state["variables"]) ^ names)
-            raise UsageError(
-                f"the saved state is of other weights (such as '{different[0]}'); use the same selection"
-            )
-        if state["seed"] != self.seed:
-            raise UsageError(
-                f"the saved state has seed {state['seed']}, this run {self.seed}; use the same seed"
-            )
-        for v in self.variables:
-            if v.held != (state["variables"][v.name]["weight"] is None):
-                raise UsageError(
-                    f"weight '{v.name}' is {'held' if v.held else 'written'} here, but not in the saved state; use the "
-                    "same hold, and quantize or offload the same weights"
-                )
+        try:
+            self._check_state(state)
+        except (AttributeError, KeyError, TypeError) as error:  # whatever it is
+            raise UsageError("this is no state of an engine; give what state_dict returned") from error
+        self._torn = "loading a state was cut short"
         self.step_count, self._refreshed_at = state["step"], state["refreshed_at"]
         self._forget(state["base_lr"])
         if state["tuning"] is not None:
             self._adopt(Tuning(**state["tuning"]))
         for v in self.variables:
             self.windows.load(v, state["variables"][v.name])
-        self._torn = ""
         self._activate(state.get("period", 0))
         norm = state.get("norm")
         self._norm = None if norm is None else norm.to(self.variables[0].value.device, copy=True)
@@ -1367,6 +1347,41 @@ class Engine:
             group.update(
                 {k: tuple(x) if isinstance(x, list) else x for k, x in numbers.items() if k in group}
             )
+        self._torn = ""
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state that this run cannot continue from, before anything is written; see `load_state_dict`."""
+        own = _lasting(self.method)
+        for part, said in state.get("method", own).items():
+            if said != own.get(part):
+                raise UsageError(
+                    f"the saved state is of a method with {part} {said}, and this one has {own.get(part)}; use the same method"
+                )
+        names = {v.name for v in self.variables}
+        if set(state["variables"]) != names:
+            different = sorted(set(state["variables"]) ^ names)
+            raise UsageError(
+                f"the saved state is of other weights (such as '{different[0]}'); use the same selection"
+            )
+        if state["seed"] != self.seed:
+            raise UsageError(
+                f"the saved state has seed {state['seed']}, this run {self.seed}; use the same seed"
+            )
+        if len(state["lr"]) != len(self.optimizer.param_groups):
+            raise UsageError(
+                f"the saved state has rates for {len(state['lr'])} groups of weights, and this run {len(self.optimizer.param_groups)} "
+                "groups; use the same scale"
+            )
+        for v in self.variables:
+            self.windows.check(v, state["variables"][v.name])
+        for name, buffer in self._running.named():
+            old = state.get("statistics", {}).get(name, buffer)
+            check_alike(f"buffer '{name}'", [(old.shape, buffer.shape), (old.dtype, buffer.dtype)])
+        for kind, name in ((Tuning, "tuning"), (Caution, "caution")):
+            if state[name] is not None:
+                kind(**state[name])
+        for name in ("step", "refreshed_at", "base_lr", "scheduler"):
+            state[name]  # is there
 
     def detach(self) -> nn.Module:
         """Fold, and give the model back as it was before attaching, with the trained weights.
