@@ -1374,6 +1374,7 @@ def test_detach_gives_the_plain_model_back(name, paradigm):
         ({"select": lambda n, p: False}, "no weight .*widen the selection"),
         ({"realization": "sideways"}, "realization 'sideways' .*use one of"),
         ({"schedule": lambda optimizer: optimizer.nothing}, None),
+        ({"method": small("galore"), "compile": True}, "a dense method .*leave compile out"),
         (
             {
                 "method": replace(small("lozo"), estimator=Spsa(eps=1e-3, signs="together")),

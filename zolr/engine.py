@@ -285,6 +285,11 @@ class Engine:
             raise UsageError(
                 "realization 'inplace' holds one sign at a time; use signs 'sequence', or realization 'auto'"
             )
+        if compile and method.dense:
+            raise UsageError(
+                "compile records the backward pass as a whole, and a dense method takes its gradients one by one; "
+                "leave compile out"
+            )
         self.team = team or Team()
         if self.team.spread == "probes" and not isinstance(method.estimator, Spsa | Forward):
             raise UsageError(
@@ -326,43 +331,30 @@ class Engine:
         project = lambda n, p: method.tables == "subspace" if n in own else projected(n, p)  # noqa: E731
         self._check_rank(model, lambda name, p: predicate(name, p) and project(name, p))
         self.variables = attach(model, predicate, realization, hold=hold, cap=hold_rank)
-        self.windows = Windows(method, self.variables, project, self.key, Undo(undo))
-        for part, _ in method.ranks:
-            if not any(
-                part in v.name and not isinstance(self.windows.projector(v), Identity) for v in self.variables
-            ):
-                detach(model, self._trainable)
-                raise UsageError(
-                    f"ranks: no projected weight has '{part}' in its name; there are "
-                    f"{', '.join(sorted({v.name.removesuffix('.weight').split('.')[-1] for v in self.variables}))}"
-                )
-        self.active, self._period = self.variables, 0
-        self.trained_share = sum(v.weight.numel() for v in self.variables) / total
-        if compile and method.dense:
-            raise UsageError(
-                "compile records the backward pass as a whole, and a dense method takes its gradients one by one; "
-                "leave compile out"
-            )
-        self._running = Running(model)
-        self._statistics: list[tuple[Tensor, Tensor]] = []  # running ones, and what they were before the step
-        self._evaluated: set[int] = set()  # micro-batches of this step that statistics have counted
-        self._fast = Compiled(self._loss_of, self.variables, self._trains) if compile else self._loss_of
-        self._looked = False  # for weights that a step does not come by
-        # weights that the loss reads past their modules, by the line; what is compiled is not looked into
-        self._past: dict[str, str] | None = {} if compile or _is_compiled(model) else None
-        self._told = False  # that held weights have lost something
-        self._sharded = any(is_sharded(parameter) for parameter in model.parameters())
-        self.base_lr = lr
-        self._schedule = schedule
-        self._scheduler: LRScheduler | None = None
-        self._refreshed_at = 0
-        self._dropped = False  # a streamed gradient of this step was not finite
-        self._norm: Tensor | None = None  # of the streamed gradients of the step before
-        self._measured = 0  # passes of this step that only measured a norm
-        # only for a rate that the engine chose, and that the slopes go into
-        self._caution: Caution | None = None
-        self._signs: str | None = None  # how signs are evaluated since both ways have been compared
         try:
+            self.windows = Windows(method, self.variables, project, self.key, Undo(undo))
+            self.active, self._period = self.variables, 0
+            self.trained_share = sum(v.weight.numel() for v in self.variables) / total
+            self._running = Running(model)
+            # running ones, and what they were before the step
+            self._statistics: list[tuple[Tensor, Tensor]] = []
+            self._evaluated: set[int] = set()  # micro-batches of this step that statistics have counted
+            self._fast = Compiled(self._loss_of, self.variables, self._trains) if compile else self._loss_of
+            self._looked = False  # for weights that a step does not come by
+            # weights that the loss reads past their modules, by the line; what is compiled is not looked into
+            self._past: dict[str, str] | None = {} if compile or _is_compiled(model) else None
+            self._told = False  # that held weights have lost something
+            self._sharded = any(is_sharded(parameter) for parameter in model.parameters())
+            self.base_lr = lr
+            self._schedule = schedule
+            self._scheduler: LRScheduler | None = None
+            self._refreshed_at = 0
+            self._dropped = False  # a streamed gradient of this step was not finite
+            self._norm: Tensor | None = None  # of the streamed gradients of the step before
+            self._measured = 0  # passes of this step that only measured a norm
+            # only for a rate that the engine chose, and that the slopes go into
+            self._caution: Caution | None = None
+            self._signs: str | None = None  # how signs are evaluated since both ways have been compared
             self._begin(check)
         except BaseException:
             detach(model, self._trainable)  # a run that never began leaves the model as it was
@@ -370,6 +362,14 @@ class Engine:
 
     def _begin(self, check: Any) -> None:
         method, clip = self.method, self.clip
+        for part, _ in method.ranks:
+            if not any(
+                part in v.name and not isinstance(self.windows.projector(v), Identity) for v in self.variables
+            ):
+                raise UsageError(
+                    f"ranks: no projected weight has '{part}' in its name; there are "
+                    f"{', '.join(sorted({v.name.removesuffix('.weight').split('.')[-1] for v in self.variables}))}"
+                )
         self._check_held()
         self._check_sparse()
         self.windows.open()
