@@ -1332,6 +1332,22 @@ def test_an_export_is_the_live_model_and_leaves_the_run_alone(name, paradigm, sc
     assert not differences(runs[0].state_dict(), runs[1].state_dict())
 
 
+def test_an_export_copies_nothing_of_the_loss_and_the_schedule():
+    class Once:
+        def __deepcopy__(self, memo: Any) -> None:
+            raise AssertionError("copied")
+
+        def loss(self, model: nn.Module, batch: Any) -> Tensor:
+            return loss(model, batch)
+
+        def __call__(self, step: int) -> float:
+            return 1.0
+
+    engine = Engine(net(), small("stiefel", "fo"), lr=1e-2, loss=Once().loss, schedule=Once())
+    engine.step(BATCHES[:1])
+    assert type(engine.export()) is Net
+
+
 @pytest.mark.parametrize(("name", "paradigm"), ROWS)
 def test_detach_gives_the_plain_model_back(name, paradigm):
     model, reference = net(), net()

@@ -522,7 +522,10 @@ class Engine:
 
     def fold(self) -> None:
         """`W <- decay * W + lift(value)` and `value <- 0` everywhere; the model's output does not change."""
-        for variable in self.variables:
+        self._fold(self.variables)
+
+    def _fold(self, variables: Sequence[Variable]) -> None:
+        for variable in variables:
             key = self.key.fold_in("fold", variable.window, self.step_count)
             variable.fold(exact=self.method.paradigm != "fo", key=key)
 
@@ -1404,12 +1407,10 @@ class Engine:
                 f"weight '{held}' is held: a plain model cannot hold what it was moved by; use adapters.write"
             )
         self._check_whole()
-        ahead, self.ahead = self.ahead, None  # it may hold a file
-        try:
-            twin = copy.deepcopy(self)
-        finally:
-            self.ahead = ahead
-        return twin.detach().eval()
+        # the model alone: what the loss and the schedule hold may be large, or not to be copied
+        model, variables = copy.deepcopy((self.model, self.variables))
+        self._fold(variables)
+        return detach(model, self._trainable).eval()
 
 
 def _distinct(batches: Sequence[Any]) -> list[Any]:
