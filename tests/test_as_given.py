@@ -879,17 +879,18 @@ def test_a_batch_counts_once_in_running_statistics(name: str, more: dict[str, An
         assert (getattr(model[1], key) - getattr(twin[1], key)).abs().max() <= reach, key
 
 
-def test_a_batch_that_is_given_twice_has_noise_of_its_own() -> None:
+def test_a_batch_that_is_given_twice_is_two() -> None:
     seen: list[Tensor] = []
 
     def noisy(model: nn.Module, batch: Any) -> Tensor:
-        x = batch if isinstance(batch, Tensor) else batch["x"] if isinstance(batch, dict) else batch[0]
-        out = nn.functional.dropout(model(x), 0.5, model.training)
+        out = nn.functional.dropout(model(X), 0.5, model.training)
         seen.append((out == 0).detach())
         return out.square().mean()
 
-    for batch in (X, (X, Y), [X], {"x": X}):
+    for batch in (X, (X, Y), [X], {"x": X}, 0, "a", None):
         seen.clear()
-        engine = zolr.Engine(perceptron().train(), zolr.compose("stiefel", "fo", rank=2), lr=1e-3, loss=noisy)
+        model = normed().train()
+        engine = zolr.Engine(model, zolr.compose("stiefel", "fo", rank=2), lr=1e-3, loss=noisy)
         engine.step([batch, batch])
         assert len(seen) == 2 and not torch.equal(*seen), type(batch)
+        assert int(model[1].num_batches_tracked) == 2, type(batch)

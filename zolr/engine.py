@@ -161,25 +161,25 @@ class _Numbers:
 
 
 @dataclass(frozen=True)
-class _Each:
-    """The loss of a batch of a step, of which `loss(batch, rows)` evaluates the rows that it is given.
+class _ByRows:
+    """A loss that may be given the rows of a batch several times, where the model keeps rows apart.
 
     Args:
         running: statistics of the model.
-        loss: told which batch it is besides.
+        loss: of a batch.
     """
 
     running: Running
-    loss: Callable[[Any, Any], Any]
+    loss: Callable[[Any], Any]
 
     def __call__(self, batch: Any) -> Any:
-        return self.loss(batch, batch)
+        return self.loss(batch)
 
     def on_rows(self, batch: Any, count: int) -> Any:
-        """The same of a batch whose rows are there so often (see `several.evaluate`)."""
+        """The same of a batch whose rows are there so often (see `estimators.evaluate`)."""
         if self.running.mixing:
             raise NotByRows("the model normalizes over the rows of a batch")
-        return self.loss(batch, repeated(batch, count))
+        return self.loss(repeated(batch, count))
 
 
 class _NonFinite(Exception):
@@ -720,7 +720,6 @@ class Engine:
 
     def _step(self, batches: Sequence[Any]) -> Info:
         forwards = 0
-        batches = _distinct(batches)
         share = Share(batches, self.team, self._judge_loss, self.variables[0].value.device)
         if self.method.layers.every and self.step_count // self.method.layers.every != self._period:
             self._activate(self.step_count // self.method.layers.every)
@@ -973,7 +972,7 @@ class Engine:
             forward passes that it took.
         """
         estimator = cast(Spsa, self.method.estimator)
-        loss = _Each(self._running, lambda batch, rows: self._loss_of(rows))
+        loss = _ByRows(self._running, self._loss_of)
         settled, reason, passes = estimator.tried(loss, batches, self.active, self.key.fold_in("signs"))
         way = SIGNS.index(setting(settled, "signs"))
         alike = self.team.largest(way) == -self.team.largest(-way)
@@ -1033,23 +1032,22 @@ class Engine:
         for variable in self._resting:
             variable.value.requires_grad_(False)
         device = self.variables[0].value.device
-        noise, numbers = key.fold_in("dropout"), {id(b): batches.first + i for i, b in enumerate(batches)}
+        noise = key.fold_in("dropout")
 
         # torch.manual_seed asks for accelerators, and writes down who did where there are none
         seed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
 
-        def named(batch: Any, rows: Any) -> Any:
-            number = numbers[id(batch)]
-            seed((noise.fold_in(number) if number else noise).integer() >> 1)
-            again = id(batch) in self._evaluated
-            self._evaluated.add(id(batch))
+        def named(batch: Any) -> Any:
+            seed((noise.fold_in(batches.at) if batches.at else noise).integer() >> 1)
+            again = batches.at in self._evaluated
+            self._evaluated.add(batches.at)
             # a batch counts once in running statistics, however often a step evaluates it
             with self._running.unchanged() if again else nullcontext():
-                return loss(rows)
+                return loss(batch)
 
         # dropout draws from the global generators: give it a name a micro-batch, and leave them as found
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            return estimator(_Each(self._running, named), batches, self.active, emit, key)
+            return estimator(_ByRows(self._running, named), batches, self.active, emit, key)
 
     def _judged(
         self, estimate: Estimate, gradients: Sequence[Tensor] = (), record: Tensor | None = None
@@ -1411,21 +1409,6 @@ class Engine:
         model, variables = copy.deepcopy((self.model, self.variables))
         self._fold(variables)
         return detach(model, self._trainable).eval()
-
-
-def _distinct(batches: Sequence[Any]) -> list[Any]:
-    """The micro-batches of a step, each an object of its own, by which it is told apart from one that says the same."""
-    found: list[Any] = []
-    for batch in batches:
-        if any(batch is other for other in found):
-            if isinstance(batch, Tensor):
-                batch = batch.view_as(batch)
-            elif isinstance(batch, tuple):  # copy.copy gives the same one back
-                batch = tuple.__new__(type(batch), list(batch))
-            else:
-                batch = copy.copy(batch)
-        found.append(batch)
-    return found
 
 
 def _is_finite(tensor: Tensor) -> bool:

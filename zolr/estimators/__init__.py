@@ -504,9 +504,7 @@ def _by_rows(
         rewind()
         for batch in batches:
             rows = rows_in(batch)
-            own = getattr(
-                loss, "on_rows", None
-            )  # of a loss that tells batches apart by which object they are
+            own = getattr(loss, "on_rows", None)  # of a loss that may say no
             output = loss(repeated(batch, count)) if own is None else own(batch, count)
             if not isinstance(output, Tensor) or output.shape != (count * rows,):
                 raise NotByRows("the loss is not one number for each row")
