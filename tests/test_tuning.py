@@ -185,6 +185,15 @@ def test_a_rate_given_stands_where_a_state_has_none():
     assert [engine.step([batch]) for _ in range(3)] == first and first[0].lr == 0.0123
 
 
+def test_nothing_is_measured_for_an_estimator_of_one_point():
+    model, batch, loss = built(classes)
+    for eps, lr, missing in ((1e-1, None, "give lr"), (None, 1e-3, "give eps")):
+        with pytest.raises(UsageError, match=missing):
+            Engine(model, compose("stiefel", estimator="likelihood_ratio", eps=eps), lr=lr, loss=loss)
+    method = compose("stiefel", rank=3, estimator="likelihood_ratio", eps=1e-1)
+    assert Engine(model, method, lr=1e-3, loss=loss).step([batch]).forwards == 1
+
+
 # ---- the rule itself -------------------------------------------------------------------------------------------------
 
 

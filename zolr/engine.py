@@ -31,6 +31,7 @@ from zolr.estimators import (
     setting,
 )
 from zolr.estimators.forward import Forward
+from zolr.estimators.likelihood_ratio import LikelihoodRatio
 from zolr.estimators.spsa import Spsa
 from zolr.held import RANK, is_sharded, shapes
 from zolr.keys import Key
@@ -274,6 +275,10 @@ class Engine:
             raise UsageError(f"{why} needs a learning rate; give lr")
         if lr is None and (not method.tunable or _eps(method) is _NO_EPS):
             raise UsageError("the rate of this estimator cannot be measured; give lr")
+        if isinstance(method.estimator, LikelihoodRatio) and method.estimator.eps is None:
+            raise UsageError(
+                "estimator 'likelihood_ratio' has no slope between two points that a radius could be measured by; give eps"
+            )
         if not 0 <= weight_decay < float("inf") or (clip is not None and not clip > 0):
             raise UsageError(
                 f"weight_decay = {weight_decay} or clip = {clip} is out of range; use a finite decay of at least 0, and a "

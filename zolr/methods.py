@@ -15,6 +15,7 @@ from zolr.estimators.ascent import Ascent
 from zolr.estimators.backprop import Backprop
 from zolr.estimators.coordinates import Coordinates
 from zolr.estimators.forward import Forward
+from zolr.estimators.likelihood_ratio import LikelihoodRatio
 from zolr.estimators.lookahead import Lookahead
 from zolr.estimators.mixture import Mixture
 from zolr.estimators.private_spsa import PrivateSpsa, epsilon_of
@@ -207,10 +208,9 @@ class Method:
     @property
     def tunable(self) -> bool:
         """Whether an engine may choose the learning rate from losses that it measures."""
-        elsewhere = isinstance(
-            self.estimator, tuple(POINTS.values())
-        )  # what is measured is not where a step is taken
-        return self.paradigm == "zo" and not self.private and not elsewhere
+        # what is measured, slopes between two points at the weights, is not what these take a step by
+        other = isinstance(self.estimator, (LikelihoodRatio, *POINTS.values()))
+        return self.paradigm == "zo" and not self.private and not other
 
     @property
     def normalizes(self) -> bool:
