@@ -13,12 +13,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from zolr.compiled import Compiled
 from zolr.dense import Core
 from zolr.distributed import Share, Team, digest
-from zolr.errors import StorageError, UsageError
+from zolr.errors import StorageError, UsageError, check_numbers
 from zolr.estimators import (
     SIGNS,
     Estimate,
@@ -265,9 +266,33 @@ class Engine:
             raise UsageError(
                 f"method = {method!r} is no method; use zolr.compose({str(method)!r}, 'zo') or the like"
             )
-        for name, value in {"lr": lr, "weight_decay": weight_decay, "clip": clip}.items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
-                raise UsageError(f"{name} = {value!r} is no number; use one such as 1e-3")
+        for name, value, fits, wanted in (
+            ("model", model, isinstance(model, nn.Module), "a torch.nn.Module"),
+            ("loss", loss, callable(loss), "a function of the model and a batch"),
+            (
+                "select",
+                select,
+                isinstance(select, str) or callable(select),
+                "words joined by '+', or a predicate of name and parameter",
+            ),
+            (
+                "schedule",
+                schedule,
+                schedule is None or callable(schedule),
+                "a function of the step or of the optimizer",
+            ),
+            (
+                "hold",
+                hold,
+                isinstance(hold, bool) or callable(hold),
+                "True, or a predicate of name and parameter",
+            ),
+            ("team", team, isinstance(team, Team | None), "a zolr.distributed.Team"),
+        ):
+            if not fits:
+                raise UsageError(f"{name} = {value!r} cannot be used; give {wanted}")
+        _check_readable(model)
+        check_numbers(lr=lr, weight_decay=weight_decay, clip=clip)
         if lr is not None and not 0 < lr < float("inf"):
             raise UsageError(f"lr = {lr} is no learning rate; use a positive number")
         if lr is None and (method.paradigm != "zo" or method.private):
@@ -1414,6 +1439,21 @@ class Engine:
         model, variables = copy.deepcopy((self.model, self.variables))
         self._fold(variables)
         return detach(model, self._trainable).eval()
+
+
+def _check_readable(model: nn.Module) -> None:
+    """Refuse a model whose weights are not there yet, or whose forward cannot be changed."""
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise UsageError(
+                f"weight '{name}' has no shape before the first forward; call the model on a batch, and make the Engine after that"
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UsageError(
+                f"module '{name}' is compiled by torch.jit, which leaves nothing to put a step into; train the module that it was made "
+                "of"
+            )
 
 
 def _is_finite(tensor: Tensor) -> bool:

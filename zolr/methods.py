@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from zolr.errors import UsageError
+from zolr.errors import UsageError, check_numbers
 from zolr.estimators import ESTIMATORS, PARADIGMS, POINTS, Estimator, changed, setting
 from zolr.estimators.ascent import Ascent
 from zolr.estimators.backprop import Backprop
@@ -119,6 +119,7 @@ class Method:
                 f"projector '{key_of(PROJECTORS, self.projector)}' needs dense gradients, which this method never forms; "
                 "use method 'galore', or projector 'stiefel'"
             )
+        check_numbers(scale=self.scale)
         if not 0 < self.scale < float("inf"):
             raise UsageError(f"scale = {self.scale} is no factor on a learning rate; use a positive number")
         if self.dense and self.paradigm != "fo":
@@ -1102,6 +1103,8 @@ def compose(
         if isinstance(result.projector, Identity):
             raise UsageError("refresh_every means nothing for projector 'identity'; leave it out")
         result = replace(result, refresh_every=refresh_every)
+    if isinstance(set, str) or not (isinstance(set, Sequence) and all(isinstance(word, str) for word in set)):
+        raise UsageError(f"set = {set!r} is no list of settings; give one, such as ['residual.q=0.2']")
     for word in set:
         result = _set(result, word)
     return result
@@ -1183,8 +1186,9 @@ def _checked(word: str, now: Any, value: Any, build: Callable[[Any], Method]) ->
 
 def _ranks(given: str | Mapping[str, int]) -> tuple[tuple[str, int], ...]:
     """Pairs of `q_proj=16,mlp=64`, or of a mapping."""
-    if not isinstance(given, str):
+    if isinstance(given, Mapping):
         return tuple(given.items())
+    given = str(given)
     found = []
     for pair in given.split(","):
         part, _, rank = pair.partition("=")
