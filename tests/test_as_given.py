@@ -287,6 +287,78 @@ def test_what_is_no_loss_is_named(wrong: Any) -> None:
         totals(wrong)
 
 
+@pytest.mark.parametrize("paradigm", ["fo", "zo", "fwd"])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            lambda total, given: (total, given),
+            r"a pair with a tensor \(5, 3\) in it.*without what the model gave",
+        ),
+        (lambda total, given: (given, 5), r"a pair with a tensor \(5, 3\) in it"),
+        (lambda total, given: (total, None), "a pair with a NoneType in it"),
+        (lambda total, given: total * 1j, "the loss is complex"),
+    ],
+)
+def test_a_loss_beside_what_is_none_is_named(paradigm: str, wrong: Any, said: str) -> None:
+    def of(model: nn.Module, x: Tensor) -> Any:
+        given = model(x)
+        return wrong(given.square().sum(), given)
+
+    method = zolr.compose("stiefel", paradigm, rank=2, eps=1e-3 if paradigm == "zo" else None)
+    with pytest.raises(UsageError, match=said):
+        zolr.Engine(nn.Linear(6, 3), method, lr=1e-2, loss=of).step([torch.randn(5, 6)])
+
+
+def test_a_pair_may_have_its_numbers_in_tensors_of_one() -> None:
+    total, count = totals((torch.ones(1), torch.full((1, 1), 3)))
+    assert total.shape == () and isinstance(count, Tensor) and count.shape == ()
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"model": 3}, "model = 3 .*torch.nn.Module"),
+        ({"loss": None}, "loss = None .*a function of the model and a batch"),
+        ({"select": ["0.weight"]}, r"select = \['0.weight'\] .*a predicate"),
+        ({"schedule": "cosine"}, "schedule = 'cosine' .*a function of the step"),
+        ({"hold": "all"}, "hold = 'all' .*True"),
+        ({"team": 3}, "team = 3 "),
+        ({"model": nn.LazyLinear(3)}, "weight 'weight' has no shape .*call the model on a batch"),
+        ({"model": nn.Sequential(torch.jit.script(nn.Linear(6, 3)))}, "module '0' is compiled by torch.jit"),
+        ({"model": torch.jit.trace(nn.Linear(6, 3), torch.ones(1, 6))}, "compiled by torch.jit"),
+    ],
+)
+def test_an_argument_of_another_kind_is_named(setting: dict[str, Any], said: str) -> None:
+    settings: dict[str, Any] = {"model": perceptron(), "loss": loss, "lr": 1e-3, **setting}
+    with pytest.raises(UsageError, match=said):
+        zolr.Engine(settings.pop("model"), zolr.compose("adamw"), **settings)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"eps": "a"}, "eps = 'a' is no number"),
+        ({"scale": "a"}, "scale = 'a' is no number"),
+        ({"optimizer": 3}, "optimizer '3' is not known"),
+        ({"ranks": 3}, "'3' is no NAME=RANK"),
+        ({"set": "scale=2"}, r"set = 'scale=2' is no list of settings"),
+        ({"set": [3]}, r"set = \[3\] is no list of settings"),
+    ],
+)
+def test_a_setting_of_another_kind_is_named(setting: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        zolr.compose("stiefel", **setting)
+
+
+def test_what_has_no_subspace_for_orthonormal_probes_is_named() -> None:
+    model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten(), nn.Linear(9, 2))
+    method = zolr.compose("stiefel", "zo", rank=2, eps=1e-3, probes=2, directions="orthonormal")
+    engine = zolr.Engine(model, method, lr=1e-3, loss=lambda m, x: m(x).square().mean())
+    with pytest.raises(UsageError, match="weight '0.weight' is trained as a whole; use directions 'fresh'"):
+        engine.step([torch.randn(5, 2, 4)])
+
+
 def test_an_optimizer_that_refuses_its_weights_or_settings_is_named() -> None:
     with pytest.raises(UsageError, match=r"'Muon' cannot train these weights: .*2D.*or optimizer 'muon'"):
         zolr.Engine(
@@ -879,17 +951,18 @@ def test_a_batch_counts_once_in_running_statistics(name: str, more: dict[str, An
         assert (getattr(model[1], key) - getattr(twin[1], key)).abs().max() <= reach, key
 
 
-def test_a_batch_that_is_given_twice_has_noise_of_its_own() -> None:
+def test_a_batch_that_is_given_twice_is_two() -> None:
     seen: list[Tensor] = []
 
     def noisy(model: nn.Module, batch: Any) -> Tensor:
-        x = batch if isinstance(batch, Tensor) else batch["x"] if isinstance(batch, dict) else batch[0]
-        out = nn.functional.dropout(model(x), 0.5, model.training)
+        out = nn.functional.dropout(model(X), 0.5, model.training)
         seen.append((out == 0).detach())
         return out.square().mean()
 
-    for batch in (X, (X, Y), [X], {"x": X}):
+    for batch in (X, (X, Y), [X], {"x": X}, 0, "a", None):
         seen.clear()
-        engine = zolr.Engine(perceptron().train(), zolr.compose("stiefel", "fo", rank=2), lr=1e-3, loss=noisy)
+        model = normed().train()
+        engine = zolr.Engine(model, zolr.compose("stiefel", "fo", rank=2), lr=1e-3, loss=noisy)
         engine.step([batch, batch])
         assert len(seen) == 2 and not torch.equal(*seen), type(batch)
+        assert int(model[1].num_batches_tracked) == 2, type(batch)

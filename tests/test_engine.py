@@ -861,9 +861,20 @@ def test_r2_holds_for_every_part_of_the_state(case, tmp_path):
     assert resumed(make, (4,), trip) == []
 
 
-def test_r2_a_run_can_go_back_to_an_earlier_state():
+@pytest.mark.parametrize(
+    "method",
+    [
+        small("stiefel", "fo"),
+        small("subtrack"),
+        small("ldadam"),
+        small("galore", optimizer="Adagrad"),
+        small("grasswalk", blocks="cycle", switch_every=2),
+    ],
+    ids=["stiefel", "subtrack", "ldadam", "galore, Adagrad", "grasswalk, cycle"],
+)
+def test_r2_a_run_can_go_back_to_an_earlier_state(method):
     model = net(torch.float32)
-    engine = Engine(model, small("stiefel", "fo"), lr=1e-2, loss=loss, schedule=FACTORIES["cosine"])
+    engine = Engine(model, method, lr=1e-2, loss=loss, schedule=FACTORIES["cosine"])
     losses, states = [], []
     for batch in BATCHES[:8]:
         states.append(engine.state_dict())
@@ -879,6 +890,32 @@ def test_a_state_of_another_run_is_refused():
         Engine(net(), small("lozo"), lr=1e-2, loss=loss, seed=5).load_state_dict(state)
     with pytest.raises(UsageError, match="other weights .*use the same selection"):
         Engine(net(), small("lozo"), lr=1e-2, loss=loss, select="linear").load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["stiefel", "adamw", "galore"])
+def test_a_state_that_does_not_fit_changes_nothing(name):
+    def run(width: int, dtype: torch.dtype = torch.float32) -> Engine:
+        model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.BatchNorm1d(6), nn.Linear(6, width)).to(dtype)
+        engine = Engine(model, small(name, "fo"), lr=1e-2, loss=lambda m, x: m(x.to(dtype)).square().mean())
+        engine.step([torch.randn(5, 8)])
+        return engine
+
+    engine = run(5)
+    before = {n: t.clone() for n, t in engine.model.state_dict().items()}
+    normless = run(5).state_dict()
+    normless["statistics"] = {n: t.reshape(-1)[:0] for n, t in normless["statistics"].items()}
+    incomplete = {n: part for n, part in run(5).state_dict().items() if n != "base_lr"}
+    for state, why in (
+        (run(3).state_dict(), r"weight '3.weight' is \(3, 6\) in the saved state and \(5, 6\) here"),
+        (run(5, torch.float64).state_dict(), "weight '0.weight' is torch.float64 .* and torch.float32 here"),
+        (normless, r"buffer '2.running_mean' is \(0,\)"),
+        (incomplete, "no state of an engine"),
+        (None, "no state of an engine"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            engine.load_state_dict(state)
+        assert engine.step_count == 1 and not engine.torn
+        assert all(torch.equal(t, before[n]) for n, t in engine.model.state_dict().items())
 
 
 # ---- T1: transports ---------------------------------------------------------------------------------------------------
@@ -1295,6 +1332,22 @@ def test_an_export_is_the_live_model_and_leaves_the_run_alone(name, paradigm, sc
     assert not differences(runs[0].state_dict(), runs[1].state_dict())
 
 
+def test_an_export_copies_nothing_of_the_loss_and_the_schedule():
+    class Once:
+        def __deepcopy__(self, memo: Any) -> None:
+            raise AssertionError("copied")
+
+        def loss(self, model: nn.Module, batch: Any) -> Tensor:
+            return loss(model, batch)
+
+        def __call__(self, step: int) -> float:
+            return 1.0
+
+    engine = Engine(net(), small("stiefel", "fo"), lr=1e-2, loss=Once().loss, schedule=Once())
+    engine.step(BATCHES[:1])
+    assert type(engine.export()) is Net
+
+
 @pytest.mark.parametrize(("name", "paradigm"), ROWS)
 def test_detach_gives_the_plain_model_back(name, paradigm):
     model, reference = net(), net()
@@ -1337,6 +1390,7 @@ def test_detach_gives_the_plain_model_back(name, paradigm):
         ({"select": lambda n, p: False}, "no weight .*widen the selection"),
         ({"realization": "sideways"}, "realization 'sideways' .*use one of"),
         ({"schedule": lambda optimizer: optimizer.nothing}, None),
+        ({"method": small("galore"), "compile": True}, "a dense method .*leave compile out"),
         (
             {
                 "method": replace(small("lozo"), estimator=Spsa(eps=1e-3, signs="together")),

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import StepLR
 
 from zolr.engine import Engine
 from zolr.errors import NonFiniteError, UsageError
@@ -148,6 +149,49 @@ def test_nothing_is_tuned_where_both_are_given():
     model, batch, loss = built(classes)
     engine = Engine(model, compose("stiefel", rank=3, eps=1e-3), lr=1e-3, loss=loss)
     assert engine.step([batch]).forwards == 2 and engine.tuning is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr": None},
+        {"lr": None, "schedule": lambda optimizer: StepLR(optimizer, 2)},
+        {"lr": None, "schedule": lambda step: 1 / (1 + step)},
+        {"lr": 1e-2, "schedule": lambda optimizer: StepLR(optimizer, 2), "realization": "inplace"},
+        {"lr": None, "signs": "together"},
+    ],
+    ids=["plain", "scheduler", "factor", "radius alone", "signs"],
+)
+def test_a_run_that_goes_back_to_before_it_chose_chooses_again(settings):
+    model, batch, loss = built(classes)
+    method = compose("stiefel", rank=3, refresh_every=2, signs=settings.pop("signs", "sequence"))
+    engine = Engine(model, method, loss=loss, **settings)
+    before = engine.state_dict()
+    first = [engine.step([batch]) for _ in range(5)]
+    engine.load_state_dict(before)
+    assert engine.tuning is None
+    assert [engine.step([batch]) for _ in range(5)] == first
+
+
+def test_a_rate_given_stands_where_a_state_has_none():
+    model, batch, loss = built(classes)
+    state = Engine(model, compose("stiefel", rank=3), lr=None, loss=loss).state_dict()
+    model, batch, loss = built(classes)
+    engine = Engine(
+        model, compose("stiefel", rank=3), lr=0.0123, loss=loss, schedule=lambda step: 1 / (1 + step)
+    )
+    first = [engine.step([batch]) for _ in range(3)]
+    engine.load_state_dict(state)
+    assert [engine.step([batch]) for _ in range(3)] == first and first[0].lr == 0.0123
+
+
+def test_nothing_is_measured_for_an_estimator_of_one_point():
+    model, batch, loss = built(classes)
+    for eps, lr, missing in ((1e-1, None, "give lr"), (None, 1e-3, "give eps")):
+        with pytest.raises(UsageError, match=missing):
+            Engine(model, compose("stiefel", estimator="likelihood_ratio", eps=eps), lr=lr, loss=loss)
+    method = compose("stiefel", rank=3, estimator="likelihood_ratio", eps=1e-1)
+    assert Engine(model, method, lr=1e-3, loss=loss).step([batch]).forwards == 1
 
 
 # ---- the rule itself -------------------------------------------------------------------------------------------------

@@ -108,9 +108,7 @@ class Core:
     def load(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
         device = self.variable.value.device
-        if state["tensors"]:
-            tensors = {k: t.to(device) for k, t in state["tensors"].items()}
-            self.open(rebuild(state["subspace"], tensors), state["whole"])
-        self.window, self.due, self.age = state["window"], state["due"], state["age"]
+        tensors = {k: t.to(device) for k, t in state["tensors"].items()}
+        self.subspace = rebuild(state["subspace"], tensors) if tensors else None
+        self.put_back(state)
         self.kept = {name: tensor.to(device, copy=True) for name, tensor in state["kept"].items()}
-        self.gap, self.likeness = state["gap"], list(state["likeness"])

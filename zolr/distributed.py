@@ -337,6 +337,11 @@ class Share(Sequence[Any]):
         team: who shares them.
         seen: is given the sum of losses of a step under backprop before any of its gradients is handed on.
         device: where figures are, should there be no micro-batch here that says so.
+
+    Attributes:
+        first: number of the first own micro-batch among all of the step.
+        at: number of the one that an iteration has come to. Batches have no names of their own: two of a step may say the same,
+            or be the same object.
     """
 
     def __init__(
@@ -350,7 +355,7 @@ class Share(Sequence[Any]):
         ranks, place = (self.team.size, self.team.rank) if self.team.spread == "batches" else (1, 0)
         self.all, self.total = batches, len(batches)
         pieces = _pieces(self.total, ranks)
-        self.first = pieces[place].start  # number of the first own micro-batch
+        self.first = self.at = pieces[place].start
         self.lengths = [piece.stop - piece.start for piece in pieces]
         self._own = list(batches[pieces[place]])
 
@@ -359,6 +364,11 @@ class Share(Sequence[Any]):
 
     def __getitem__(self, place: Any) -> Any:
         return self._own[place]
+
+    def __iter__(self) -> Iterator[Any]:
+        for i, batch in enumerate(self._own):
+            self.at = self.first + i
+            yield batch
 
     @property
     def split(self) -> bool:

@@ -13,12 +13,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from zolr.compiled import Compiled
 from zolr.dense import Core
 from zolr.distributed import Share, Team, digest
-from zolr.errors import StorageError, UsageError
+from zolr.errors import StorageError, UsageError, check_numbers
 from zolr.estimators import (
     SIGNS,
     Estimate,
@@ -32,6 +33,7 @@ from zolr.estimators import (
     setting,
 )
 from zolr.estimators.forward import Forward
+from zolr.estimators.likelihood_ratio import LikelihoodRatio
 from zolr.estimators.spsa import Spsa
 from zolr.held import RANK, is_sharded, shapes
 from zolr.keys import Key
@@ -57,7 +59,7 @@ from zolr.variables import (
     is_attached,
 )
 from zolr.verify import verify
-from zolr.windows import Windows
+from zolr.windows import Windows, check_alike
 
 NOTED_LOSS = 0.01  # share of what held weights were moved by; a user hears of more
 
@@ -162,25 +164,25 @@ class _Numbers:
 
 
 @dataclass(frozen=True)
-class _Each:
-    """The loss of a batch of a step, of which `loss(batch, rows)` evaluates the rows that it is given.
+class _ByRows:
+    """A loss that may be given the rows of a batch several times, where the model keeps rows apart.
 
     Args:
-        loss: told which batch it is besides.
+        loss: of a batch.
         apart: why rows that are added to a batch would not leave the others as they are; empty where they do.
     """
 
-    loss: Callable[[Any, Any], Any]
+    loss: Callable[[Any], Any]
     apart: str
 
     def __call__(self, batch: Any) -> Any:
-        return self.loss(batch, batch)
+        return self.loss(batch)
 
     def on_rows(self, batch: Any, count: int) -> Any:
         """The same of a batch whose rows are there so often (see `estimators.evaluate`)."""
         if self.apart:
             raise NotByRows(self.apart)
-        return self.loss(batch, repeated(batch, count))
+        return self.loss(repeated(batch, count))
 
 
 class _NonFinite(Exception):
@@ -265,9 +267,33 @@ class Engine:
             raise UsageError(
                 f"method = {method!r} is no method; use zolr.compose({str(method)!r}, 'zo') or the like"
             )
-        for name, value in {"lr": lr, "weight_decay": weight_decay, "clip": clip}.items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
-                raise UsageError(f"{name} = {value!r} is no number; use one such as 1e-3")
+        for name, value, fits, wanted in (
+            ("model", model, isinstance(model, nn.Module), "a torch.nn.Module"),
+            ("loss", loss, callable(loss), "a function of the model and a batch"),
+            (
+                "select",
+                select,
+                isinstance(select, str) or callable(select),
+                "words joined by '+', or a predicate of name and parameter",
+            ),
+            (
+                "schedule",
+                schedule,
+                schedule is None or callable(schedule),
+                "a function of the step or of the optimizer",
+            ),
+            (
+                "hold",
+                hold,
+                isinstance(hold, bool) or callable(hold),
+                "True, or a predicate of name and parameter",
+            ),
+            ("team", team, isinstance(team, Team | None), "a zolr.distributed.Team"),
+        ):
+            if not fits:
+                raise UsageError(f"{name} = {value!r} cannot be used; give {wanted}")
+        _check_readable(model)
+        check_numbers(lr=lr, weight_decay=weight_decay, clip=clip)
         if lr is not None and not 0 < lr < float("inf"):
             raise UsageError(f"lr = {lr} is no learning rate; use a positive number")
         if lr is None and (method.paradigm != "zo" or method.private):
@@ -275,6 +301,10 @@ class Engine:
             raise UsageError(f"{why} needs a learning rate; give lr")
         if lr is None and (not method.tunable or _eps(method) is _NO_EPS):
             raise UsageError("the rate of this estimator cannot be measured; give lr")
+        if isinstance(method.estimator, LikelihoodRatio) and method.estimator.eps is None:
+            raise UsageError(
+                "estimator 'likelihood_ratio' has no slope between two points that a radius could be measured by; give eps"
+            )
         if not 0 <= weight_decay < float("inf") or (clip is not None and not clip > 0):
             raise UsageError(
                 f"weight_decay = {weight_decay} or clip = {clip} is out of range; use a finite decay of at least 0, and a "
@@ -285,6 +315,11 @@ class Engine:
         if realization == "inplace" and setting(method.estimator, "signs", "sequence") != "sequence":
             raise UsageError(
                 "realization 'inplace' holds one sign at a time; use signs 'sequence', or realization 'auto'"
+            )
+        if compile and method.dense:
+            raise UsageError(
+                "compile records the backward pass as a whole, and a dense method takes its gradients one by one; "
+                "leave compile out"
             )
         self.team = team or Team()
         if self.team.spread == "probes" and not isinstance(method.estimator, Spsa | Forward):
@@ -305,7 +340,8 @@ class Engine:
         self._left = False  # the model has been given back
         self._writing = False  # weights or state are being written
         self._loss = loss
-        self._tune = _eps(method) is not _NO_EPS and (lr is None or _eps(method) is None)
+        self._lr = lr
+        self._tune = _chooses(method, lr)
         self._trainable = [n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
         self._blocks = blocks_of(shapes(model), method.layers.outside)
         chosen, kinds = selection(model, select), categories(model)
@@ -326,43 +362,30 @@ class Engine:
         project = lambda n, p: method.tables == "subspace" if n in own else projected(n, p)  # noqa: E731
         self._check_rank(model, lambda name, p: predicate(name, p) and project(name, p))
         self.variables = attach(model, predicate, realization, hold=hold, cap=hold_rank)
-        self.windows = Windows(method, self.variables, project, self.key, Undo(undo))
-        for part, _ in method.ranks:
-            if not any(
-                part in v.name and not isinstance(self.windows.projector(v), Identity) for v in self.variables
-            ):
-                detach(model, self._trainable)
-                raise UsageError(
-                    f"ranks: no projected weight has '{part}' in its name; there are "
-                    f"{', '.join(sorted({v.name.removesuffix('.weight').split('.')[-1] for v in self.variables}))}"
-                )
-        self.active, self._period = self.variables, 0
-        self.trained_share = sum(v.weight.numel() for v in self.variables) / total
-        if compile and method.dense:
-            raise UsageError(
-                "compile records the backward pass as a whole, and a dense method takes its gradients one by one; "
-                "leave compile out"
-            )
-        self._running = Running(model)
-        self._statistics: list[tuple[Tensor, Tensor]] = []  # running ones, and what they were before the step
-        self._evaluated: set[int] = set()  # micro-batches of this step that statistics have counted
-        self._fast = Compiled(self._loss_of, self.variables, self._trains) if compile else self._loss_of
-        self._looked = False  # for weights that a step does not come by
-        # weights that the loss reads past their modules, by the line; what is compiled is not looked into
-        self._past: dict[str, str] | None = {} if compile or _is_compiled(model) else None
-        self._told = False  # that held weights have lost something
-        self._sharded = any(is_sharded(parameter) for parameter in model.parameters())
-        self.base_lr = lr
-        self._schedule = schedule
-        self._scheduler: LRScheduler | None = None
-        self._refreshed_at = 0
-        self._dropped = False  # a streamed gradient of this step was not finite
-        self._norm: Tensor | None = None  # of the streamed gradients of the step before
-        self._measured = 0  # passes of this step that only measured a norm
-        # only for a rate that the engine chose, and that the slopes go into
-        self._caution: Caution | None = None
-        self._signs: str | None = None  # how signs are evaluated since both ways have been compared
         try:
+            self.windows = Windows(method, self.variables, project, self.key, Undo(undo))
+            self.active, self._period = self.variables, 0
+            self.trained_share = sum(v.weight.numel() for v in self.variables) / total
+            self._running = Running(model)
+            # running ones, and what they were before the step
+            self._statistics: list[tuple[Tensor, Tensor]] = []
+            self._evaluated: set[int] = set()  # micro-batches of this step that statistics have counted
+            self._fast = Compiled(self._loss_of, self.variables, self._trains) if compile else self._loss_of
+            self._looked = False  # for weights that a step does not come by
+            # weights that the loss reads past their modules, by the line; what is compiled is not looked into
+            self._past: dict[str, str] | None = {} if compile or _is_compiled(model) else None
+            self._told = False  # that held weights have lost something
+            self._sharded = any(is_sharded(parameter) for parameter in model.parameters())
+            self.base_lr = lr
+            self._schedule = schedule
+            self._scheduler: LRScheduler | None = None
+            self._refreshed_at = 0
+            self._dropped = False  # a streamed gradient of this step was not finite
+            self._norm: Tensor | None = None  # of the streamed gradients of the step before
+            self._measured = 0  # passes of this step that only measured a norm
+            # only for a rate that the engine chose, and that the slopes go into
+            self._caution: Caution | None = None
+            self._signs: str | None = None  # how signs are evaluated since both ways have been compared
             self._begin(check)
         except BaseException:
             detach(model, self._trainable)  # a run that never began leaves the model as it was
@@ -370,6 +393,14 @@ class Engine:
 
     def _begin(self, check: Any) -> None:
         method, clip = self.method, self.clip
+        for part, _ in method.ranks:
+            if not any(
+                part in v.name and not isinstance(self.windows.projector(v), Identity) for v in self.variables
+            ):
+                raise UsageError(
+                    f"ranks: no projected weight has '{part}' in its name; there are "
+                    f"{', '.join(sorted({v.name.removesuffix('.weight').split('.')[-1] for v in self.variables}))}"
+                )
         self._check_held()
         self._check_sparse()
         self.windows.open()
@@ -522,7 +553,10 @@ class Engine:
 
     def fold(self) -> None:
         """`W <- decay * W + lift(value)` and `value <- 0` everywhere; the model's output does not change."""
-        for variable in self.variables:
+        self._fold(self.variables)
+
+    def _fold(self, variables: Sequence[Variable]) -> None:
+        for variable in variables:
             key = self.key.fold_in("fold", variable.window, self.step_count)
             variable.fold(exact=self.method.paradigm != "fo", key=key)
 
@@ -717,7 +751,6 @@ class Engine:
 
     def _step(self, batches: Sequence[Any]) -> Info:
         forwards = 0
-        batches = _distinct(batches)
         share = Share(batches, self.team, self._judge_loss, self.variables[0].value.device)
         if self.method.layers.every and self.step_count // self.method.layers.every != self._period:
             self._activate(self.step_count // self.method.layers.every)
@@ -970,7 +1003,7 @@ class Engine:
             forward passes that it took.
         """
         prober = cast(Spsa, owners(self.method.estimator, "signs")[0])
-        loss = _Each(lambda batch, rows: self._loss_of(rows), self._rows_depend)
+        loss = _ByRows(self._loss_of, self._rows_depend)
         settled, reason, passes = prober.tried(loss, batches, self.active, self.key.fold_in("signs"))
         way = SIGNS.index(settled.signs)
         alike = self.team.largest(way) == -self.team.largest(-way)
@@ -1037,23 +1070,22 @@ class Engine:
         for variable in self._resting:
             variable.value.requires_grad_(False)
         device = self.variables[0].value.device
-        noise, numbers = key.fold_in("dropout"), {id(b): batches.first + i for i, b in enumerate(batches)}
+        noise = key.fold_in("dropout")
 
         # torch.manual_seed asks for accelerators, and writes down who did where there are none
         seed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
 
-        def named(batch: Any, rows: Any) -> Any:
-            number = numbers[id(batch)]
-            seed((noise.fold_in(number) if number else noise).integer() >> 1)
-            again = id(batch) in self._evaluated
-            self._evaluated.add(id(batch))
+        def named(batch: Any) -> Any:
+            seed((noise.fold_in(batches.at) if batches.at else noise).integer() >> 1)
+            again = batches.at in self._evaluated
+            self._evaluated.add(batches.at)
             # a batch counts once in running statistics, however often a step evaluates it
             with self._running.unchanged() if again else nullcontext():
-                return loss(rows)
+                return loss(batch)
 
         # dropout draws from the global generators: give it a name a micro-batch, and leave them as found
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            return estimator(_Each(named, self._rows_depend), batches, self.active, emit, key)
+            return estimator(_ByRows(named, self._rows_depend), batches, self.active, emit, key)
 
     def _judged(
         self, estimate: Estimate, gradients: Sequence[Tensor] = (), record: Tensor | None = None
@@ -1227,6 +1259,20 @@ class Engine:
             group["lr"] = self.base_lr
         self._set_schedule()
 
+    def _forget(self, lr: float | None) -> None:
+        """Have chosen nothing, as before the first step.
+
+        Args:
+            lr: the rate; None for the one that was given.
+        """
+        self.method, self._signs, self.tuning = self.windows.method, None, None
+        self.base_lr = self._lr if lr is None else lr
+        self._tune = _chooses(self.method, self.base_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.base_lr or 1.0
+        self._scheduler = None
+        self._set_schedule()
+
     def _set_schedule(self) -> None:
         if self._schedule is None or self.base_lr is None:
             return
@@ -1305,14 +1351,45 @@ class Engine:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state of the same model and method.
+        """Continue from a saved state of the same model and method; what had not been chosen then is chosen again.
 
         Raises:
-            UsageError: the state is of another method, other variables, another seed, or of weights that were held where these are
-                not.
+            UsageError: the state is of another method, other variables, another seed, of weights of another shape or dtype, or that
+                were held where these are not; nothing has been changed.
         """
-        if "variables" not in state:
-            raise UsageError("this is no state of an engine; give what state_dict returned")
+        try:
+            self._check_state(state)
+        except (AttributeError, KeyError, TypeError) as error:  # whatever it is
+            raise UsageError("this is no state of an engine; give what state_dict returned") from error
+        self._torn = "loading a state was cut short"
+        self.step_count, self._refreshed_at = state["step"], state["refreshed_at"]
+        self._forget(state["base_lr"])
+        if state["tuning"] is not None:
+            self._adopt(Tuning(**state["tuning"]))
+        for v in self.variables:
+            self.windows.load(v, state["variables"][v.name])
+        self._activate(state.get("period", 0))
+        norm = state.get("norm")
+        self._norm = None if norm is None else norm.to(self.variables[0].value.device, copy=True)
+        self._caution = None if state["caution"] is None else Caution(**state["caution"])
+        for name, buffer in self._running.named():
+            if name in state.get("statistics", {}):
+                buffer.copy_(state["statistics"][name])
+        if self._compares_signs and state.get("signs") is not None:
+            self._evaluate_signs(state["signs"])
+        if self._scheduler is not None and state["scheduler"] is not None:
+            self._scheduler.load_state_dict(state["scheduler"])
+        if state["base_lr"] is not None:  # else these are none yet
+            for group, lr in zip(self.optimizer.param_groups, state["lr"], strict=True):
+                group["lr"] = lr
+        for group, numbers in zip(self.optimizer.param_groups, state.get("groups", ()), strict=False):
+            group.update(
+                {k: tuple(x) if isinstance(x, list) else x for k, x in numbers.items() if k in group}
+            )
+        self._torn = ""
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state that this run cannot continue from, before anything is written; see `load_state_dict`."""
         own = _lasting(self.method)
         for part, said in state.get("method", own).items():
             if said != own.get(part):
@@ -1329,35 +1406,21 @@ class Engine:
             raise UsageError(
                 f"the saved state has seed {state['seed']}, this run {self.seed}; use the same seed"
             )
-        for v in self.variables:
-            if v.held != (state["variables"][v.name]["weight"] is None):
-                raise UsageError(
-                    f"weight '{v.name}' is {'held' if v.held else 'written'} here, but not in the saved state; use the "
-                    "same hold, and quantize or offload the same weights"
-                )
-        if state["tuning"] is not None:
-            self._adopt(Tuning(**state["tuning"]))
-        self.base_lr = state["base_lr"]
-        for v in self.variables:
-            self.windows.load(v, state["variables"][v.name])
-        self.step_count, self._refreshed_at, self._torn = state["step"], state["refreshed_at"], ""
-        self._activate(state.get("period", 0))
-        norm = state.get("norm")
-        self._norm = None if norm is None else norm.to(self.variables[0].value.device, copy=True)
-        self._caution = None if state["caution"] is None else Caution(**state["caution"])
-        for name, buffer in self._running.named():
-            if name in state.get("statistics", {}):
-                buffer.copy_(state["statistics"][name])
-        if self._compares_signs and state.get("signs") is not None:
-            self._evaluate_signs(state["signs"])
-        if self._scheduler is not None and state["scheduler"] is not None:
-            self._scheduler.load_state_dict(state["scheduler"])
-        for group, lr in zip(self.optimizer.param_groups, state["lr"], strict=True):
-            group["lr"] = lr
-        for group, numbers in zip(self.optimizer.param_groups, state.get("groups", ()), strict=False):
-            group.update(
-                {k: tuple(x) if isinstance(x, list) else x for k, x in numbers.items() if k in group}
+        if len(state["lr"]) != len(self.optimizer.param_groups):
+            raise UsageError(
+                f"the saved state has rates for {len(state['lr'])} groups of weights, and this run {len(self.optimizer.param_groups)} "
+                "groups; use the same scale"
             )
+        for v in self.variables:
+            self.windows.check(v, state["variables"][v.name])
+        for name, buffer in self._running.named():
+            old = state.get("statistics", {}).get(name, buffer)
+            check_alike(f"buffer '{name}'", [(old.shape, buffer.shape), (old.dtype, buffer.dtype)])
+        for kind, name in ((Tuning, "tuning"), (Caution, "caution")):
+            if state[name] is not None:
+                kind(**state[name])
+        for name in ("step", "refreshed_at", "base_lr", "scheduler"):
+            state[name]  # is there
 
     def detach(self) -> nn.Module:
         """Fold, and give the model back as it was before attaching, with the trained weights.
@@ -1380,27 +1443,25 @@ class Engine:
                 f"weight '{held}' is held: a plain model cannot hold what it was moved by; use adapters.write"
             )
         self._check_whole()
-        ahead, self.ahead = self.ahead, None  # it may hold a file
-        try:
-            twin = copy.deepcopy(self)
-        finally:
-            self.ahead = ahead
-        return twin.detach().eval()
+        # the model alone: what the loss and the schedule hold may be large, or not to be copied
+        model, variables = copy.deepcopy((self.model, self.variables))
+        self._fold(variables)
+        return detach(model, self._trainable).eval()
 
 
-def _distinct(batches: Sequence[Any]) -> list[Any]:
-    """The micro-batches of a step, each an object of its own, by which it is told apart from one that says the same."""
-    found: list[Any] = []
-    for batch in batches:
-        if any(batch is other for other in found):
-            if isinstance(batch, Tensor):
-                batch = batch.view_as(batch)
-            elif isinstance(batch, tuple):  # copy.copy gives the same one back
-                batch = tuple.__new__(type(batch), list(batch))
-            else:
-                batch = copy.copy(batch)
-        found.append(batch)
-    return found
+def _check_readable(model: nn.Module) -> None:
+    """Refuse a model whose weights are not there yet, or whose forward cannot be changed."""
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise UsageError(
+                f"weight '{name}' has no shape before the first forward; call the model on a batch, and make the Engine after that"
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UsageError(
+                f"module '{name}' is compiled by torch.jit, which leaves nothing to put a step into; train the module that it was made "
+                "of"
+            )
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -1418,6 +1479,11 @@ _NO_EPS = object()
 def _eps(method: Method) -> Any:
     """Probe radius of a method: a number, None when it is to be chosen, `_NO_EPS` where there is none."""
     return setting(method.estimator, "eps", _NO_EPS)
+
+
+def _chooses(method: Method, lr: float | None) -> bool:
+    """Whether a rate or a radius is to be chosen on the first step."""
+    return _eps(method) is not _NO_EPS and (lr is None or _eps(method) is None)
 
 
 def _lasting(method: Method) -> dict[str, str]:

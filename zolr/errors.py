@@ -1,5 +1,8 @@
 """The errors a user can cause, each with the exit code that the command line returns for it."""
 
+from numbers import Real
+from typing import Any
+
 
 class ZolrError(Exception):
     """Anything zolr refuses on purpose; the message names the thing, the value and the way out."""
@@ -47,3 +50,13 @@ class BudgetError(ZolrError):
     """The memory budget cannot be met."""
 
     exit_code = 7
+
+
+def check_numbers(**given: Any) -> None:
+    """Refuse settings that are no real numbers, by their names; None is left to others.
+
+    >>> check_numbers(lr=1e-3, clip=None)
+    """
+    for name, value in given.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise UsageError(f"{name} = {value!r} is no number; use one such as 1e-3")

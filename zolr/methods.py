@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import torch
 
-from zolr.errors import UsageError
+from zolr.errors import UsageError, check_numbers
 from zolr.estimators import ESTIMATORS, PARADIGMS, POINTS, Estimator, changed, setting
 from zolr.estimators.ascent import Ascent
 from zolr.estimators.backprop import Backprop
 from zolr.estimators.coordinates import Coordinates
 from zolr.estimators.forward import Forward
+from zolr.estimators.likelihood_ratio import LikelihoodRatio
 from zolr.estimators.lookahead import Lookahead
 from zolr.estimators.mixture import Mixture
 from zolr.estimators.private_spsa import PrivateSpsa, epsilon_of
@@ -118,6 +119,7 @@ class Method:
                 f"projector '{key_of(PROJECTORS, self.projector)}' needs dense gradients, which this method never forms; "
                 "use method 'galore', or projector 'stiefel'"
             )
+        check_numbers(scale=self.scale)
         if not 0 < self.scale < float("inf"):
             raise UsageError(f"scale = {self.scale} is no factor on a learning rate; use a positive number")
         if self.dense and self.paradigm != "fo":
@@ -207,10 +209,9 @@ class Method:
     @property
     def tunable(self) -> bool:
         """Whether an engine may choose the learning rate from losses that it measures."""
-        elsewhere = isinstance(
-            self.estimator, tuple(POINTS.values())
-        )  # what is measured is not where a step is taken
-        return self.paradigm == "zo" and not self.private and not elsewhere
+        # what is measured, slopes between two points at the weights, is not what these take a step by
+        other = isinstance(self.estimator, (LikelihoodRatio, *POINTS.values()))
+        return self.paradigm == "zo" and not self.private and not other
 
     @property
     def normalizes(self) -> bool:
@@ -1102,6 +1103,8 @@ def compose(
         if isinstance(result.projector, Identity):
             raise UsageError("refresh_every means nothing for projector 'identity'; leave it out")
         result = replace(result, refresh_every=refresh_every)
+    if isinstance(set, str) or not (isinstance(set, Sequence) and all(isinstance(word, str) for word in set)):
+        raise UsageError(f"set = {set!r} is no list of settings; give one, such as ['residual.q=0.2']")
     for word in set:
         result = _set(result, word)
     return result
@@ -1183,8 +1186,9 @@ def _checked(word: str, now: Any, value: Any, build: Callable[[Any], Method]) ->
 
 def _ranks(given: str | Mapping[str, int]) -> tuple[tuple[str, int], ...]:
     """Pairs of `q_proj=16,mlp=64`, or of a mapping."""
-    if not isinstance(given, str):
+    if isinstance(given, Mapping):
         return tuple(given.items())
+    given = str(given)
     found = []
     for pair in given.split(","):
         part, _, rank = pair.partition("=")

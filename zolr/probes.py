@@ -208,8 +208,12 @@ def orthonormal(layout: Layout, count: int, key: Key) -> list[Combination]:
         raise UsageError(
             f"{count} orthonormal probes do not fit in {layout.size} coordinates; use fewer probes"
         )
-    if any(space.blocked for space in layout.spaces):
-        raise UsageError("orthonormal probes need a subspace; with projector 'identity' use fresh probes")
+    whole = next((space.name for space in layout.spaces if space.blocked), None)
+    if whole is not None:
+        raise UsageError(
+            f"orthonormal probes need subspaces, and weight '{whole}' is trained as a whole; use directions 'fresh', or leave it out "
+            "of what is trained"
+        )
     columns = [
         torch.cat([key.fold_in("orthonormal", i, s.name).normal(s.shape).flatten() for s in layout.spaces])
         for i in range(count)

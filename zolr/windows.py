@@ -1,7 +1,7 @@
 """Windows: the subspaces of all trained weights over time, and the optimizer state that follows them."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zolr.dense import Core
 from zolr.distributed import digest
+from zolr.errors import UsageError
 from zolr.keys import Key
 from zolr.methods import Method
 from zolr.projectors import Learner, Patient
@@ -298,6 +299,31 @@ class Windows:
             result["spectrum"] = self.spectra[v.name].tensors()
         return result
 
+    def check(self, v: Variable, saved: dict[str, Any]) -> None:
+        """Refuse what `load` cannot continue from, before anything is written.
+
+        Raises:
+            UsageError: a weight, or its coordinates, of another shape or dtype, or held only here or there.
+            KeyError: a part is missing.
+        """
+        space, weight, value = rebuild(saved["subspace"], saved["tensors"]), saved["weight"], saved["value"]
+        if v.held != (weight is None):
+            raise UsageError(
+                f"weight '{v.name}' is {'held' if v.held else 'written'} here, but not in the saved state; use the "
+                "same hold, and quantize or offload the same weights"
+            )
+        alike = [(space.shape, v.shape)]
+        if weight is not None:
+            alike += [(weight.shape, v.weight.shape), (weight.dtype, v.weight.dtype)]
+        if value is not None:
+            alike += [(value.shape, space.coords_shape), (value.dtype, v.dtype)]
+        if v.name in self.cores and saved["core"]["tensors"]:
+            core = rebuild(saved["core"]["subspace"], saved["core"]["tensors"])
+            alike.append((core.shape, v.shape))
+        check_alike(f"weight '{v.name}'", alike)
+        for name in ("window", "decay", "moved", "optimizer"):
+            saved[name]  # is there
+
     @torch.no_grad()
     def load(self, v: Variable, saved: dict[str, Any]) -> None:
         """Continue a variable from what `state` gave."""
@@ -424,6 +450,16 @@ class Windows:
             if old["spectrum"] is not None:
                 self.spectra[v.name] = Spectrum(**back(old["spectrum"]))
         v.window, v.decay, v.moved = (old["numbers"][name] for name in ("window", "decay", "moved"))
+
+
+def check_alike(what: str, pairs: Iterable[tuple[Any, Any]]) -> None:
+    """Refuse shapes and dtypes of a saved state that are not those of here."""
+    for there, here in pairs:
+        if there != here:
+            there, here = (x if isinstance(x, torch.dtype) else tuple(x) for x in (there, here))
+            raise UsageError(
+                f"{what} is {there} in the saved state and {here} here; use the model that it was saved from, in that dtype"
+            )
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from math import nan
+from numbers import Real
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, get_args, runtime_checkable
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from zolr.distributed import share_of
-from zolr.errors import UsageError
+from zolr.errors import UsageError, check_numbers
 from zolr.keys import Key
 from zolr.rows import NotByRows, repeated, rows_in
 from zolr.variables import Variable, by_rows, shifted
@@ -201,8 +202,20 @@ def totals(output: Any) -> tuple[Tensor, Tensor | float]:
             f"the loss is of type {type(output).__name__}; return a scalar mean, a (sum, count) pair of tensors, or a "
             "tensor with one number per example"
         )
+    parts = output if isinstance(output, tuple) else (output,)
+    if any(isinstance(part, Tensor) and part.is_complex() for part in parts):
+        raise UsageError("the loss is complex; return a real number, such as its absolute value")
     if isinstance(output, tuple):
-        total, count = output
+        for part in output:
+            if not (part.numel() == 1 if isinstance(part, Tensor) else isinstance(part, Real)):
+                kind = f"tensor {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+                raise UsageError(
+                    f"the loss is a pair with a {kind} in it; return (sum, count) of one number each, or the loss alone, without "
+                    "what the model gave"
+                )
+        total, count = (
+            part.reshape(()) if isinstance(part, Tensor) and part.dim() else part for part in output
+        )
     elif output.dim() == 0:
         total, count = output, 1.0
     else:
@@ -361,6 +374,7 @@ def itself(offset: Tensor) -> Tensor:
 
 def check_reach(reach: float) -> None:
     """Refuse a distance that means nothing."""
+    check_numbers(reach=reach)
     if not 0 <= reach < float("inf"):
         raise UsageError(f"reach = {reach} is no distance; use a number of at least 0 (0 evaluates in place)")
 
@@ -504,9 +518,7 @@ def _by_rows(
         rewind()
         for batch in batches:
             rows = rows_in(batch)
-            own = getattr(
-                loss, "on_rows", None
-            )  # of a loss that tells batches apart by which object they are
+            own = getattr(loss, "on_rows", None)  # of a loss that may say no
             output = loss(repeated(batch, count)) if own is None else own(batch, count)
             if not isinstance(output, Tensor) or output.shape != (count * rows,):
                 raise NotByRows("the loss is not one number for each row")
@@ -582,6 +594,7 @@ def check_signs(signs: str) -> None:
 
 def check_eps(eps: float | None) -> None:
     """Refuse a radius that means nothing; None lets the engine choose."""
+    check_numbers(eps=eps)
     if eps is not None and not 0 < eps < float("inf"):
         raise UsageError(
             f"eps = {eps} is no probe radius; use a positive number (1e-3 is usual), or leave it out"

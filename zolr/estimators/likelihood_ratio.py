@@ -32,7 +32,8 @@ class LikelihoodRatio(BySlopes):
     `s`; the two-point form (`spsa`) has the same mean without it.
 
     Args:
-        eps: s, the standard deviation of a probe's entries.
+        eps: s, the standard deviation of a probe's entries. Neither it nor a rate is chosen by the engine: it measures slopes
+            between two points, for which a radius may be a hundred times smaller.
         probes: k, directions a step.
 
     Raises:
@@ -58,7 +59,7 @@ class LikelihoodRatio(BySlopes):
     def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
         """Measure the losses; see `Measuring`."""
         if self.eps is None:
-            raise UsageError("likelihood_ratio has no eps; give one, or let the engine choose with lr=None")
+            raise UsageError("estimator 'likelihood_ratio' has no eps; give one")
         directions = self._draw(variables, key)
         losses = []
         with same_noise(variables[0].value.device) as rewind:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zolr.distributed import share_of
-from zolr.errors import UsageError
+from zolr.errors import UsageError, check_numbers
 from zolr.estimators import (
     BySlopes,
     Direction,
@@ -79,6 +79,7 @@ class PrivateSpsa(BySlopes):
         check_probes(self.probes)
         if self.law not in LAWS:
             raise UsageError(f"probe law '{self.law}' is not known; use one of {', '.join(LAWS)}")
+        check_numbers(limit=self.limit, noise=self.noise)
         if not self.limit > 0:
             raise UsageError(f"limit = {self.limit} leaves no slope; use a positive number, or inf")
         if not 0 <= self.noise < inf:

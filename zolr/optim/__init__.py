@@ -34,11 +34,12 @@ class OptimizerRule:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.name not in (*OPTIMIZERS, *PACKAGED) and not _is_torch_class(self.name):
-            close = get_close_matches(self.name, (*OPTIMIZERS, *PACKAGED), n=1, cutoff=0.4)
+        name = str(self.name)
+        if name not in (*OPTIMIZERS, *PACKAGED) and not _is_torch_class(name):
+            close = get_close_matches(name, (*OPTIMIZERS, *PACKAGED), n=1, cutoff=0.4)
             hint = f"did you mean '{close[0]}'? " if close else ""
             raise UsageError(
-                f"optimizer '{self.name}' is not known; {hint}use one of {', '.join(OPTIMIZERS)}, or a class of torch.optim"
+                f"optimizer '{name}' is not known; {hint}use one of {', '.join(OPTIMIZERS)}, or a class of torch.optim"
             )
 
     @property
