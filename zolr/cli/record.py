@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -230,9 +229,11 @@ def close(place: runs.RunFolder, fill: Callable[[Path], None], save_every: int |
         fill: writes what is in it.
         save_every: steps between checkpoints that were asked for, which stay; those that guarded the run go.
     """
+    from zolr.checkpoints import clear
+
     place.complete(fill)
     if save_every is None:
-        shutil.rmtree(place.path / runs.CHECKPOINTS, ignore_errors=True)
+        clear(place.path / runs.CHECKPOINTS)
 
 
 def result_of(
