@@ -452,6 +452,35 @@ def test_replacing_a_run_removes_what_runs_write(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize("name", [".", "..", "sub/..", "link"])
+def test_a_folder_may_be_named_by_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from zolr.cli.runs import claimed
+
+    run, far = tmp_path / "run", tmp_path / "far"
+    inside = run / "sub" if name == ".." else tmp_path if name == "link" else run
+    (run / "sub").mkdir(parents=True)
+    far.mkdir()
+    (tmp_path / "link").symlink_to(far)
+    if name == ".":
+        (run / "sub").rmdir()
+    monkeypatch.chdir(inside)
+    (Path(name) / "config.toml").write_text('method = "adamw"\nparadigm = "fo"\nsteps = 2\n')
+    (Path(name) / "metrics.jsonl").touch()
+    for text in ("new", "newer"):
+        with claimed(Path(name), overwrite=True, resume=False) as place:
+            assert place.work.resolve().parent == Path(name).resolve().parent
+            place.complete(lambda folder, text=text: (folder / "result.json").write_text(text))
+        assert (Path(name) / "result.json").read_text() == text
+    with claimed(Path(name), overwrite=False, resume=True) as place:
+        place.complete(lambda folder: (folder / "result.json").write_text("resumed"))
+    assert (Path(name) / "result.json").read_text() == "resumed"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["far", "link", "run"]
+    expected = {"config.toml", "metrics.jsonl", "result.json"}
+    assert {p.name for p in Path(name).iterdir()} - {"sub"} == expected
+
+
 def test_folders_that_name_nothing_to_evaluate_on(zolr: Run, tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text('{"verb": "pretrain"}')
     failed(

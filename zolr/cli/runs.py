@@ -234,13 +234,14 @@ class RunFolder:
         """
         from zolr.checkpoints import clear
 
-        aside = _aside(self.path)
+        aside = self.work / "results.tmp"
         try:
+            shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed here
             aside.mkdir()
             fill(aside)
             if self.work != self.path:
-                for entry in self.work.iterdir():
-                    if not (aside / entry.name).exists():
+                for entry in list(self.work.iterdir()):
+                    if entry != aside and not (aside / entry.name).exists():
                         entry.rename(aside / entry.name)
                 clear(self.path / CHECKPOINTS)
                 _remove(self.path / JOURNAL)  # that of this run, if it has one, comes below
@@ -349,6 +350,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _aside(folder: Path) -> Path:
+    folder = folder.resolve()  # `.` and `..` are no names, and a link may be on another disk
     return folder.with_name(f"{folder.name}.tmp-{os.urandom(3).hex()}")
 
 
