@@ -163,7 +163,7 @@ class Pretraining(Planned[Pretrain]):
             )
         self.note(self.summary())
         built = settings.model is None or _builds(settings.model)
-        meter = record.Meter(self.engine, on, place.path if settings.resume else None)
+        meter = record.Meter(self.engine, on, place.path if settings.resume else None, steps=settings.steps)
         if team.first:
             runs.write_text(place.work / runs.CONFIG, toml(settings))
         try:
