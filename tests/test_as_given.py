@@ -690,6 +690,26 @@ def test_the_steps_that_are_counted_have_the_peak_of_all(case: str) -> None:
     assert peaks[1] == peaks[0]
 
 
+def test_a_first_step_that_chooses_is_counted_where_it_is_the_only_one() -> None:
+    from zolr.cli.record import Meter
+    from zolr.models import build, lm_loss
+
+    ids = torch.randint(5, 50, (2, 8), generator=torch.Generator().manual_seed(0))
+    data, peaks = {"input_ids": ids, "labels": ids}, []
+    for steps in (1, 2):
+        net: Any = build(
+            "llama-20m", num_hidden_layers=1, hidden_size=16, intermediate_size=32, vocab_size=50, seed=0
+        )
+        run = zolr.Engine(net, zolr.compose("stiefel", "zo", rank=2), lr=None, loss=lm_loss)
+        meter = Meter(run, torch.device("cpu"), steps=steps)
+        for step in range(steps):
+            with meter.around([data]):
+                run.step([data])
+            assert meter.counting is (step == steps - 1)
+        peaks.append(meter.peak)
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.01) and peaks[1] > 0
+
+
 # ---- what no step could train ------------------------------------------------------------------------------------------------
 
 

@@ -383,6 +383,104 @@ def test_where_to_write_is_checked_before_anything_is_loaded(zolr: Run, tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["taken.txt"]
 
 
+def test_only_a_run_is_replaced(tmp_path: Path) -> None:
+    from zolr.cli.runs import check_free
+    from zolr.errors import StorageError
+
+    def replaces(folder: Path) -> bool:
+        before = sorted(folder.rglob("*"))
+        try:
+            check_free(folder, overwrite=True, resume=False)
+        except StorageError as error:
+            assert "holds files and no run of zolr" in str(error)
+            return False
+        finally:
+            assert sorted(folder.rglob("*")) == before
+        return True
+
+    settings = 'model = "demo"\nmethod = "adamw"\nparadigm = "fo"\nsteps = 2\n'
+    ours = {"config.toml": settings, "metrics.jsonl": ""}
+    cases = {
+        "project": ({"README.md": "mine", "config.json": "{}", "model-best.safetensors": ""}, False),
+        "model": ({"config.json": "{}", "model.safetensors": ""}, False),
+        "empty": ({}, True),
+        "finished": ({**ours, "result.json": "{}", "README.md": "", "notes.txt": "mine"}, True),
+        "killed": (ours, True),
+        "killed before its first metrics": (
+            {"config.toml": settings, "data.json": "{}", "journal": ""},
+            True,
+        ),
+        "settings beside a project": ({"config.toml": settings, "README.md": "mine"}, False),
+        "of another program": ({**ours, "config.toml": "[tool]\nsteps = 2\n"}, False),
+        "no text": ({**ours, "config.toml": "\0 = "}, False),
+    }
+    for name, (files, replaced) in cases.items():
+        (tmp_path / name).mkdir()
+        for file, text in files.items():
+            (tmp_path / name / file).write_text(text)
+        assert replaces(tmp_path / name) == replaced, name
+
+
+def test_replacing_a_run_removes_what_runs_write(tmp_path: Path) -> None:
+    from zolr.cli.runs import claimed
+
+    run = tmp_path / "run"
+    ours = (
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "adapter/adapter_config.json",
+        "journal",
+    )
+    ours += ("checkpoints/step-2/manifest.json", "checkpoints/best-2/manifest.json")
+    mine = ("model-best.safetensors", "adapter/notes.txt", "checkpoints/best-of-all/a", "notes.txt")
+    for name in (*ours, *mine, "metrics.jsonl"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("old")
+    (run / "config.toml").write_text('method = "adamw"\nparadigm = "fo"\nsteps = 2\n')
+
+    def fill(folder: Path) -> None:
+        (folder / "adapter").mkdir()
+        for name in ("adapter/adapter_model.safetensors", "model.safetensors", "result.json"):
+            (folder / name).write_text("new")
+
+    with claimed(run, overwrite=True, resume=False) as place:
+        (place.work / "checkpoints" / "step-4").mkdir(parents=True)
+        place.complete(fill)
+    new = ["adapter/adapter_model.safetensors", "checkpoints/step-4", "model.safetensors", "result.json"]
+    kept = [*mine, "checkpoints/best-of-all", "config.toml", "metrics.jsonl", "adapter", "checkpoints"]
+    assert sorted(str(p.relative_to(run)) for p in run.rglob("*")) == sorted(new + kept)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "sub/..", "link"])
+def test_a_folder_may_be_named_by_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from zolr.cli.runs import claimed
+
+    run, far = tmp_path / "run", tmp_path / "far"
+    inside = run / "sub" if name == ".." else tmp_path if name == "link" else run
+    (run / "sub").mkdir(parents=True)
+    far.mkdir()
+    (tmp_path / "link").symlink_to(far)
+    if name == ".":
+        (run / "sub").rmdir()
+    monkeypatch.chdir(inside)
+    (Path(name) / "config.toml").write_text('method = "adamw"\nparadigm = "fo"\nsteps = 2\n')
+    (Path(name) / "metrics.jsonl").touch()
+    for text in ("new", "newer"):
+        with claimed(Path(name), overwrite=True, resume=False) as place:
+            assert place.work.resolve().parent == Path(name).resolve().parent
+            place.complete(lambda folder, text=text: (folder / "result.json").write_text(text))
+        assert (Path(name) / "result.json").read_text() == text
+    with claimed(Path(name), overwrite=False, resume=True) as place:
+        place.complete(lambda folder: (folder / "result.json").write_text("resumed"))
+    assert (Path(name) / "result.json").read_text() == "resumed"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["far", "link", "run"]
+    expected = {"config.toml", "metrics.jsonl", "result.json"}
+    assert {p.name for p in Path(name).iterdir()} - {"sub"} == expected
+
+
 def test_folders_that_name_nothing_to_evaluate_on(zolr: Run, tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text('{"verb": "pretrain"}')
     failed(

@@ -399,6 +399,25 @@ def test_seconds_are_all_used_whatever_the_first_step_takes() -> None:
     assert factors[:2] == [0.5, 1.0] and factors[2] > 0.5 and factors[-2] == pytest.approx(0.0, abs=0.06)
 
 
+@pytest.mark.parametrize(
+    ("price", "said"),
+    [
+        (
+            Price(2, choosing=98),
+            "choosing its learning rate and its first step took 7.3 s; give its --lr and --eps",
+        ),
+        (Price(2), "its first step took 7.3 s; give more seconds"),
+    ],
+)
+def test_seconds_that_are_gone_after_the_first_step_are_refused(price: Price, said: str) -> None:
+    allowance = Allowance("seconds", 2.0, "linear", 0, price, name="stiefel")
+    assert not allowance(Progress())
+    with pytest.raises(UsageError, match=f"--equal seconds=2 pays for no step of 'stiefel': {said}"):
+        allowance(Progress(step=1, seconds=7.3))
+    within = Allowance("seconds", 8.0, "linear", 0, price)
+    assert not within(Progress(step=1, seconds=7.3)) and within(Progress(step=2, seconds=8.3))
+
+
 @pytest.mark.parametrize("course", ["constant", "linear", "cosine"])
 def test_a_budget_of_forwards_has_the_course_of_as_many_steps(course: Any) -> None:
     from zolr.cli.choices import schedule_of

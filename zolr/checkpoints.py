@@ -12,6 +12,7 @@ import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,17 @@ def prune(root: str | Path, keep: int = KEEP) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     for left in (*root.glob(".*.tmp-*"), *root.glob(".*.old-*")):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def clear(root: str | Path) -> None:
+    """Remove all checkpoints under `root` and the best weights, and the folder if nothing else is in it."""
+    root = Path(root)
+    prune(root, 0)
+    for folder in root.glob("best-*"):
+        if folder.name.removeprefix("best-").isdecimal():
+            shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # it is not there, or has something in it
+        root.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zolr.cli import runs
+from zolr.cli.runs import DATA, TOKENIZER
 from zolr.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from zolr.cli.pretrain import Pretrain
     from zolr.tasks.streams import TokenStream
 
-TOKENIZER = "tokenizer"  # working files in a run folder until the run is complete
-DATA = "data.json"  # what a run was trained and evaluated on: sources, tokenizer and ids with their hashes
-SPLIT = "last_rows"  # its entry on the rows that are held out of the text to train on, where no other text is
+SPLIT = "last_rows"  # entry of data.json on the rows that are held out of the text to train on, where no other text is
 
 
 def files_of(settings: Pretrain) -> tuple[list[Any], list[Any]]:

@@ -344,7 +344,8 @@ class Job(Planned[Finetune]):
         from zolr.training import train
 
         settings, work = self.settings, self.work
-        meter = record.Meter(self.engine, work.device, place.path if settings.resume else None)
+        known = place.path if settings.resume else None
+        meter = record.Meter(self.engine, work.device, known, steps=settings.steps or 0)
         if not settings.resume and self.team.first:
             runs.write_text(place.work / runs.CONFIG, toml(settings))
         try:

@@ -13,7 +13,7 @@ from zolr.cli import record, runs
 from zolr.cli.architectures import check_apart, check_ids, check_length, model_of
 from zolr.cli.budget import is_out_of_memory
 from zolr.cli.config import as_dict, toml
-from zolr.cli.corpus import TOKENIZER, files_of, kept_if_used, streams_of, tokenizer_of
+from zolr.cli.corpus import files_of, kept_if_used, streams_of, tokenizer_of
 from zolr.cli.planned import Planned
 from zolr.cli.pretrain import Pretrain
 
@@ -163,7 +163,7 @@ class Pretraining(Planned[Pretrain]):
             )
         self.note(self.summary())
         built = settings.model is None or _builds(settings.model)
-        meter = record.Meter(self.engine, on, place.path if settings.resume else None)
+        meter = record.Meter(self.engine, on, place.path if settings.resume else None, steps=settings.steps)
         if team.first:
             runs.write_text(place.work / runs.CONFIG, toml(settings))
         try:
@@ -242,8 +242,12 @@ class Pretraining(Planned[Pretrain]):
             runs.write_text(folder / runs.CARD, card(settings, result))
             runs.write_json(folder / runs.RESULT, result)
 
-        for folder in (place.work, place.path):  # a killed run that is replaced may have left one
-            shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
+        for folder in (
+            place.work,
+            place.path,
+        ):  # a killed run that is replaced may have left one, a finished one has not
+            if not (folder / runs.RESULT).is_file():
+                shutil.rmtree(folder / runs.TOKENIZER, ignore_errors=True)
         record.close(place, fill, settings.save_every)
 
 

@@ -127,6 +127,7 @@ class Allowance:
         course, warmup: of the learning rate, as in the settings of a run.
         price: of the steps in forwards.
         steps: that the forwards pay for.
+        name: of the method, for who is told that its first step took all.
     """
 
     unit: str
@@ -135,14 +136,21 @@ class Allowance:
     warmup: int
     price: Price = Price()
     steps: int = 0
+    name: str = ""
     step: int = 0
     spent: float = 0.0
     each: float = 0.0  # what the cheapest step took: the first one may search a rate
 
     def __call__(self, progress: Progress) -> bool:
-        """Whether what is left pays for no further step; of seconds, whether none is left."""
+        """Whether what is left pays for no further step; of seconds, whether none is left.
+
+        Raises:
+            UsageError: the first step took more seconds than there are, which nobody could know before.
+        """
         counted = self.unit == "forwards"
         spent = float(progress.forwards if counted else progress.seconds)
+        if not counted and progress.step == 1 and spent > self.amount:
+            raise self._refused(spent)
         if progress.step > max(1, self.step):
             now = (spent - self.spent) / (progress.step - self.step)
             self.each = min(self.each or now, now)
@@ -150,6 +158,15 @@ class Allowance:
         # a step that was left out is made again as the same one
         coming = self.price.step(progress.step - progress.skipped) if counted else 0
         return spent + coming > self.amount
+
+    def _refused(self, spent: float) -> UsageError:
+        took, way = "its first step took", "give more seconds"
+        if self.price.choosing:
+            took = "choosing its learning rate and its first step took"
+            way = "give its --lr and --eps (as @lr=1e-3@eps=1e-3), or more seconds"
+        return UsageError(
+            f"--equal seconds={self.amount:g} pays for no step of '{self.name}': {took} {spent:.3g} s; {way}"
+        )
 
     def factor(self, step: int) -> float:
         """Factor on the learning rate; what has been spent is known up to the step before."""
@@ -216,9 +233,9 @@ def _allow(job: Job, allowance: Allowance, eval_every: int | None) -> None:
     price = Price.of(engine.method, engine.base_lr, settings.clip, settings.accumulate or 1)
     if all(v.is_full for v in engine.variables):  # no weight has a subspace that inputs could say anything of
         price = replace(price, opening=0)
-    allowance.price = price
+    allowance.price, allowance.name = price, settings.method or ""
     if allowance.unit == "forwards":
-        price.check_pays(allowance.amount, settings.method or "")
+        price.check_pays(allowance.amount, allowance.name)
         bound = expected = allowance.steps = price.steps(allowance.amount)
     else:
         batch = job._moved(job.batches(0)[0])

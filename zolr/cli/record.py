@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -30,11 +29,13 @@ class Meter:
     steps are counted that can set a new peak: whose padded batch is larger than any before, or as large as the largest
     for the second time (the first one may have made the optimizer's state), those before which the engine holds more than
     before any that were counted, and of those that open a new window the first, second, fourth and so on, of dense methods all.
+    A first step that chooses a radius or a rate is left to the second one, where there is one.
 
     Args:
         engine: whose steps they are.
         device: where it is.
         folder: of the run that is gone on with, whose earlier steps count too as far as they left a `memory.json`.
+        steps: of the run in all, 0 where that is not known.
 
     Attributes:
         counter: what is counted.
@@ -43,10 +44,12 @@ class Meter:
         counting: whether live tensors were counted in the last step, which makes it slower.
     """
 
-    def __init__(self, engine: Engine, device: torch.device, folder: Path | None = None) -> None:
+    def __init__(
+        self, engine: Engine, device: torch.device, folder: Path | None = None, steps: int = 0
+    ) -> None:
         import torch
 
-        self._engine, self._device = engine, device
+        self._engine, self._device, self._only = engine, device, steps == 1
         self.counter, self.shape, self._peak = "live tensors of a step", (0, 0), 0
         self.counting, self._stepped = False, False
         self._times, self._opened = 0, 0  # steps counted of the largest batch; windows opened
@@ -105,7 +108,7 @@ class Meter:
         chooses = engine.tuning is None and (
             engine.base_lr is None or setting(engine.method.estimator, "eps", 1.0) is None
         )
-        if self._device.type == "cuda" or self._blind or chooses:
+        if self._device.type == "cuda" or self._blind or (chooses and not self._only):
             self.counting = False
             yield
             return
@@ -230,9 +233,11 @@ def close(place: runs.RunFolder, fill: Callable[[Path], None], save_every: int |
         fill: writes what is in it.
         save_every: steps between checkpoints that were asked for, which stay; those that guarded the run go.
     """
+    from zolr.checkpoints import clear
+
     place.complete(fill)
     if save_every is None:
-        shutil.rmtree(place.path / runs.CHECKPOINTS, ignore_errors=True)
+        clear(place.path / runs.CHECKPOINTS)
 
 
 def result_of(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,13 +80,20 @@ CHECKPOINTS = "checkpoints"
 SHARDS = "shards"  # of a model that no rank has as a whole, until they are put together
 ADAPTER = "adapter"
 JOURNAL = "journal"
+OF_AN_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 OF_A_MODEL = (
+    "model.safetensors",
     "model.safetensors.index.json",
     "config.json",
     "generation_config.json",
-    "adapter_config.json",
-    "adapter_model.safetensors",
+    *OF_AN_ADAPTER,
 )
+PIECE = re.compile(
+    r"model-\d{5}-of-\d{5}\.safetensors", re.ASCII
+)  # as transformers name those of a large model
+DATA = "data.json"  # what a pretraining run is trained and evaluated on: sources, tokenizer and ids with their hashes
+TOKENIZER = "tokenizer"  # that it has learned, until it is complete
+BEGUN = {CONFIG, JOURNAL, DATA, TOKENIZER, f"{TOKENIZER}.part"}  # all that precedes the metrics of a run
 
 
 def free_folder(name: str, root: Path = Path("runs")) -> Path:
@@ -107,7 +115,8 @@ def check_free(
         way_out: flags of the verb for a folder that is not empty; "" for none.
 
     Raises:
-        StorageError: it is not empty, is a file, or lies where nothing can be written.
+        StorageError: it is not empty, holds something else than the run that is to be replaced, is a file, or lies where
+            nothing can be written.
     """
     if resume and not folder.is_dir():
         raise StorageError(f"nothing to resume: run folder {folder} does not exist; check --output")
@@ -117,6 +126,11 @@ def check_free(
         if not (overwrite or resume) and folder.is_dir() and any(folder.iterdir()):
             raise StorageError(
                 f"output folder {folder} is not empty; choose another --output{', or ' * bool(way_out)}{way_out}"
+            )
+        if overwrite and not resume and folder.is_dir() and any(folder.iterdir()) and not is_run(folder):
+            raise StorageError(
+                f"output folder {folder} holds files and no run of zolr ({CONFIG} and {METRICS}), and --overwrite replaces "
+                "a run only; choose another --output, or remove it yourself"
             )
         ancestor = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     except OSError as error:
@@ -134,6 +148,21 @@ def check_free(
         os.rmdir(probe)
     except OSError as error:
         raise _refused(folder, error) from error
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run of zolr, finished or not: settings as a run writes them, and its metrics.
+
+    One that was killed before its first metrics has nothing beside that a person has put there.
+    """
+    names = {entry.name for entry in folder.iterdir()}
+    if CONFIG not in names or not (METRICS in names or names <= BEGUN):
+        return False
+    try:
+        settings = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError:  # of another program, or no text
+        return False
+    return {"method", "paradigm", "steps"} <= settings.keys()
 
 
 def without_journal(folder: Path) -> str:
@@ -203,24 +232,29 @@ class RunFolder:
 
         `result.json` comes last: where it stands, the rest is whole.
         """
-        aside = _aside(self.path)
+        from zolr.checkpoints import clear
+
+        aside = self.work / "results.tmp"
         try:
+            shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed here
             aside.mkdir()
             fill(aside)
             if self.work != self.path:
-                for entry in self.work.iterdir():
-                    if not (aside / entry.name).exists():
+                for entry in list(self.work.iterdir()):
+                    if entry != aside and not (aside / entry.name).exists():
                         entry.rename(aside / entry.name)
-                shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
-                (self.path / JOURNAL).unlink(missing_ok=True)  # that of this run, if it has one, comes below
-            shutil.rmtree(self.path / ADAPTER, ignore_errors=True)  # of a run that was here before
-            for old in (*self.path.glob("model*.safetensors"), *(self.path / name for name in OF_A_MODEL)):
-                if not (
-                    aside / old.name
-                ).exists():  # of another model, or of an adapter, that was here before
-                    old.unlink(missing_ok=True)
+                clear(self.path / CHECKPOINTS)
+                _remove(self.path / JOURNAL)  # that of this run, if it has one, comes below
+            # of a run that was here before
+            for name in (*OF_AN_ADAPTER, CARD):
+                _remove(self.path / ADAPTER / name)
+            for old in self.path.iterdir():
+                if (old.name in OF_A_MODEL or PIECE.fullmatch(old.name)) and not (aside / old.name).exists():
+                    _remove(old)
             for entry in sorted(aside.iterdir(), key=lambda p: (p.name == RESULT, p.name)):
-                os.replace(entry, self.path / entry.name)
+                _move(entry, self.path / entry.name)
+            with suppress(OSError):  # it is not there, or has something in it
+                (self.path / ADAPTER).rmdir()
             if self.work != self.path:
                 shutil.rmtree(self.work, ignore_errors=True)
         except StorageError:
@@ -316,7 +350,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _aside(folder: Path) -> Path:
+    folder = folder.resolve()  # `.` and `..` are no names, and a link may be on another disk
     return folder.with_name(f"{folder.name}.tmp-{os.urandom(3).hex()}")
+
+
+def _remove(file: Path) -> None:
+    """Remove a file; a folder of its name is not ours."""
+    if not file.is_dir():
+        file.unlink(missing_ok=True)
+
+
+def _move(entry: Path, target: Path) -> None:
+    """Rename, file by file where there is a folder already: what else is in it stays."""
+    if not (entry.is_dir() and target.is_dir()):
+        os.replace(entry, target)
+        return
+    for part in list(entry.iterdir()):
+        _move(part, target / part.name)
 
 
 def _refused(folder: Path, error: OSError) -> StorageError:
