@@ -227,6 +227,22 @@ def test_schedules_that_move_momenta_resume_bit_for_bit(name: str, optimizer: st
     assert [again.step([(X, Y)]).loss for _ in range(5)] == losses[5:]
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "flora"])
+@pytest.mark.parametrize("name", ["OneCycleLR", "CyclicLR"])
+def test_a_schedule_that_moves_momenta_is_refused_where_groups_have_others(name: str, optimizer: str) -> None:
+    settings = {"total_steps": 9} if name == "OneCycleLR" else {"base_lr": 1e-3}
+    cls = getattr(torch.optim.lr_scheduler, name)
+
+    def run(**more: Any) -> zolr.Engine:
+        method = zolr.compose("adamw", optimizer=optimizer)
+        schedule = lambda o: cls(o, max_lr=1e-2, **settings, **more)  # noqa: E731
+        return zolr.Engine(nn.Linear(6, 3), method, lr=1e-3, loss=loss, schedule=schedule)
+
+    with pytest.raises(UsageError, match=f"optimizer '{optimizer}' .*give it cycle_momentum=False"):
+        run()
+    assert run(cycle_momentum=False).step([(X, Y)]).lr < 1e-2
+
+
 # ---- what a projector learns from inputs --------------------------------------------------------------------------------------
 
 

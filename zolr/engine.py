@@ -1279,7 +1279,15 @@ class Engine:
         if _takes_a_step(self._schedule):
             self._follow_schedule()
         else:
-            self._scheduler = self._schedule(self.optimizer)
+            try:
+                self._scheduler = self._schedule(self.optimizer)
+            except ValueError as error:
+                if "cycle_momentum" not in str(error):
+                    raise
+                raise UsageError(
+                    f"schedule moves a momentum, and not all groups of optimizer '{self.method.optimizer.name}' have one of the same "
+                    "name; give it cycle_momentum=False"
+                ) from error
             if not isinstance(self._scheduler, LRScheduler) or isinstance(self._scheduler, ReduceLROnPlateau):
                 raise UsageError(
                     f"schedule gives a {type(self._scheduler).__name__}, which does not follow the step; give a factor (a number) as "

@@ -15,6 +15,7 @@ class ByShape(torch.optim.Optimizer):
     """
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        # no defaults: a scheduler takes those for settings that every group has
         super().__init__([p for part in parts for g in part.param_groups for p in g["params"]], {})
         self.parts = list(parts)
         self.param_groups = [{**g, "part": i} for i, part in enumerate(self.parts) for g in part.param_groups]
