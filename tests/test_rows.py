@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BatchEncoding
 from transformers.pytorch_utils import Conv1D
 
-from zolr.engine import Engine
+from zolr.distributed import Team
+from zolr.engine import Engine, _agreed
 from zolr.estimators import setting
 from zolr.methods import compose
 from zolr.rows import NotByRows, repeated, rows_in
@@ -356,3 +357,26 @@ def test_a_model_in_training_keeps_points_apart(dtype: torch.dtype) -> None:
     for number in range(3):
         run.step([batch(seed=number)])
     assert way(run) == "together"
+
+
+class Asked(Team):
+    """The ranks of a run, of which each has been asked for the largest of two numbers."""
+
+    def __init__(self, *asked: list[int]) -> None:
+        super().__init__()
+        self.left = list(asked)
+
+    def largest(self, number: int) -> int:
+        assert number in self.left[0]
+        return max(self.left.pop(0))
+
+
+@pytest.mark.parametrize(
+    ("ways", "agreed"), [((2, 2), 2), ((2, 1), 0), ((1, None), 1), ((None, 2, 2), 2), ((2, 0), 0)]
+)
+def test_ranks_agree_on_a_way_without_those_that_had_nothing_to_try(
+    ways: tuple[int | None, ...], agreed: int
+) -> None:
+    highest = [-1 if way is None else way for way in ways]
+    lowest = [-3 if way is None else -way for way in ways]
+    assert [_agreed(Asked(highest, lowest), way) for way in ways] == [agreed] * len(ways)

@@ -1005,12 +1005,11 @@ class Engine:
         prober = cast(Spsa, owners(self.method.estimator, "signs")[0])
         loss = _ByRows(self._loss_of, self._rows_depend)
         settled, reason, passes = prober.tried(loss, batches, self.active, self.key.fold_in("signs"))
-        way = SIGNS.index(settled.signs)
-        alike = self.team.largest(way) == -self.team.largest(-way)
-        if not (way and alike):
+        way = SIGNS[_agreed(self.team, SIGNS.index(settled.signs) if len(batches) else None)]
+        if way == "sequence":
             reason = reason or "so it is on another rank"
             warnings.warn(f"signs are evaluated in sequence, not together: {reason}", stacklevel=4)
-        self._evaluate_signs(SIGNS[way] if alike else "sequence")
+        self._evaluate_signs(way)
         self._told_ahead["signs"] = self._signs
         return passes * batches.total
 
@@ -1470,6 +1469,17 @@ def _check_readable(model: nn.Module) -> None:
                 f"module '{name}' is compiled by torch.jit, which leaves nothing to put a step into; train the module that it was made "
                 "of"
             )
+
+
+def _agreed(team: Team, way: int | None) -> int:
+    """The number of what every rank that had something to try has settled on; 0 where they differ.
+
+    Args:
+        way: of this rank; None where it had nothing to try.
+    """
+    highest = team.largest(-1 if way is None else way)
+    lowest = -team.largest(-len(SIGNS) if way is None else -way)
+    return highest if highest == lowest else 0
 
 
 def _is_finite(tensor: Tensor) -> bool:
