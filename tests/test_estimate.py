@@ -317,7 +317,12 @@ CONFIGS = {
     "bad number": (
         '{"model_type": "llama", "hidden_size": "many"}',
         3,
-        "no config that transformers can use",
+        "no config that transformers can use: .*'hidden_size': TypeError: .* expected int, got str",
+    ),
+    "numbers that contradict each other": (
+        '{"model_type": "llama", "hidden_size": 65, "num_attention_heads": 4}',
+        3,
+        r"The hidden size \(65\) is not a multiple of the number of attention heads \(4\); correct it",
     ),
 }
 

@@ -19,7 +19,7 @@ from zolr.cli.budget import bytes_of
 from zolr.cli.config import Settings, add, flag
 from zolr.cli.processes import follow, fresh, without_main
 from zolr.cli.variants import methods_in, variant
-from zolr.errors import BudgetError, DataError, UsageError, ZolrError
+from zolr.errors import BudgetError, DataError, UsageError, ZolrError, cause_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -203,9 +203,8 @@ def config_of(model: str) -> PreTrainedConfig:
     except (
         Exception
     ) as error:  # an unknown family is a ValueError, numbers that contradict each other are many things
-        reason = str(error).strip().split("\n")[0]
         raise DataError(
-            f"{path} is no config that transformers can use: {reason}; correct it, or give a preset"
+            f"{path} is no config that transformers can use: {cause_of(error)}; correct it, or give a preset"
         ) from error
 
 
