@@ -335,6 +335,17 @@ def test_config_files_that_cannot_be_used(zolr: Run, tmp_path: Path, name: str) 
     failed(zolr("estimate", "--model", path, "--method", "sgd"), code, message)
 
 
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_encoder_decoder_is_not_predicted_and_says_why(zolr: Run, tmp_path: Path, family: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": family}))
+    given = ("estimate", "--model", path, "--head")
+    failed(
+        zolr(*given, "classes"), 2, f"'{family}' is an encoder-decoder, whose classification head looks for"
+    )
+    failed(zolr(*given, "prompt"), 2, f"'{family}' is an encoder-decoder; use a masked or a causal model")
+
+
 def failed(outcome: tuple[int, str, str], code: int, message: str) -> None:
     """One line on stderr with the cause and the way out, the right code, nothing on stdout."""
     assert outcome[:2] == (code, ""), outcome

@@ -210,6 +210,7 @@ def config_of(model: str) -> PreTrainedConfig:
 
 def _check_shared(settings: Estimate, asked: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse at once what would be the same error in every row: a model that cannot be read, or cannot do what all ask of it."""
+    from zolr.memory import check_predictable
     from zolr.models import check_kind
 
     config = config_of(settings.model)
@@ -217,6 +218,7 @@ def _check_shared(settings: Estimate, asked: Mapping[str, Mapping[str, Any]]) ->
         _check_length(config, settings.max_length, settings.model)
     if not any({"model", "head"} & own.keys() for own in asked.values()):
         check_kind(config, "classes" if settings.head == "classes" else "lm")
+        check_predictable(config, settings.head)
 
 
 def _check_length(config: PreTrainedConfig, length: int, model: str) -> None:
