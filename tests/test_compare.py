@@ -712,6 +712,13 @@ def test_curves_are_read_with_their_costs(tmp_path: Path) -> None:
     assert curve(tmp_path / "absent", "accuracy") == []
 
 
+def test_bars_are_labeled_with_three_digits_and_no_loose_point() -> None:
+    from zolr.cli.picture import _digits
+
+    told = [_digits(value) for value in (1.0, 42.5, 99.949, 99.95, 500.0, 1023.4)]
+    assert told == ["1.00", "42.5", "99.9", "100", "500", "1023"]
+
+
 def test_the_picture_shows_every_row(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from zolr.cli.picture import draw

@@ -317,7 +317,12 @@ CONFIGS = {
     "bad number": (
         '{"model_type": "llama", "hidden_size": "many"}',
         3,
-        "no config that transformers can use",
+        "no config that transformers can use: .*'hidden_size': TypeError: .* expected int, got str",
+    ),
+    "numbers that contradict each other": (
+        '{"model_type": "llama", "hidden_size": 65, "num_attention_heads": 4}',
+        3,
+        r"The hidden size \(65\) is not a multiple of the number of attention heads \(4\); correct it",
     ),
 }
 
@@ -328,6 +333,17 @@ def test_config_files_that_cannot_be_used(zolr: Run, tmp_path: Path, name: str) 
     path = tmp_path / "config.json"
     path.write_text(text)
     failed(zolr("estimate", "--model", path, "--method", "sgd"), code, message)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_encoder_decoder_is_not_predicted_and_says_why(zolr: Run, tmp_path: Path, family: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": family}))
+    given = ("estimate", "--model", path, "--head")
+    failed(
+        zolr(*given, "classes"), 2, f"'{family}' is an encoder-decoder, whose classification head looks for"
+    )
+    failed(zolr(*given, "prompt"), 2, f"'{family}' is an encoder-decoder; use a masked or a causal model")
 
 
 def failed(outcome: tuple[int, str, str], code: int, message: str) -> None:

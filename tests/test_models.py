@@ -450,6 +450,11 @@ def test_bad_folders_are_refused_in_one_line(tmp_path):
     with pytest.raises(DataError, match="cannot be read") as caught:
         load_model(tmp_path)
     assert "\n" not in str(caught.value)
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "hidden_size": 65, "num_attention_heads": 4}'
+    )
+    with pytest.raises(DataError, match=r"cannot be read: .*\(65\) is not a multiple of .*heads \(4\)$"):
+        load_model(tmp_path)
     tiny("bert").save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])

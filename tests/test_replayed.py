@@ -117,6 +117,13 @@ def test_a_pretrained_run_is_made_again_from_its_first_numbers(zolr: Run, tmp_pa
     assert code in (2, 3) and "journal" in err
 
 
+def test_what_was_made_again_is_said() -> None:
+    from zolr.cli.replay import made_again
+
+    assert made_again(7, 11) == "steps 1 to 7 of 11 made again"
+    assert made_again(0, 11) == "none of 11 steps made again: the weights before the first"
+
+
 def test_a_journal_that_was_put_aside_is_named(zolr: Run, tmp_path: Path) -> None:
     for words in ("was damaged, and is", "is no run without backprop"):
         for line in (("replay", tmp_path), ("export", tmp_path, "--journal", tmp_path / "given")):

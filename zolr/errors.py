@@ -4,6 +4,16 @@ from numbers import Real
 from typing import Any
 
 
+def cause_of(error: BaseException, most: int = 300) -> str:
+    """What an error says as part of a sentence: its lines joined, no full stop, so many characters at most.
+
+    >>> cause_of(ValueError("Validation error for 'heads':\\n    12 is not 4 times 5."))
+    "Validation error for 'heads': 12 is not 4 times 5"
+    """
+    text = " ".join(str(error).split()).rstrip(".")
+    return text if len(text) <= most else f"{text[: most - 4].rstrip()} ..."
+
+
 class ZolrError(Exception):
     """Anything zolr refuses on purpose; the message names the thing, the value and the way out."""
 

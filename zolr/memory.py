@@ -463,6 +463,7 @@ def predict(
             f"packed rows mean nothing to objective '{objective}'; use 'lm', or leave packed out"
         )
     config = model if isinstance(model, PreTrainedConfig) else load_config(model)
+    check_predictable(config, objective)
     plain: Any = copy.deepcopy(config)
     if hasattr(plain, "quantization_config"):  # of a model that was quantized while it was loaded
         del plain.quantization_config
@@ -898,6 +899,19 @@ def _fill_spectra(engine: Engine) -> None:
             )
             values = torch.ones(vectors.shape[1], dtype=torch.float64)
             engine.windows.spectra[variable.name] = Spectrum(vectors, values, 1e-3)
+
+
+def check_predictable(config: PreTrainedConfig, objective: str) -> None:
+    """Refuse a model whose steps cannot be predicted.
+
+    Raises:
+        UsageError: it is an encoder-decoder that tells classes apart.
+    """
+    if objective == "classes" and getattr(config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"model family '{config.model_type}' is an encoder-decoder, whose classification head looks for the end of each "
+            "text among its tokens, and a prediction has no tokens; finetune with --head classes, which measures the peak"
+        )
 
 
 @contextlib.contextmanager

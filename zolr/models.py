@@ -44,7 +44,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from zolr import adapters
-from zolr.errors import DataError, UsageError
+from zolr.errors import DataError, UsageError, cause_of
 from zolr.held import keep_codes
 from zolr.hub import answers as _hub_answers
 from zolr.variables import as_read, multiplied_with
@@ -744,6 +744,8 @@ def _plain_errors(name: str, remote: bool, kind: str = "model") -> Iterator[None
         if not remote:
             if "backend tokenizer" in reason:
                 reason = "nothing in it says what kind it is; add a tokenizer.json, or a tokenizer_config.json with tokenizer_class"
+            else:
+                reason = cause_of(error)
             raise DataError(f"{kind} folder '{name}' cannot be read: {reason}") from error
         presets = f", a preset, with random weights ({', '.join(PRESETS)})," if kind == "model" else ""
         way_out = f"use a folder{presets} or 'demo'"

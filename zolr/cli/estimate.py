@@ -19,7 +19,7 @@ from zolr.cli.budget import bytes_of
 from zolr.cli.config import Settings, add, flag
 from zolr.cli.processes import follow, fresh, without_main
 from zolr.cli.variants import methods_in, variant
-from zolr.errors import BudgetError, DataError, UsageError, ZolrError
+from zolr.errors import BudgetError, DataError, UsageError, ZolrError, cause_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -203,14 +203,14 @@ def config_of(model: str) -> PreTrainedConfig:
     except (
         Exception
     ) as error:  # an unknown family is a ValueError, numbers that contradict each other are many things
-        reason = str(error).strip().split("\n")[0]
         raise DataError(
-            f"{path} is no config that transformers can use: {reason}; correct it, or give a preset"
+            f"{path} is no config that transformers can use: {cause_of(error)}; correct it, or give a preset"
         ) from error
 
 
 def _check_shared(settings: Estimate, asked: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse at once what would be the same error in every row: a model that cannot be read, or cannot do what all ask of it."""
+    from zolr.memory import check_predictable
     from zolr.models import check_kind
 
     config = config_of(settings.model)
@@ -218,6 +218,7 @@ def _check_shared(settings: Estimate, asked: Mapping[str, Mapping[str, Any]]) ->
         _check_length(config, settings.max_length, settings.model)
     if not any({"model", "head"} & own.keys() for own in asked.values()):
         check_kind(config, "classes" if settings.head == "classes" else "lm")
+        check_predictable(config, settings.head)
 
 
 def _check_length(config: PreTrainedConfig, length: int, model: str) -> None:

@@ -120,7 +120,7 @@ def _memory(figure: Any, rows: Sequence[Mapping[str, Any]], budget: int | None) 
             (predicted, top, "not predicted"),
             (measured, low, row["status"] if row["status"] != "done" else "not measured"),
         ):
-            text = f"{value / size:#.3g}" if value else missing
+            text = _digits(value / size) if value else missing
             axes.annotate(
                 text, ((value or 0) / size, at), (4, 0), textcoords="offset points", va="center", fontsize=8,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},  # the line of the budget ends there
@@ -196,3 +196,8 @@ def _plain(axes: Any, grid: str) -> None:
     axes.grid(axis=grid, color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _digits(value: float) -> str:
+    """Three digits, or all there are before the point."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"

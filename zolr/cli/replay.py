@@ -88,7 +88,7 @@ def run(settings: Replay) -> None:
         print(runs.as_json(result))
         return
     print(
-        f"steps 1 to {to} of {found.steps} made again, {compared} hashes of weights and state compared; bit for bit {promise}"
+        f"{made_again(to, found.steps)}, {compared} hashes of weights and state compared; bit for bit {promise}"
     )
     if settings.output is not None:
         print(f"model: {settings.output}")
@@ -97,6 +97,13 @@ def run(settings: Replay) -> None:
 def register(app: typer.Typer) -> None:
     """Add the verb."""
     add(app, "replay", Replay, run, config=False)
+
+
+def made_again(to: int, steps: int) -> str:
+    """Which steps were made again."""
+    if to == 0:
+        return f"none of {steps} steps made again: the weights before the first"
+    return f"steps 1 to {to} of {steps} made again"
 
 
 def kept_step(source: Path, found: Read) -> int:

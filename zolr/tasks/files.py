@@ -20,7 +20,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from zolr.errors import DataError
+from zolr.errors import DataError, cause_of
 from zolr.tasks.examples import Example, nearest
 
 MAX_CHARACTERS = (
@@ -342,7 +342,7 @@ def _read_parquet(path: str, data: bytes, wanted: Sequence[str] | None) -> Table
         ValueError,
         KeyError,
     ) as error:  # UnicodeDecodeError is a ValueError
-        cause = str(error).split("\n")[0].rstrip(".")[:120]
+        cause = cause_of(error, 120)
         raise DataError(f"{path}: not a usable parquet file ({cause}); write it again") from None
     if not chosen and count:  # none of the wanted columns is there: let the caller say so
         rows = [(1, {})]

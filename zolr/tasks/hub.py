@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zolr.errors import DataError
+from zolr.errors import DataError, cause_of
 from zolr.hub import offline_if_silent
 from zolr.tasks.examples import Example, nearest
 
@@ -52,7 +52,7 @@ def load_hub(hub: Hub, classes: Sequence[str]) -> dict[str, list[Example]]:
         except (
             Exception
         ) as error:  # whatever the client, the network or the parser raises, the way out is the same
-            cause = str(error).split("\n")[0][:200] or type(error).__name__
+            cause = cause_of(error, 200) or type(error).__name__
             raise DataError(
                 f"{name} cannot be loaded from the hub ({cause}); "
                 "without a network, give --data-dir a folder with "

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from zolr.errors import DataError
+from zolr.errors import DataError, cause_of
 from zolr.hub import offline_if_silent
 from zolr.tasks.examples import nearest
 
@@ -123,7 +123,7 @@ class HubText:
             with nullcontext() if Path(self.name).exists() else offline_if_silent():
                 yield
         except Exception as error:  # whatever the client, the network or the parser raises
-            cause = str(error).split("\n")[0][:200] or type(error).__name__
+            cause = cause_of(error, 200) or type(error).__name__
             if Path(self.name).exists():
                 raise DataError(
                     f"data set {self} cannot be loaded from that folder ({cause}); NAME:CONFIG:SPLIT names another part"
