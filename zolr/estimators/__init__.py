@@ -514,6 +514,8 @@ def _by_rows(
     """
     directions, scales = zip(*points, strict=True)
     count, outputs = len(points), []
+    if not len(batches):  # of a rank without a micro-batch
+        return [measure(loss, batches)] * count
     with by_rows(variables, directions, scales):
         rewind()
         for batch in batches:
