@@ -354,7 +354,7 @@ def test_orthonormal_directions_are_uniform() -> None:
 def test_more_orthonormal_directions_than_coordinates_are_refused() -> None:
     with pytest.raises(UsageError, match="65 orthonormal probes do not fit in 64"):
         orthonormal(Layout(SPACES), 65, Key(0))
-    with pytest.raises(UsageError, match="identity"):
+    with pytest.raises(UsageError, match="weight 'w' is trained as a whole"):
         orthonormal(Layout([Space("w", (4, 4), blocked=True)]), 2, Key(0))
 
 
