@@ -271,6 +271,46 @@ def test_a_batch_that_is_no_rows_later_is_evaluated_all_the_same() -> None:
     assert found["rows"] == pytest.approx(found["sequence"], rel=0, abs=1e-10)
 
 
+class Leaning(nn.Module):
+    """Takes a little of the mean over the rows of a batch from each of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - 0.01 * x.mean(0, keepdim=True)
+
+
+class Placed(nn.Module):
+    """Picks the token of each row by its place among all tokens of the batch, as the batch says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, ids: Tensor, places: Tensor) -> Tensor:
+        x = self.net.embed(ids)
+        x = x + self.net.down(torch.tanh(self.net.up(x)))
+        return self.net.head(x.flatten(0, 1)[places])
+
+
+def of_places(model: nn.Module, batch: Any) -> Tensor:
+    logits = model(
+        batch["ids"], torch.arange(len(batch["labels"])) * 5 if "places" not in batch else batch["places"]
+    )
+    return F.cross_entropy(logits.float(), batch["labels"], reduction="none")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dependence_that_rounding_hides_is_seen_where_other_points_are_far(dtype: torch.dtype) -> None:
+    """In bfloat16 the losses of both signs differ by less than rounding may."""
+    run = engine(net(between=Leaning()).to(dtype), "together")
+    run.step([batch()])
+    assert way(run) == "together"
+    run = engine(
+        Placed().to(dtype), "together", how=of_places, select=lambda n, p: p.dim() == 2 and ".up." in n
+    )
+    run.step([{**batch(), "places": torch.arange(4) * 5}])
+    assert way(run) == "together"
+
+
 # ---- batches, and what is remembered ------------------------------------------------------------------------------------
 
 
@@ -300,7 +340,7 @@ def test_an_encoded_batch_goes_by_rows() -> None:
 
 def test_the_way_is_tried_once_and_kept() -> None:
     one, other = engine(net(), "together"), engine(net(), "together")
-    assert one.step([batch()]).forwards == 4 + 2
+    assert one.step([batch()]).forwards == 6 + 2
     other.load_state_dict(one.state_dict())
     other.model.load_state_dict(one.model.state_dict())
     a, b = one.step([batch(seed=1)]), other.step([batch(seed=1)])

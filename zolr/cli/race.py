@@ -80,7 +80,8 @@ class Price:
         return cls(
             each=each * (2 if twice else 1),
             choosing=(FORWARDS + 1) * batches if chooses else 0,
-            # two forwards for each of both ways; the norm of the step before is not there yet
+            # two forwards for each of both ways, as by vmap (by rows it is two more, which only the first step can tell); the
+            # norm of the step before is not there yet
             first=(4 * batches if compares else 0) + (each if measures and not twice else 0),
             opening=batches if sees else 0,
             every=method.refresh_every or 0,

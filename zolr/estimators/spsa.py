@@ -158,7 +158,7 @@ class Spsa(BySlopes):
     ) -> tuple["Spsa", str, int]:
         """This rule as it can be followed: with signs by rows, together, or in sequence and why.
 
-        Two points are evaluated in sequence and in one pass, 4 forwards a micro-batch; 6 where rows gave other losses.
+        Two points are evaluated in sequence and in one pass: 4 forwards a micro-batch by vmap, 6 by rows.
 
         Returns:
             The rule, the reason, and forwards a micro-batch that it took.
