@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from zolr import checkpoints, journal
 from zolr.engine import Engine
@@ -635,7 +636,8 @@ def growth(steps: int, where: Path) -> dict[str, Any]:
             def stepped(self, progress: Any, info: Any, seen: list[Any] = seen) -> None:
                 if progress.step in (steps // 5, steps - 1):
                     gc.collect()
-                    live = {id(o): o for o in gc.get_objects() if isinstance(o, Tensor)}
+                    # a parameter without a shape, of who imports this, has no storage
+                    live = {id(o): o for o in gc.get_objects() if isinstance(o, Tensor) and not is_lazy(o)}
                     storages = {
                         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in live.values()
                     }
