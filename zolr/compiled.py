@@ -6,15 +6,14 @@ launches the same kernels in one call, so its losses are those of the plain pass
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from zolr.variables import Variable, narrow
+from zolr.variables import Variable, narrow, placed
 
 GRAPHS = 16  # batch shapes that are recorded; others run as they are
 
@@ -142,7 +141,7 @@ class Compiled:
         own = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
         copies = [None if p is None else p.clone() for p in points]
         graph = torch.cuda.CUDAGraph()
-        with self._at(copies), torch.cuda.graph(graph, pool=self._pool):
+        with placed(self.variables, copies), torch.cuda.graph(graph, pool=self._pool):
             output = self.loss(tree_unflatten(own, structure))
         read = [x for x in own if isinstance(x, Tensor)] + [p for p in copies if p is not None]
 
@@ -163,7 +162,7 @@ class Compiled:
             own = list(leaves)
             for i, tensor in zip(places, tensors[len(values) :], strict=True):
                 own[i] = tensor
-            with self._at(narrow(self.variables, tensors[: len(values)])):
+            with placed(self.variables, narrow(self.variables, tensors[: len(values)])):
                 return self.loss(tree_unflatten(own, structure))
 
         sample = (*values, *(leaves[i].clone() for i in places))
@@ -177,14 +176,6 @@ class Compiled:
             return both(*values, *given)
 
         return replay
-
-    @contextmanager
-    def _at(self, points: Sequence[Tensor | None]) -> Iterator[None]:
-        with ExitStack() as stack:
-            for variable, point in zip(self.variables, points, strict=True):
-                if point is not None:
-                    stack.enter_context(variable.at(point))
-            yield
 
 
 def _is_watched() -> bool:

@@ -33,7 +33,6 @@ from zolr.estimators import (
     setting,
 )
 from zolr.estimators.forward import Forward
-from zolr.estimators.likelihood_ratio import LikelihoodRatio
 from zolr.estimators.spsa import Spsa
 from zolr.held import RANK, is_sharded, shapes
 from zolr.keys import Key
@@ -48,16 +47,7 @@ from zolr.rows import NotByRows, repeated
 from zolr.subspaces import Subspace
 from zolr.tuning import Caution, Tuning, tune
 from zolr.undo import Undo
-from zolr.variables import (
-    Gathered,
-    Realization,
-    Variable,
-    Variables,
-    attach,
-    commit,
-    detach,
-    is_attached,
-)
+from zolr.variables import Gathered, Realization, Variable, Variables, attach, commit, detach, is_attached
 from zolr.verify import verify
 from zolr.windows import Windows, check_alike
 
@@ -169,19 +159,19 @@ class _ByRows:
 
     Args:
         loss: of a batch.
-        apart: why rows that are added to a batch would not leave the others as they are; empty where they do.
+        apart: says why rows that are added to a batch would not leave the others as they are; empty where they do.
     """
 
     loss: Callable[[Any], Any]
-    apart: str
+    apart: Callable[[], str]
 
     def __call__(self, batch: Any) -> Any:
         return self.loss(batch)
 
     def on_rows(self, batch: Any, count: int) -> Any:
         """The same of a batch whose rows are there so often (see `estimators.evaluate`)."""
-        if self.apart:
-            raise NotByRows(self.apart)
+        if why := self.apart():
+            raise NotByRows(why)
         return self.loss(repeated(batch, count))
 
 
@@ -301,9 +291,9 @@ class Engine:
             raise UsageError(f"{why} needs a learning rate; give lr")
         if lr is None and (not method.tunable or _eps(method) is _NO_EPS):
             raise UsageError("the rate of this estimator cannot be measured; give lr")
-        if isinstance(method.estimator, LikelihoodRatio) and method.estimator.eps is None:
+        if not method.measurable and _eps(method) is None:
             raise UsageError(
-                "estimator 'likelihood_ratio' has no slope between two points that a radius could be measured by; give eps"
+                "this estimator has no slope between two points that a radius could be measured by; give eps"
             )
         if not 0 <= weight_decay < float("inf") or (clip is not None and not clip > 0):
             raise UsageError(
@@ -1024,7 +1014,6 @@ class Engine:
         if setting(self.method.estimator, "signs") != way:
             self.method = replace(self.method, estimator=changed(self.method.estimator, signs=way))
 
-    @property
     def _rows_depend(self) -> str:
         """Why a row's loss depends on the rows beside it; empty where it does not as far as a model tells."""
         if self._trains():

@@ -209,9 +209,15 @@ class Method:
     @property
     def tunable(self) -> bool:
         """Whether an engine may choose the learning rate from losses that it measures."""
-        # what is measured, slopes between two points at the weights, is not what these take a step by
-        other = isinstance(self.estimator, (LikelihoodRatio, *POINTS.values()))
-        return self.paradigm == "zo" and not self.private and not other
+        elsewhere = isinstance(
+            self.estimator, tuple(POINTS.values())
+        )  # what is measured is not where a step is taken
+        return self.paradigm == "zo" and not self.private and not elsewhere and self.measurable
+
+    @property
+    def measurable(self) -> bool:
+        """Whether steps are by what an engine measures radii and rates with: slopes between two points."""
+        return not isinstance(self.estimator, LikelihoodRatio)
 
     @property
     def normalizes(self) -> bool:

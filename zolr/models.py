@@ -60,9 +60,8 @@ CODES: dict[str, str] = {"int8": "torchao", "nf4": "bitsandbytes"}
 
 IGNORED = -100  # label of a token that does not count, as everywhere in torch and transformers
 CHUNK_ENTRIES = 1 << 24  # logits alive at once in `lm_loss`, and widest states in `encode`: 64 MiB in float32
-MOST_CHUNKS = (
-    256  # however many tokens there are: smaller parts of those are nothing beside their hidden states
-)
+# however many tokens there are: smaller parts of those are nothing beside their hidden states
+MOST_CHUNKS = 256
 
 DEMO = Path(__file__).parent / "demo" / "model"
 

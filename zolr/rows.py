@@ -35,9 +35,8 @@ def repeated(batch: Any, count: int) -> Any:
     found = tree_map_only(Tensor, again, _opened(batch))
     if not isinstance(batch, UserDict):
         return found
-    opened = copy.copy(
-        batch
-    )  # of its own type: models and losses read by attribute what transformers encodes
+    # of its own type: models and losses read by attribute what transformers encodes
+    opened = copy.copy(batch)
     opened.data = found
     return opened
 

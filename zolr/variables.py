@@ -1327,9 +1327,17 @@ def by_rows(
     points = [one.new_empty(len(each), *one.shape) for one in each[0]]
     for i, moved in enumerate(each):  # stacked one by one they would be a launch each
         torch._foreach_copy_([stack[i] for stack in points], moved)  # pyright: ignore
+    with placed(variables, points):
+        yield
+
+
+@contextmanager
+def placed(variables: Sequence[Variable], points: Sequence[Tensor | None]) -> Iterator[None]:
+    """Evaluate the model with every variable at its point (see `Variable.at`), those without one as they are."""
     with ExitStack() as stack:
-        for variable, stacked in zip(variables, points, strict=True):
-            stack.enter_context(variable.at(stacked))
+        for variable, point in zip(variables, points, strict=True):
+            if point is not None:
+                stack.enter_context(variable.at(point))
         yield
 
 

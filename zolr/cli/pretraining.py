@@ -242,10 +242,8 @@ class Pretraining(Planned[Pretrain]):
             runs.write_text(folder / runs.CARD, card(settings, result))
             runs.write_json(folder / runs.RESULT, result)
 
-        for folder in (
-            place.work,
-            place.path,
-        ):  # a killed run that is replaced may have left one, a finished one has not
+        # a killed run that is replaced may have left one, a finished one has not
+        for folder in (place.work, place.path):
             if not (folder / runs.RESULT).is_file():
                 shutil.rmtree(folder / runs.TOKENIZER, ignore_errors=True)
         record.close(place, fill, settings.save_every)

@@ -88,9 +88,8 @@ OF_A_MODEL = (
     "generation_config.json",
     *OF_AN_ADAPTER,
 )
-PIECE = re.compile(
-    r"model-\d{5}-of-\d{5}\.safetensors", re.ASCII
-)  # as transformers name those of a large model
+# as transformers name those of a large model
+PIECE = re.compile(r"model-\d{5}-of-\d{5}\.safetensors", re.ASCII)
 DATA = "data.json"  # what a pretraining run is trained and evaluated on: sources, tokenizer and ids with their hashes
 TOKENIZER = "tokenizer"  # that it has learned, until it is complete
 BEGUN = {CONFIG, JOURNAL, DATA, TOKENIZER, f"{TOKENIZER}.part"}  # all that precedes the metrics of a run
