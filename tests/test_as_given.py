@@ -949,6 +949,16 @@ def test_what_cannot_be_trained_is_refused_in_one_line() -> None:
         engine.step([(X.double(), Y)])
 
 
+def test_the_parts_of_one_batch_are_not_taken_for_micro_batches() -> None:
+    engine = zolr.Engine(perceptron(), zolr.compose("adamw"), lr=1e-3, loss=loss)
+    for batch in ([X, Y], (X, Y)):  # what a DataLoader yields
+        with pytest.raises(UsageError, match=r"2 tensors are of different kinds.*step\(\[batch\]\)"):
+            engine.step(batch)
+    engine.step([[X, Y]])
+    alone = zolr.Engine(perceptron(), zolr.compose("adamw"), lr=1e-3, loss=lambda m, x: m(x).square().mean())
+    assert alone.step([X, X[:3]]).forwards == 6
+
+
 def test_a_layer_without_outputs_is_left_out() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that it does not initialize it

@@ -566,6 +566,11 @@ class Engine:
             )
         if not batches:
             raise UsageError("a step needs at least one batch")
+        if len({(part.dtype, part.dim()) if isinstance(part, Tensor) else None for part in batches} - {None}) > 1:
+            raise UsageError(
+                f"a step takes a list of micro-batches, and these {len(batches)} tensors are of different kinds, as the parts of one batch are; "
+                "use step([batch])"
+            )
         if self.team.spread == "batches" and len(batches) % self.team.size and self._sharded:
             raise UsageError(
                 f"{len(batches)} micro-batches do not go evenly into {self.team.size} ranks, which put sharded weights "
