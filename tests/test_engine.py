@@ -884,6 +884,42 @@ def test_r2_a_run_can_go_back_to_an_earlier_state(method):
         assert [engine.step([batch]).loss for batch in BATCHES[start:8]] == losses[start:]
 
 
+class Eager(torch.optim.Adagrad):
+    """State is made with the optimizer and never again, as Adagrad's is before torch 2.13."""
+
+    def __init__(self, params, **more):
+        super().__init__(params, **more)
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p] = {"step": torch.tensor(0.0), "sum": torch.zeros_like(p)}
+
+    def _init_group(self, group, *more):
+        assert all(self.state.get(p) for p in group["params"] if p.grad is not None)
+        return super()._init_group(group, *more)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"name": "galore"},
+        {"name": "stiefel", "paradigm": "fo"},
+        {"name": "stiefel", "paradigm": "zo"},
+        {"name": "galore", "blocks": "cycle", "switch_every": 2},
+    ],
+    ids=["galore", "stiefel", "stiefel zo", "galore cycle"],
+)
+def test_state_that_an_optimizer_makes_only_once_is_made_for_new_windows_too(monkeypatch, parts):
+    monkeypatch.setattr(torch.optim, "Eager", Eager, raising=False)
+
+    def run(optimizer: str) -> list[float]:
+        engine = Engine(net(), small(**parts, optimizer=optimizer, transport="reset"), lr=1e-2, loss=loss)
+        first = engine.state_dict()
+        losses = [engine.step([batch]).loss for batch in BATCHES[:8]]
+        engine.load_state_dict(first)
+        return losses + [engine.step([batch]).loss for batch in BATCHES[:8]]
+
+    assert run("Eager") == run("Adagrad")
+
+
 def test_a_state_of_another_run_is_refused():
     state = Engine(net(), small("lozo"), lr=1e-2, loss=loss).state_dict()
     with pytest.raises(UsageError, match="seed 0, this run 5; use the same seed"):

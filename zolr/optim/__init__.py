@@ -207,7 +207,18 @@ def _construct(
         raise UsageError(
             f"optimizer '{cls.__name__}'{given} cannot train these weights: {error}; use other settings{near}"
         ) from error
+    if optimizer.state:
+        optimizer.register_step_pre_hook(_begin)
     for group in optimizer.param_groups:
         if "weight_decay" in group:
             group["weight_decay"] = 0.0  # decay acts on the weight and is the engine's
     return optimizer
+
+
+def _begin(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Make state for values that have none, for a class that makes it when it is made itself (Adagrad before torch 2.13)."""
+    values = [p for group in optimizer.param_groups for p in group["params"]]
+    new = [p for p in values if p.grad is not None and not optimizer.state.get(p)]
+    if new:
+        made: Any = type(optimizer)
+        optimizer.state.update(made(new, **optimizer.defaults).state)
