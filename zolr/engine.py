@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import inf, isfinite, prod, sqrt
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, cast
 
 import torch
@@ -42,7 +42,7 @@ from zolr.methods import Method
 from zolr.modes import mode
 from zolr.norms import Running, put_back
 from zolr.projectors.identity import Identity
-from zolr.reads import Reads
+from zolr.reads import Reads, TakenApart
 from zolr.rows import NotByRows, repeated
 from zolr.subspaces import Subspace
 from zolr.tuning import Caution, Tuning, tune
@@ -51,6 +51,7 @@ from zolr.variables import Gathered, Realization, Variable, Variables, attach, c
 from zolr.verify import verify
 from zolr.windows import Windows, check_alike
 
+NON_FINITE_LIMIT = 20  # steps in a row without a finite loss: by then waiting longer has never helped
 NOTED_LOSS = 0.01  # share of what held weights were moved by; a user hears of more
 
 LARGEST_SLOPE = torch.finfo(torch.float32).max
@@ -189,7 +190,8 @@ class Engine:
         method: what to do (see `methods.compose`).
         lr: learning rate, positive. None, under zo, is chosen on the first step, as `eps` is when the method has
             none (see `tuning`).
-        loss: of the model and a batch; a scalar mean, a `(sum, count)` pair, or per-example losses.
+        loss: of the model and a batch; a scalar mean, a `(sum, count)` pair, or per-example losses. Any pair of numbers is taken
+            for a sum and how many numbers it has: an accuracy, or a number of hits, does not belong there.
         select: which weights to train: "all", categories joined by "+", or a predicate of name and parameter. By words, parameters
             with `requires_grad=False` stay as they are (quantized, offloaded and sharded ones have no say); a predicate decides alone.
         seed: of all directions and subspaces.
@@ -200,7 +202,8 @@ class Engine:
             at a time, clips as `Method.clipping` says, by the norm of its dense gradients (of the coordinates where these are
             all that micro-batches leave).
         realization: how a perturbation reaches a weight: "auto", "side", "rebuild" or "inplace".
-        guard: skip steps whose loss is not finite; costs the one host synchronization of a step.
+        guard: skip steps whose loss is not finite; costs the one host synchronization of a step. False makes every step without
+            looking, and `Info.loss` and `Info.slope` are NaN.
         hold: never write the weights (True), or those a predicate of name and parameter names: what they are moved by
             stays beside them as thin factors, from which `adapters.write` makes a LoRA adapter. Quantized and offloaded
             weights are held in any case.
@@ -279,6 +282,7 @@ class Engine:
                 "True, or a predicate of name and parameter",
             ),
             ("team", team, isinstance(team, Team | None), "a zolr.distributed.Team"),
+            ("seed", seed, isinstance(seed, Integral) and not isinstance(seed, bool), "a whole number"),
         ):
             if not fits:
                 raise UsageError(f"{name} = {value!r} cannot be used; give {wanted}")
@@ -316,8 +320,8 @@ class Engine:
             raise UsageError(
                 f"estimator '{type(method.estimator).__name__.lower()}' has no probes that ranks could share; spread batches"
             )
-        self.model, self.method, self.seed = model, method, seed
-        self.key = Key(seed)
+        self.model, self.method, self.seed = model, method, int(seed)
+        self.key = Key(self.seed)
         self.weight_decay, self.clip, self.guard = weight_decay, clip, guard
         self.undo = undo
         self._numbers: _Numbers | None = None  # as they were when this step began
@@ -328,7 +332,9 @@ class Engine:
         self._told_ahead: dict[str, Any] = {}  # what was chosen on this step, for `ahead`
         self._torn = ""  # why the weights are between two steps
         self._left = False  # the model has been given back
+        self._skipped = 0  # steps in a row that changed nothing
         self._writing = False  # weights or state are being written
+        self._within = False  # a step has begun
         self._loss = loss
         self._lr = lr
         self._tune = _chooses(method, lr)
@@ -341,6 +347,14 @@ class Engine:
         predicate = lambda name, p: (  # noqa: E731
             name in self._blocks and name not in frozen | alone and chosen(name, p)
         )
+        if method.adapter and not any(
+            "lora_" in name and predicate(name, p) for name, p in model.named_parameters()
+        ):
+            warnings.warn(
+                "this method is one for an adapter, and the model has none that is selected, so weights of its own are trained; wrap it by "
+                "zolr.lora.wrap, and select zolr.lora.trained",
+                stacklevel=2,
+            )
         if alone and not any(predicate(name, p) for name, p in model.named_parameters()):
             raise UsageError(
                 f"no weight is left to train: {len(alone)} parameters have requires_grad=False; unfreeze what is to be trained, or "
@@ -407,7 +421,13 @@ class Engine:
             method.paradigm == "zo" and clip is None and any(v.space.blocked for v in self.variables)
         )
         if check is not None:
-            self.verify(check)
+            try:
+                self.verify(check)
+            except UsageError:
+                raise
+            except Exception as error:
+                error.add_note("check takes one batch, as the loss does, and no list of them")
+                raise
 
     def _check_rank(self, model: nn.Module, predicate: Callable[..., bool]) -> None:
         rank = getattr(self.method.projector, "rank", None)
@@ -529,6 +549,7 @@ class Engine:
 
     def refresh(self) -> None:
         """Fold every window and open the next one; optimizer state goes through the transport."""
+        self._check_there()
         self.windows.refresh(self.step_count)
         self._tell_loss()
 
@@ -543,6 +564,7 @@ class Engine:
 
     def fold(self) -> None:
         """`W <- decay * W + lift(value)` and `value <- 0` everywhere; the model's output does not change."""
+        self._check_there()
         self._fold(self.variables)
 
     def _fold(self, variables: Sequence[Variable]) -> None:
@@ -558,15 +580,17 @@ class Engine:
         Raises:
             UsageError: no batch, or a model that has been given back by `detach`.
         """
-        if self._left:
-            raise UsageError("the model has been given back by detach; make a new Engine to train on")
+        self._check_there()
         if isinstance(batches, str) or not isinstance(batches, Sequence):
             raise UsageError(
                 f"a step takes a list of micro-batches, and this is a {type(batches).__name__}; use step([batch])"
             )
         if not batches:
             raise UsageError("a step needs at least one batch")
-        if len({(part.dtype, part.dim()) if isinstance(part, Tensor) else None for part in batches} - {None}) > 1:
+        if (
+            len({(part.dtype, part.dim()) if isinstance(part, Tensor) else None for part in batches} - {None})
+            > 1
+        ):
             raise UsageError(
                 f"a step takes a list of micro-batches, and these {len(batches)} tensors are of different kinds, as the parts of one batch are; "
                 "use step([batch])"
@@ -589,13 +613,57 @@ class Engine:
                 f"weight '{moved}' has other memory than when this engine was made (model.to, .data = ..., or load_state_dict with "
                 "assign=True), so steps would not reach it; make the Engine after that"
             )
-        with mode(self.model, self.method.paradigm == "fo"), self._whole_or_nothing():
+        self._check_left_alone()
+        with mode(self.model, self.method.paradigm == "fo"), self._whole_or_nothing(), self._seen(batches):
             info = self._step(batches)
         self._fold_at_once()
         if not self._looked:
             self._looked = True
             self._tell_unread(batches[0])
+        self._skipped = self._skipped + 1 if info.skipped else 0
+        if self._skipped == NON_FINITE_LIMIT + 1:  # `training.train` has ended by then
+            warnings.warn(
+                f"more than {NON_FINITE_LIMIT} steps in a row had a loss or a gradient that is not finite, and changed nothing; look at the "
+                "loss, and use a smaller lr or eps",
+                stacklevel=2,
+            )
         return info
+
+    @contextmanager
+    def _seen(self, batches: Sequence[Any]) -> Iterator[None]:
+        """Notice, in the first step, the parts of one batch that were given as micro-batches."""
+        if self._looked or len(batches) < 2 or not all(isinstance(batch, Tensor) for batch in batches):
+            yield
+            return
+        advice = "a step takes a list of micro-batches; where these tensors are the parts of one batch, use step([batch])"
+        try:
+            with TakenApart(batches) as seen:
+                yield
+        except Exception as error:
+            error.add_note(advice)
+            raise
+        if seen.found:
+            warnings.warn(
+                f"the loss takes each of {len(batches)} micro-batches apart: {advice}", stacklevel=4
+            )
+
+    def _check_left_alone(self) -> None:
+        """Refuse parameters that were unfrozen, or put into the model, since the engine was made: steps do not reach them.
+
+        At the first step and at every refresh, as it walks the model.
+        """
+        every = self.method.refresh_every
+        if self._looked and not (every and self.step_count % every == 0):
+            return
+        values = {id(v.value) for v in self.variables}
+        found = next(
+            (n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in values), None
+        )
+        if found is not None:
+            raise UsageError(
+                f"weight '{found}' requires gradients and was frozen, or not there, when this engine was made, so steps do not reach it; "
+                "detach, and make the Engine after that"
+            )
 
     def _tell_unread(self, batch: Any) -> None:
         """Say which weights no forward of the first step came by: what reads them otherwise trains nothing."""
@@ -688,7 +756,11 @@ class Engine:
     def _whole_or_nothing(self) -> Iterator[None]:
         """A step that raises leaves things as they were, or is remembered to have torn them."""
         self._check_whole()
-        self._told_ahead, self._writing = {}, False
+        if self._within:
+            raise UsageError(
+                "a step was begun inside of another one of the same engine; a loss computes a loss alone"
+            )
+        self._told_ahead, self._writing, self._within = {}, False, True
         self._begin_undo()
         try:
             yield
@@ -701,7 +773,7 @@ class Engine:
                 self._torn = ""
             raise
         finally:
-            self._writing, self._numbers, self._statistics = False, None, []
+            self._writing, self._within, self._numbers, self._statistics = False, False, None, []
             self.windows.undo.end()
 
     # ---- going back ----------------------------------------------------------------------------------------------
@@ -737,6 +809,10 @@ class Engine:
         put_back(self._statistics)
         self.windows.put_back()
         self._numbers.put_back(self, choices)
+
+    def _check_there(self) -> None:
+        if self._left:
+            raise UsageError("the model has been given back by detach; make a new Engine to train on")
 
     def _check_whole(self) -> None:
         if self._torn:
@@ -1035,6 +1111,7 @@ class Engine:
             with Reads(self.variables, derived) as reads:
                 loss = self._loss(self.model, batch)
             self._past = reads.found
+            _check_count(loss)
         else:
             loss = self._loss(self.model, batch)
         # a number is a loss like any other where none asks for its derivative
@@ -1303,6 +1380,7 @@ class Engine:
         Raises:
             UsageError: a weight whose effect is not the same, by name (read past its module's forward, usually).
         """
+        self._check_there()
         with mode(self.model, training=False):
             verify(
                 self.variables,
@@ -1358,6 +1436,7 @@ class Engine:
             UsageError: the state is of another method, other variables, another seed, of weights of another shape or dtype, or that
                 were held where these are not; nothing has been changed.
         """
+        self._check_there()
         try:
             self._check_state(state)
         except (AttributeError, KeyError, TypeError) as error:  # whatever it is
@@ -1426,8 +1505,11 @@ class Engine:
     def detach(self) -> nn.Module:
         """Fold, and give the model back as it was before attaching, with the trained weights.
 
-        Held weights are as they were: take their adapter first (`adapters.write`).
+        Held weights are as they were: take their adapter first (`adapters.write`). A second time it does nothing: another engine
+        may have the model by then.
         """
+        if self._left:
+            return self.model
         self.fold()
         self._left = True
         return detach(self.model, self._trainable)
@@ -1438,6 +1520,7 @@ class Engine:
         Raises:
             UsageError: weights are held.
         """
+        self._check_there()
         held = next((v.name for v in self.variables if v.held), None)
         if held is not None:
             raise UsageError(
@@ -1463,6 +1546,24 @@ def _check_readable(model: nn.Module) -> None:
                 f"module '{name}' is compiled by torch.jit, which leaves nothing to put a step into; train the module that it was made "
                 "of"
             )
+
+
+def _check_count(loss: Any) -> None:
+    """Refuse, or point at, a pair of numbers whose second one does not count.
+
+    Raises:
+        UsageError: a sum of something over nothing.
+    """
+    if not (isinstance(loss, tuple) and len(loss) == 2):
+        return
+    if not all(isinstance(x, Real) or (isinstance(x, Tensor) and x.numel() == 1) for x in loss):
+        return  # `estimators.totals` says what that is
+    total, count = map(float, loss)
+    said = f"the loss is the pair ({total:.4g}, {count:.4g}), which is read as (sum, count)"
+    if count <= 0 and total != 0:
+        raise UsageError(f"{said}; return the number of examples in the sum, or the loss alone")
+    if not count.is_integer():
+        warnings.warn(f"{said}; return the loss alone if the second is no number of examples", stacklevel=2)
 
 
 def _agreed(team: Team, way: int | None) -> int:

@@ -69,7 +69,7 @@ class Method:
             coordinates is lifted onto the weight at once.
         scale: factor on the steps of matrices that `projects` and `tables` project: on what a dense method lifts (GaLore's
             alpha), elsewhere on their learning rate. All else is trained at the rate itself. Decay does not know of it.
-        projects: matrices that have a subspace: "all", or categories joined by "+" (see `engine.selection`); others
+        projects: matrices that have a subspace: "all", or categories joined by "+" (see `kinds.selection`); others
             have their whole space, as vectors do.
         tables: embeddings and heads: "full" (in their whole space), "subspace" (projected as other matrices are) or "frozen"
             (not trained); None leaves them to `projects` and to what is selected for training.
@@ -83,6 +83,7 @@ class Method:
             more). Other methods have all gradients at once and clip exactly.
         ranks: `(part of a weight's name, rank)`: weights whose subspaces have another rank than the projector says. The
             first part that a name contains counts.
+        adapter: what an adapter has put into the model is trained; an engine says so of a model without one.
 
     Raises:
         UsageError: parts that cannot work together.
@@ -102,12 +103,18 @@ class Method:
     clipping: Literal["last", "twice"] = "last"
     tables: Literal["full", "subspace", "frozen"] | None = None
     ranks: tuple[tuple[str, int], ...] = ()
+    adapter: bool = False
 
     def __post_init__(self) -> None:
         every = self.refresh_every
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise UsageError(
                 f"refresh_every = {every!r} is no number of steps; use at least 1, or none to never refresh"
+            )
+        if not (self.estimator.exact or callable(getattr(self.estimator, "measure", None))):
+            raise UsageError(
+                f"estimator '{type(self.estimator).__name__}' is not exact and has no `measure`; derive it from "
+                "zolr.estimators.BySlopes and give it that"
             )
         if self.projector.needs == "gradient" and self.paradigm != "fo":
             raise UsageError(
@@ -256,7 +263,7 @@ class Row:
         name: its name on the command line.
         summary: one line.
         methods: a method per paradigm; the first is the default.
-        train: which weights it trains per paradigm unless the user says otherwise (see `engine.selection`); all of
+        train: which weights it trains per paradigm unless the user says otherwise (see `kinds.selection`); all of
             them where nothing is said.
         lr: learning rate of fine-tuning per paradigm when the user gives none, under fo for a model of width 768; None
             lets the engine choose from what it measures.
@@ -924,8 +931,8 @@ _ROWS = (
         "lora",
         "AdamW on low-rank matrices beside every linear map but the head, the weights themselves fixed (PEFT's)",
         {
-            "fo": Method(Backprop(), Identity(), ADAMW),
-            "zo": Method(Spsa(), Identity(), ZO_ADAMW),
+            "fo": Method(Backprop(), Identity(), ADAMW, adapter=True),
+            "zo": Method(Spsa(), Identity(), ZO_ADAMW, adapter=True),
         },
         "W + (alpha/r) B A, A (r, n) random, B (m, r) zero at the start; train A and B",
         "arXiv 2106.09685",
@@ -953,6 +960,10 @@ def nearest(kind: str, name: str, known: Sequence[str]) -> UsageError:
 
 
 def _lookup(kind: str, registry: Mapping[str, Any], name: str) -> Any:
+    if not isinstance(name, str):
+        raise UsageError(
+            f"{kind} = {name!r} is no name; use one of {', '.join(registry)}, or put your own part in by dataclasses.replace(method, {kind}=...)"
+        )
     if name not in registry:
         raise nearest(kind, str(name), list(registry))
     return registry[name]
@@ -1009,6 +1020,13 @@ def compose(
     Raises:
         UsageError: an unknown name (with the nearest known one), or a setting that the part does not have.
     """
+    if isinstance(method, Row | Method):
+        way = (
+            f"zolr.compose('{method.name}')"
+            if isinstance(method, Row)
+            else "dataclasses.replace(method, ...)"
+        )
+        raise UsageError(f"compose takes the name of a row, and this is a {type(method).__name__}; use {way}")
     row: Row = _lookup("method", METHODS, "stiefel" if method is None else method)
     if paradigm is not None:
         _lookup("paradigm", PARADIGMS, paradigm)

@@ -8,6 +8,8 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zolr.held import compute
@@ -89,3 +91,22 @@ def _line(frame: FrameType | None, variable: Variable) -> str | None:
             return None
         frame = frame.f_back
     return line
+
+
+class TakenApart(TorchFunctionMode):
+    """Notes, while it is entered, whether one of some tensors is taken apart by number (`batch[0]`, or `x, y = batch`).
+
+    That is what a loss does with a batch of several parts, and seldom with one tensor of rows.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._tensors = {id(tensor) for tensor in tensors}
+        self.found = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The operation as it is, looked at."""
+        if args and id(args[0]) in self._tensors:
+            by_number = func is Tensor.__getitem__ and type(args[1]) is int
+            self.found = self.found or by_number or func in (Tensor.__iter__, Tensor.unbind)
+        return func(*args, **(kwargs or {}))

@@ -22,7 +22,7 @@ from torch import Tensor
 import zolr
 from zolr import checkpoints, journal
 from zolr.checkpoints import Found
-from zolr.engine import Engine, Info, Made
+from zolr.engine import NON_FINITE_LIMIT, Engine, Info, Made
 from zolr.errors import DataError, NonFiniteError, PeerLostError, StorageError, UsageError, ZolrError
 
 Batch = Mapping[str, Tensor]
@@ -31,7 +31,6 @@ CHECK_EVERY = 100  # steps between two comparisons of the ranks' weights, which 
 # seconds within which a second signal is the same wish: who starts a process passes on what a terminal has sent to both
 PASSED_ON = 5.0
 
-NON_FINITE_LIMIT = 20  # steps in a row without a finite loss: by then waiting longer has never helped
 
 METRICS = ("accuracy", "f1", "matthews")
 

@@ -15,8 +15,8 @@ every coordinate) the loss is `L + t c + t² h / 2 + ...` with slope `c` and cur
   `rows` examples shows the gradient and its own noise; the
   best rate shrinks by the part of `c²` that is signal, `rows / (rows + NOISE_ROWS)` (McCandlish et al. 2018, there for
   backprop). The noise scale is not measured on the first batch, where all examples agree that the prior of the answers
-  is wrong, but taken from later in a run of the demo. No step may move the weights by more than `LARGEST_STEP` of
-  their root mean square, or a third of that with momentum, which overshoots.
+  is wrong, but taken from later in a run of the demo. A step at the typical slope moves the weights by no more than
+  `LARGEST_STEP` of their root mean square, or a third of that with momentum, which overshoots.
 - Later steps. The curvature grows several times while a model becomes sure of its answers, and a rate that was right
   at first then undoes what was learned. Near a solution the curvature is the Fisher information, which is what
   the squared slopes of a batch measure; so the rate falls as their running mean rises above that of the first steps
@@ -47,6 +47,7 @@ USUAL_ROWS = 30.0  # of a loss that does not say how many it averages
 # half of the best step diverged on two models: curvature grows while a model learns a task
 LARGEST_SHARE = 0.4
 LARGEST_STEP, SMALLEST_STEP = 1e-1, 1e-6
+SMALLEST_WEIGHTS = 1e-6  # of a model that has been drawn or trained none is as small
 FORWARDS = 1 + 2 * (len(LADDER) * DIRECTIONS + PROBES)  # that choosing takes, per batch of the step
 FIRST_STEPS, RUNNING_STEPS = 100, 50  # of the squared slopes that a rate is held against
 
@@ -175,11 +176,16 @@ def tune(
         elsewhere: puts the variables into another subspace of theirs, one for each number, while its context lasts.
 
     Raises:
-        UsageError: the loss is flat: no radius gives a slope.
+        UsageError: the loss is flat: no radius gives a slope; or all weights are zero, so that nothing says how far to look.
         NonFiniteError: the loss is not finite to begin with, or nowhere around.
     """
     probing = Probing(loss, key)
-    overall = max(_root_mean_square(variables), 1e-6)
+    overall = _root_mean_square(variables)
+    if overall < SMALLEST_WEIGHTS:
+        raise UsageError(
+            f"the trained weights have a root mean square of {overall:.2g}, so nothing says how far to probe them; give eps and lr (--eps, "
+            "--lr), or train others with them"
+        )
     ladder = [f * overall for f in LADDER]
     seen = torch.tensor(
         [[probing.along(variables, "radius", i, radius) for i in range(DIRECTIONS)] for radius in ladder],

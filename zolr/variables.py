@@ -243,11 +243,13 @@ class Variable:
 
     @property
     def replaced(self) -> bool:
-        """Whether the weight has another dtype or device now than the coordinates go with, or had their memory and has its own."""
+        """Whether the weight has another shape, dtype or device now than the coordinates go with, or had their memory and has its own."""
         value, weight = self._value, self.weight
         if value is None or self.held:
             return False
         if weight.dtype != self._own_dtype or weight.device != value.device:
+            return True
+        if tuple(weight.shape) != (self.shape[::-1] if self.transposed else self.shape):
             return True
         if not self.is_full or value.dtype.itemsize < 4:
             return False
@@ -836,7 +838,10 @@ def _shadowed(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
         yield
     finally:
         for name in tensors:
-            module.__dict__.pop(name, None)
+            if torch.compiler.is_compiling():  # torch 2.11 compiles no removal; `detach` removes it
+                module.__dict__[name] = module._parameters[name]
+            else:
+                module.__dict__.pop(name, None)
 
 
 def _tokens(x: Any) -> int:
@@ -1235,6 +1240,8 @@ def detach(model: nn.Module, trainable: Sequence[str] | None = None) -> nn.Modul
     for module in model.modules():
         if _BINDINGS in module.__dict__:
             del module.__dict__[_BINDINGS]
+            for parameter in module._parameters:
+                module.__dict__.pop(parameter, None)  # see `_shadowed`
             _become(module, type(module)._zolr_original)  # type: ignore[attr-defined]
     if trainable is not None:
         wanted = set(trainable)

@@ -14,7 +14,7 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 DECIMAL_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 # What ways cost in time, roughly, on a CPU (benchmarks/speed.py): only their order matters
-RECOMPUTED = {False: 1.0, "selective": 1.24, True: 1.45}  # 0.59, 0.73 and 0.86 of an AdamW step
+RECOMPUTED = {False: 1.0, "selective": 1.18, True: 1.46}  # 0.57, 0.67 and 0.83 of an AdamW step
 PASS_ROWS = (
     2.0  # what every pass costs besides its rows, in rows: two halves of 16 rows take 1.12 of the whole
 )

@@ -41,6 +41,10 @@ class OptimizerRule:
             raise UsageError(
                 f"optimizer '{name}' is not known; {hint}use one of {', '.join(OPTIMIZERS)}, or a class of torch.optim"
             )
+        if name in OPTIMIZERS and not isinstance(OPTIMIZERS[name], Entry):
+            raise UsageError(
+                f"OPTIMIZERS['{name}'] is no zolr.optim.Entry; register the class as Entry(cls), with what is known of its state"
+            )
 
     @property
     def degrees(self) -> Mapping[str, int] | None:
