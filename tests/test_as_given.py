@@ -959,6 +959,163 @@ def test_the_parts_of_one_batch_are_not_taken_for_micro_batches() -> None:
     assert alone.step([X, X[:3]]).forwards == 6
 
 
+def test_a_loss_that_takes_its_micro_batches_apart_is_told_of_the_list() -> None:
+    near = lambda m, batch: (m(batch[0]) - batch[1]).square().mean()  # noqa: E731
+    parts = [X, torch.zeros(16, 6)]  # of one kind
+
+    def stepped(of: Any, batches: list[Any]) -> None:
+        zolr.Engine(nn.Linear(6, 6), zolr.compose("adamw"), lr=1e-3, loss=of).step(batches)
+
+    with pytest.warns(UserWarning, match=r"takes each of 2 micro-batches apart.*step\(\[batch\]\)"):
+        stepped(near, parts)
+
+    def unpacks(model: nn.Module, batch: Any) -> Tensor:
+        x, y = batch
+        return (model(x) - y).square().mean()
+
+    with pytest.raises(ValueError, match="too many values") as raised:
+        stepped(unpacks, parts)
+    assert any("step([batch])" in note for note in raised.value.__notes__)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stepped(near, [parts])
+        stepped(lambda m, x: (m(x[:, :6]) - x).square().mean(), parts)
+
+
+@pytest.mark.parametrize("paradigm", ["zo", "fo"])
+def test_a_pair_that_is_no_sum_and_count_is_pointed_at(paradigm: str) -> None:
+    def stepped(second: Any) -> zolr.Info:
+        of = lambda m, b: (loss(m, b), second)  # noqa: E731
+        method = zolr.compose("stiefel", paradigm, rank=2, **({"eps": 1e-3} if paradigm == "zo" else {}))
+        return zolr.Engine(perceptron(), method, lr=1e-3, loss=of).step([(X, Y)])
+
+    for accuracy in (0.53, torch.tensor(1.25)):
+        with pytest.warns(UserWarning, match=r"which is read as \(sum, count\); return the loss alone if"):
+            stepped(accuracy)
+    with pytest.raises(UsageError, match=r"pair \(1\.\d+, 0\), which is read as \(sum, count\)"):
+        stepped(torch.tensor(0.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not stepped(torch.tensor(16)).skipped
+
+
+def test_weights_that_are_zero_say_nothing_about_a_radius() -> None:
+    def engine(zeros: bool, **more: Any) -> zolr.Engine:
+        net = nn.Linear(6, 3)
+        nn.init.constant_(net.weight, 0.0 if zeros else 0.1)
+        nn.init.zeros_(net.bias)
+        return zolr.Engine(net, zolr.compose("mezo", **more), lr=None, loss=loss)
+
+    for more in ({}, {"eps": 1e-3}):
+        with pytest.raises(
+            UsageError, match=r"root mean square of 0, so nothing says how far.*give eps and lr"
+        ):
+            engine(True, **more).step([(X, Y)])
+    assert engine(False).step([(X, Y)]).lr > 0
+
+
+def test_an_engine_that_has_given_its_model_back_leaves_it_alone() -> None:
+    net = perceptron()
+    first = zolr.Engine(net, zolr.compose("stiefel", "fo", rank=2), lr=1e-2, loss=loss)
+    state = first.state_dict()
+    assert first.detach() is net
+    second = zolr.Engine(net, zolr.compose("stiefel", "fo", rank=2), lr=1e-2, loss=loss, seed=1)
+    for _ in range(3):
+        second.step([(X, Y)])
+    live = {name: weight.clone() for name, weight in net.state_dict().items()}
+    assert first.detach() is net
+    calls: list[Callable[[], Any]] = [first.fold, first.refresh, first.export]
+    calls += [
+        lambda: first.load_state_dict(state),
+        lambda: first.verify((X, Y)),
+        lambda: first.step([(X, Y)]),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError, match="given back by detach"):
+            call()
+    assert all(torch.equal(weight, live[name]) for name, weight in net.state_dict().items())
+    second.step([(X, Y)])
+    assert not torch.equal(net.state_dict()["0.weight"], live["0.weight"])
+
+
+@pytest.mark.parametrize("name", ["stiefel", "adamw"])
+def test_a_model_that_was_changed_after_its_engine_was_made_is_refused(name: str) -> None:
+    def engine(**more: Any) -> zolr.Engine:
+        net = nn.Sequential(nn.Embedding(5, 6), nn.Linear(6, 8), nn.Linear(8, 3))
+        net[2].requires_grad_(False)
+        method = (
+            zolr.compose(name, "fo", rank=2, refresh_every=2) if name == "stiefel" else zolr.compose(name)
+        )
+        of = lambda m, b: nn.functional.cross_entropy(m(b).mean(1), torch.zeros(2).long())  # noqa: E731
+        return zolr.Engine(net, method, lr=1e-2, loss=of, **more)
+
+    ids = torch.tensor([[0, 1], [2, 3]])
+    for grown in ("unfrozen", "added"):
+        run = engine()
+        if name == "stiefel":  # at the next refresh
+            run.step([ids])
+            run.step([ids])
+        if grown == "unfrozen":
+            run.model[2].requires_grad_(True)
+        else:
+            run.model.append(nn.Linear(3, 3))
+        with pytest.raises(
+            UsageError, match=r"weight '[23].weight' requires gradients and was frozen, or not there"
+        ):
+            run.step([ids])
+    run = engine()
+    run.step([ids])
+    table: Any = run.model[0]
+    table.weight.data = torch.zeros(7, 6)  # as resize_token_embeddings does
+    with pytest.raises(UsageError, match=r"weight '0.weight' has other memory .*make the Engine after that"):
+        run.step([ids])
+
+
+def test_steps_that_change_nothing_are_told_of_in_the_end() -> None:
+    engine = zolr.Engine(
+        perceptron(), zolr.compose("adamw"), lr=1e-3, loss=lambda m, b: loss(m, b) * float("nan")
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(20):
+            assert engine.step([(X, Y)]).skipped
+        with pytest.raises(UserWarning, match="more than 20 steps in a row"):
+            engine.step([(X, Y)])
+
+
+def test_small_slips_are_told_in_one_sentence() -> None:
+    def engine(**more: Any) -> zolr.Engine:
+        return zolr.Engine(perceptron(), zolr.compose("adamw"), lr=1e-3, **{"loss": loss, **more})
+
+    for seed in (None, 1.5, "a", True):
+        with pytest.raises(UsageError, match=r"seed = .* cannot be used; give a whole number"):
+            engine(seed=seed)
+    with pytest.raises(TypeError) as raised:
+        engine(check=[(X, Y)])
+    assert "check takes one batch" in raised.value.__notes__[0]
+    with pytest.raises(UsageError, match="inside of another one"):
+        outer = engine(loss=lambda m, b: outer.step([b]).loss)
+        outer.step([(X, Y)])
+    for wrong, way in (
+        (zolr.METHODS["stiefel"], r"compose\('stiefel'\)"),
+        (zolr.compose("adamw"), "dataclasses"),
+    ):
+        with pytest.raises(UsageError, match=f"takes the name of a row.*{way}"):
+            zolr.compose(wrong)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"projector = Stiefel\(.*is no name.*dataclasses.replace"):
+        zolr.compose("stiefel", "fo", projector=zolr.compose("stiefel", "fo").projector)  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match=r"one for an adapter.*zolr.lora.wrap"):
+        zolr.Engine(perceptron(), zolr.compose("lora", "fo"), lr=1e-3, loss=loss)
+
+
+def test_a_loss_that_its_owner_has_compiled_is_not_looked_into() -> None:
+    of = torch.compile(loss, backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        engine = zolr.Engine(perceptron(), zolr.compose("stiefel", "zo", rank=2, eps=1e-3), lr=1e-2, loss=of)
+        assert engine.step([(X, Y)]).slope
+
+
 def test_a_layer_without_outputs_is_left_out() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that it does not initialize it

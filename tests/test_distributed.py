@@ -205,6 +205,20 @@ def running_statistics(team: Team | None) -> dict[str, Tensor]:
 
 
 @case
+def statistics_beside_subspaces_of_the_first_micro_batch(team: Team | None) -> dict[str, Tensor]:
+    """Every rank draws a new subspace from the first micro-batch of the step, and one of them counts it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 1)).double()
+    method = compose("galore", rank=2, refresh_every=2, accumulate_in="coordinates")
+    engine = Engine(model, method, lr=1e-2, loss=lambda model, x: model(x).square(), team=team)
+    for step, count in enumerate((4, 4, 1, 5)):
+        generator = torch.Generator().manual_seed(step)
+        engine.step([torch.randn(3, 5, generator=generator).double() + i for i in range(count)])
+    return {name: buffer.double() for name, buffer in engine.detach().named_buffers()}
+
+
+@case
 def settings_of_a_step(team: Team | None) -> dict[str, Tensor]:
     """Clipping, decay, and accumulation in the coordinates, of a streamed row and of one that is not."""
     found = {}
@@ -375,6 +389,19 @@ def _uneven(team: Team) -> str:
     return ""
 
 
+def _unequal(team: Team) -> dict[str, str]:
+    """What is said when ranks are given different numbers of micro-batches."""
+    said = {}
+    for name in ("stiefel zo", "stiefel fo"):
+        engine = engine_of(composed(*name.split()), team)
+        engine.step(batches(0, 4))
+        try:
+            engine.step(batches(1, 4 - (team.rank == 1)))
+        except UsageError as error:
+            said[name] = str(error)
+    return said
+
+
 # ---- what only several processes do -----------------------------------------------------------------------------------
 
 
@@ -464,6 +491,7 @@ def _worked(rank: int, size: int, port: int, folder: Path) -> None:
         "told": team.told(f"from {rank}"),
         "largest": team.largest(rank),
         "uneven": _uneven(team),
+        "unequal": _unequal(team),
     }
     _trained(engine_of(composed("galore", "fo"), team, torch.float64), folder / "streamed", 3)
     team.wait()
@@ -552,6 +580,13 @@ def test_gradients_are_those_of_one_process_to_rounding_and_equal_on_all_ranks(
             first[key], expected, rtol=1e-9, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}"
         )
         assert all(torch.equal(weights[key], first[key]) for weights in others), key
+
+
+def test_ranks_that_were_given_different_micro_batches_are_told_so(world: World) -> None:
+    counts = ", ".join("3" if rank == 1 else "4" for rank in range(world.size))
+    for said in world.said:
+        for name in ("stiefel zo", "stiefel fo"):
+            assert f"were given {counts} micro-batches for step 2" in said["unequal"][name]
 
 
 def test_sharded_weights_need_batches_that_ranks_share_evenly(world: World) -> None:

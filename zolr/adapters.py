@@ -78,7 +78,7 @@ def write(
     """Write what held variables were moved by, up to this moment, as a LoRA adapter in PEFT's format.
 
     Args:
-        folder: an existing folder.
+        folder: where to; it is created.
         model: the model the variables are of, attached or not.
         variables: `Engine.variables`.
         base: folder or hub name of the model's own weights.
@@ -90,6 +90,7 @@ def write(
     from safetensors.torch import save_file
 
     check(model, variables, keep)
+    folder.mkdir(parents=True, exist_ok=True)
     beside = _beside(variables, keep)
     kept: dict[str, Tensor] = {}  # live weights of variables inside of what is stored whole
     for variable in variables:

@@ -377,7 +377,8 @@ class Engine:
             self._fast = Compiled(self._loss_of, self.variables, self._trains) if compile else self._loss_of
             self._looked = False  # for weights that a step does not come by
             # weights that the loss reads past their modules, by the line; what is compiled is not looked into
-            self._past: dict[str, str] | None = {} if compile or _is_compiled(model) else None
+            compiled = compile or _is_compiled(model) or hasattr(loss, "_torchdynamo_orig_callable")
+            self._past: dict[str, str] | None = {} if compiled else None
             self._told = False  # that held weights have lost something
             self._sharded = any(is_sharded(parameter) for parameter in model.parameters())
             self.base_lr = lr
@@ -810,6 +811,17 @@ class Engine:
         self.windows.put_back()
         self._numbers.put_back(self, choices)
 
+    def _check_counts(self, count: int) -> None:
+        """Refuse a step that ranks were given different numbers of micro-batches for: they would wait, or drift apart."""
+        if self.team.size == 1 or self._repeated is not None:
+            return
+        counts = self.team.joined(torch.tensor([count]), [1] * self.team.size, "control").tolist()
+        if len(set(counts)) > 1:
+            raise UsageError(
+                f"the ranks were given {', '.join(map(str, counts))} micro-batches for step {self.step_count + 1}; give every rank all of "
+                "them, of which it takes its share itself (a loader that accelerate has prepared gives each rank others)"
+            )
+
     def _check_there(self) -> None:
         if self._left:
             raise UsageError("the model has been given back by detach; make a new Engine to train on")
@@ -822,6 +834,7 @@ class Engine:
 
     def _step(self, batches: Sequence[Any]) -> Info:
         forwards = 0
+        self._check_counts(len(batches))
         share = Share(batches, self.team, self._judge_loss, self.variables[0].value.device)
         if self.method.layers.every and self.step_count // self.method.layers.every != self._period:
             self._activate(self.step_count // self.method.layers.every)
@@ -1127,13 +1140,15 @@ class Engine:
         if not self.team.largest(bool(due)):
             return
         alone = Share(batches.all[:1], seen=self._judge_loss)
+        counted = batches.first == 0 and len(batches) > 0  # here, where this micro-batch is evaluated again
 
         @torch.no_grad()
         def emit(variable: Variable, gradient: Tensor) -> None:
             if variable in due:
                 self._projected_part(variable, self.windows.cores[variable.name], gradient, 1.0)
 
-        self._estimate(loss, alone, emit, key)
+        with nullcontext() if counted else self._running.unchanged():
+            self._estimate(loss, alone, emit, key)
 
     def _estimate(self, loss: Any, batches: Share, emit: Any, key: Key) -> Estimate:
         estimator = self.method.estimator
@@ -1535,6 +1550,11 @@ class Engine:
 
 def _check_readable(model: nn.Module) -> None:
     """Refuse a model whose weights are not there yet, or whose forward cannot be changed."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise UsageError(
+            "the model is wrapped for gradients that are exchanged in full; give the module inside (model.module), and "
+            "team=zolr.distributed.Processes() for several ranks"
+        )
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise UsageError(
@@ -1558,7 +1578,7 @@ def _check_count(loss: Any) -> None:
         return
     if not all(isinstance(x, Real) or (isinstance(x, Tensor) and x.numel() == 1) for x in loss):
         return  # `estimators.totals` says what that is
-    total, count = map(float, loss)
+    total, count = (float(x.detach()) if isinstance(x, Tensor) else float(x) for x in loss)
     said = f"the loss is the pair ({total:.4g}, {count:.4g}), which is read as (sum, count)"
     if count <= 0 and total != 0:
         raise UsageError(f"{said}; return the number of examples in the sum, or the loss alone")
