@@ -8,18 +8,17 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import inf, isfinite, prod, sqrt
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from zolr.compiled import Compiled
 from zolr.dense import Core
 from zolr.distributed import Share, Team, digest
-from zolr.errors import StorageError, UsageError, check_numbers
+from zolr.errors import StorageError, UsageError
 from zolr.estimators import (
     SIGNS,
     Estimate,
@@ -32,7 +31,6 @@ from zolr.estimators import (
     same_noise,
     setting,
 )
-from zolr.estimators.forward import Forward
 from zolr.estimators.spsa import Spsa
 from zolr.held import RANK, is_sharded, shapes
 from zolr.keys import Key
@@ -43,6 +41,15 @@ from zolr.modes import mode
 from zolr.norms import Running, put_back
 from zolr.projectors.identity import Identity
 from zolr.reads import Reads, TakenApart
+from zolr.refusals import (
+    check_arguments,
+    check_held,
+    check_pair,
+    check_rank,
+    check_readable,
+    check_sparse,
+    is_compiled,
+)
 from zolr.rows import NotByRows, repeated
 from zolr.subspaces import Subspace
 from zolr.tuning import Caution, Tuning, tune
@@ -256,70 +263,24 @@ class Engine:
         undo: bool | None = None,
         team: Team | None = None,
     ) -> None:
-        if not isinstance(method, Method):
-            raise UsageError(
-                f"method = {method!r} is no method; use zolr.compose({str(method)!r}, 'zo') or the like"
-            )
-        for name, value, fits, wanted in (
-            ("model", model, isinstance(model, nn.Module), "a torch.nn.Module"),
-            ("loss", loss, callable(loss), "a function of the model and a batch"),
-            (
-                "select",
-                select,
-                isinstance(select, str) or callable(select),
-                "words joined by '+', or a predicate of name and parameter",
-            ),
-            (
-                "schedule",
-                schedule,
-                schedule is None or callable(schedule),
-                "a function of the step or of the optimizer",
-            ),
-            (
-                "hold",
-                hold,
-                isinstance(hold, bool) or callable(hold),
-                "True, or a predicate of name and parameter",
-            ),
-            ("team", team, isinstance(team, Team | None), "a zolr.distributed.Team"),
-            ("seed", seed, isinstance(seed, Integral) and not isinstance(seed, bool), "a whole number"),
-        ):
-            if not fits:
-                raise UsageError(f"{name} = {value!r} cannot be used; give {wanted}")
-        _check_readable(model)
-        check_numbers(lr=lr, weight_decay=weight_decay, clip=clip)
-        if lr is not None and not 0 < lr < float("inf"):
-            raise UsageError(f"lr = {lr} is no learning rate; use a positive number")
-        if lr is None and (method.paradigm != "zo" or method.private):
-            why = "a private method" if method.private else f"paradigm '{method.paradigm}'"
-            raise UsageError(f"{why} needs a learning rate; give lr")
-        if lr is None and (not method.tunable or _eps(method) is _NO_EPS):
-            raise UsageError("the rate of this estimator cannot be measured; give lr")
-        if not method.measurable and _eps(method) is None:
-            raise UsageError(
-                "this estimator has no slope between two points that a radius could be measured by; give eps"
-            )
-        if not 0 <= weight_decay < float("inf") or (clip is not None and not clip > 0):
-            raise UsageError(
-                f"weight_decay = {weight_decay} or clip = {clip} is out of range; use a finite decay of at least 0, and a "
-                "positive norm"
-            )
-        if isinstance(hold_rank, bool) or not isinstance(hold_rank, int) or hold_rank < 1:
-            raise UsageError(f"hold_rank = {hold_rank!r} is no rank; use a whole number of at least 1")
-        if realization == "inplace" and setting(method.estimator, "signs", "sequence") != "sequence":
-            raise UsageError(
-                "realization 'inplace' holds one sign at a time; use signs 'sequence', or realization 'auto'"
-            )
-        if compile and method.dense:
-            raise UsageError(
-                "compile records the backward pass as a whole, and a dense method takes its gradients one by one; "
-                "leave compile out"
-            )
+        check_arguments(
+            method,
+            lr,
+            model=model,
+            loss=loss,
+            select=select,
+            seed=seed,
+            weight_decay=weight_decay,
+            schedule=schedule,
+            clip=clip,
+            realization=realization,
+            hold=hold,
+            hold_rank=hold_rank,
+            compile=compile,
+            team=team,
+        )
+        check_readable(model)
         self.team = team or Team()
-        if self.team.spread == "probes" and not isinstance(method.estimator, Spsa | Forward):
-            raise UsageError(
-                f"estimator '{type(method.estimator).__name__.lower()}' has no probes that ranks could share; spread batches"
-            )
         self.model, self.method, self.seed = model, method, int(seed)
         self.key = Key(self.seed)
         self.weight_decay, self.clip, self.guard = weight_decay, clip, guard
@@ -364,7 +325,7 @@ class Engine:
         projected = selection(model, method.projects)
         own = tables if method.tables is not None else set()
         project = lambda n, p: method.tables == "subspace" if n in own else projected(n, p)  # noqa: E731
-        self._check_rank(model, lambda name, p: predicate(name, p) and project(name, p))
+        check_rank(method, model, lambda name, p: predicate(name, p) and project(name, p))
         self.variables = attach(model, predicate, realization, hold=hold, cap=hold_rank)
         try:
             self.windows = Windows(method, self.variables, project, self.key, Undo(undo))
@@ -377,8 +338,7 @@ class Engine:
             self._fast = Compiled(self._loss_of, self.variables, self._trains) if compile else self._loss_of
             self._looked = False  # for weights that a step does not come by
             # weights that the loss reads past their modules, by the line; what is compiled is not looked into
-            compiled = compile or _is_compiled(model) or hasattr(loss, "_torchdynamo_orig_callable")
-            self._past: dict[str, str] | None = {} if compiled else None
+            self._past: dict[str, str] | None = {} if compile or is_compiled(model, loss) else None
             self._told = False  # that held weights have lost something
             self._sharded = any(is_sharded(parameter) for parameter in model.parameters())
             self.base_lr = lr
@@ -406,8 +366,8 @@ class Engine:
                     f"ranks: no projected weight has '{part}' in its name; there are "
                     f"{', '.join(sorted({v.name.removesuffix('.weight').split('.')[-1] for v in self.variables}))}"
                 )
-        self._check_held()
-        self._check_sparse()
+        check_held(method, self.variables, self.weight_decay)
+        check_sparse(method, self.variables)
         self.windows.open()
         tables = {name for name, kind in categories(self.model).items() if kind in TABLES}
         self.windows.build(self.base_lr or 1.0, tables)
@@ -429,54 +389,6 @@ class Engine:
             except Exception as error:
                 error.add_note("check takes one batch, as the loss does, and no list of them")
                 raise
-
-    def _check_rank(self, model: nn.Module, predicate: Callable[..., bool]) -> None:
-        rank = getattr(self.method.projector, "rank", None)
-        if rank is None:
-            return
-        sizes = shapes(model)
-        sides = [max(sizes[n]) for n, p in model.named_parameters() if len(sizes[n]) == 2 and predicate(n, p)]
-        if sides and rank > max(sides):
-            raise UsageError(
-                f"rank {rank} is larger than every trained matrix (longest side {max(sides)}); "
-                "use a smaller rank, or projector 'identity' for the whole space"
-            )
-
-    def _check_sparse(self) -> None:
-        for variable in self.variables if self.method.paradigm == "fo" else ():
-            if any(
-                isinstance(s.module, nn.Embedding | nn.EmbeddingBag) and s.module.sparse
-                for s in variable.sites
-            ):
-                raise UsageError(
-                    f"embedding '{variable.name}' has sparse gradients, which no method takes; build it with sparse=False"
-                )
-
-    def _check_held(self) -> None:
-        held = [v for v in self.variables if v.held]
-        if not held:
-            return
-        first = (
-            f"weight '{held[0].name}' is never written (quantized, offloaded, sharded, or held on request)"
-        )
-        if self.weight_decay:
-            raise UsageError(
-                f"{first}, so it cannot decay; leave out weight_decay = {self.weight_decay}, or train plain weights"
-            )
-        coded = any(v.stack is not None for v in held)
-        if coded and self.method.dense and not isinstance(self.method.projector, Identity):
-            raise UsageError(
-                f"{first}, so a method that moves weights by their dense gradients at every step cannot train it; use one that "
-                "moves coordinates, such as 'stiefel'"
-            )
-        if coded and isinstance(self.method.projector, Identity):
-            raise UsageError(
-                f"{first}, so it cannot be trained as a whole; use a method with subspaces, such as 'stiefel'"
-            )
-        if self.method.paradigm != "zo" and any(v.offloaded for v in held):
-            raise UsageError(
-                f"{first}, and offloaded weights are gone by the time of a backward pass; use paradigm 'zo'"
-            )
 
     @property
     def lost(self) -> float:
@@ -1124,7 +1036,7 @@ class Engine:
             with Reads(self.variables, derived) as reads:
                 loss = self._loss(self.model, batch)
             self._past = reads.found
-            _check_count(loss)
+            check_pair(loss)
         else:
             loss = self._loss(self.model, batch)
         # a number is a loss like any other where none asks for its derivative
@@ -1303,7 +1215,7 @@ class Engine:
             lambda: mean_loss(self._loss_of, batches),
             self.active,
             self.key.fold_in("tuning"),
-            eps=_eps(self.method),
+            eps=self.method.radius,
             normalized=self.method.optimizer.normalizes,
             unit=setting(estimator, "normalize", False),
             momentum=self.method.optimizer.has_momentum,
@@ -1336,7 +1248,7 @@ class Engine:
     def _adopt(self, tuning: Tuning) -> None:
         self.tuning = tuning
         estimator = self.method.estimator
-        if _eps(self.method) is not _NO_EPS:
+        if self.method.has_radius:
             self.method = replace(self.method, estimator=changed(estimator, eps=tuning.eps))
         self._tune = False
         self.base_lr = tuning.lr
@@ -1548,44 +1460,6 @@ class Engine:
         return detach(model, self._trainable).eval()
 
 
-def _check_readable(model: nn.Module) -> None:
-    """Refuse a model whose weights are not there yet, or whose forward cannot be changed."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise UsageError(
-            "the model is wrapped for gradients that are exchanged in full; give the module inside (model.module), and "
-            "team=zolr.distributed.Processes() for several ranks"
-        )
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
-            raise UsageError(
-                f"weight '{name}' has no shape before the first forward; call the model on a batch, and make the Engine after that"
-            )
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UsageError(
-                f"module '{name}' is compiled by torch.jit, which leaves nothing to put a step into; train the module that it was made "
-                "of"
-            )
-
-
-def _check_count(loss: Any) -> None:
-    """Refuse, or point at, a pair of numbers whose second one does not count.
-
-    Raises:
-        UsageError: a sum of something over nothing.
-    """
-    if not (isinstance(loss, tuple) and len(loss) == 2):
-        return
-    if not all(isinstance(x, Real) or (isinstance(x, Tensor) and x.numel() == 1) for x in loss):
-        return  # `estimators.totals` says what that is
-    total, count = (float(x.detach()) if isinstance(x, Tensor) else float(x) for x in loss)
-    said = f"the loss is the pair ({total:.4g}, {count:.4g}), which is read as (sum, count)"
-    if count <= 0 and total != 0:
-        raise UsageError(f"{said}; return the number of examples in the sum, or the loss alone")
-    if not count.is_integer():
-        warnings.warn(f"{said}; return the loss alone if the second is no number of examples", stacklevel=2)
-
-
 def _agreed(team: Team, way: int | None) -> int:
     """The number of what every rank that had something to try has settled on; 0 where they differ.
 
@@ -1606,17 +1480,9 @@ def _root_mean_square(numbers: Sequence[float]) -> float:
     return sqrt(sum(x * x for x in numbers) / len(numbers))
 
 
-_NO_EPS = object()
-
-
-def _eps(method: Method) -> Any:
-    """Probe radius of a method: a number, None when it is to be chosen, `_NO_EPS` where there is none."""
-    return setting(method.estimator, "eps", _NO_EPS)
-
-
 def _chooses(method: Method, lr: float | None) -> bool:
     """Whether a rate or a radius is to be chosen on the first step."""
-    return _eps(method) is not _NO_EPS and (lr is None or _eps(method) is None)
+    return method.has_radius and (lr is None or method.radius is None)
 
 
 def _lasting(method: Method) -> dict[str, str]:
@@ -1643,11 +1509,6 @@ def _numbers_of(group: Mapping[str, Any]) -> dict[str, Any]:
     found = {k: list(x) if isinstance(x, tuple) else x for k, x in group.items() if k not in ("params", "lr")}
     several = {k: x if isinstance(x, list) else [x] for k, x in found.items()}
     return {k: found[k] for k, x in several.items() if x and all(type(n) in (int, float) for n in x)}
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    """Whether the owner of a model has had any of it compiled."""
-    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
 
 
 def _takes_a_step(schedule: Schedule) -> bool:

@@ -227,6 +227,16 @@ class Method:
         return not isinstance(self.estimator, LikelihoodRatio)
 
     @property
+    def has_radius(self) -> bool:
+        """Whether its estimator looks at points some way off."""
+        return setting(self.estimator, "eps", _ABSENT) is not _ABSENT
+
+    @property
+    def radius(self) -> float | None:
+        """How far off; None where that is to be chosen."""
+        return setting(self.estimator, "eps")
+
+    @property
     def normalizes(self) -> bool:
         """Whether a step's size does not depend on that of the gradient."""
         own = setting(self.estimator, "normalize", False)
