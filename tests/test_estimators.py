@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
+from zolr.attaching import attach
 from zolr.engine import Engine
 from zolr.errors import UsageError
 from zolr.estimators import (
@@ -53,7 +54,7 @@ from zolr.projectors.stiefel import Stiefel
 from zolr.spectra import Spectrum
 from zolr.subspaces import Right, TwoSided, Viewed
 from zolr.transports.reset import Reset
-from zolr.variables import Variable, attach, layout
+from zolr.variables import Variable, layout
 
 F64 = torch.float64
 KEY = Key(40)

@@ -30,7 +30,16 @@ FLOORS: dict[str, int] = {
                 "aside",
                 "undo",
             ),
-            ("variables", "projectors", "estimators", "transports", "residuals", "layers", "optim"),
+            (
+                "variables",
+                "attaching",
+                "projectors",
+                "estimators",
+                "transports",
+                "residuals",
+                "layers",
+                "optim",
+            ),
             (
                 "methods",
                 "kinds",
@@ -64,7 +73,7 @@ FLOORS: dict[str, int] = {
 TOP = 6  # __main__
 FREE = {"__init__"}  # the public names, nothing else
 # on floor 2 parts meet in the engine; only these may look at each other
-ALLOWED_ON_FLOOR_2 = {("estimators", "variables")}
+ALLOWED_ON_FLOOR_2 = {("estimators", "variables"), ("attaching", "variables")}
 FLOORS_WITH_NEIGHBORS = {1, 3, 4, 5}
 OUTSIDE = {"torch", "einops"}
 HIGHEST_FLOOR_WITHOUT_OTHER_PACKAGES = 3

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zolr import adapters, checkpoints, models
+from zolr.attaching import detach
 from zolr.engine import Engine
 from zolr.errors import DataError, UsageError
 from zolr.held import Stack, shapes, stand_in
@@ -24,7 +25,6 @@ from zolr.projectors.stiefel import Stiefel
 from zolr.projectors.two_sided import TwoSidedHaar
 from zolr.subspaces import Full
 from zolr.transports.reset import Reset
-from zolr.variables import detach
 
 Batch = tuple[Tensor, Tensor]
 

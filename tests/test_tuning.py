@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
+from zolr.attaching import attach
 from zolr.engine import Engine
 from zolr.errors import NonFiniteError, UsageError
 from zolr.estimators.backprop import Backprop
 from zolr.keys import Key
 from zolr.methods import compose
 from zolr.tuning import FORWARDS, LADDER, LARGEST_STEP, PROBES, SMALLEST_STEP, share, tune
-from zolr.variables import attach, layout, shifted
+from zolr.variables import layout, shifted
 
 Problem = tuple[nn.Module, tuple[Tensor, Tensor], Callable[[nn.Module, Any], Tensor]]
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from zolr.attaching import attach, detach
 from zolr.engine import Engine
 from zolr.errors import UsageError
 from zolr.estimators.backprop import Backprop
@@ -22,7 +23,7 @@ from zolr.estimators.spsa import Spsa
 from zolr.keys import Key
 from zolr.kinds import CATEGORIES, categories
 from zolr.methods import compose
-from zolr.variables import REALIZATIONS, attach, detach, shifted
+from zolr.variables import REALIZATIONS, shifted
 
 PROJECTORS = ("stiefel", "two_sided", "identity")
 VOCABULARY = 20

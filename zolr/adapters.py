@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zolr.attaching import attach, detach
 from zolr.checkpoints import write_text
 from zolr.errors import DataError, UsageError
 from zolr.held import opened
-from zolr.variables import Site, Variable, Variables, attach, detach
+from zolr.variables import Site, Variable, Variables
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -175,7 +176,7 @@ def write(
 
 
 def load(folder: Path, model: nn.Module) -> Variables:
-    """Let a model compute with an adapter; `variables.detach` takes it away again.
+    """Let a model compute with an adapter; `attaching.detach` takes it away again.
 
     Matrices that are stored whole (a head, an unknown kind of embedding) are written into the model for good.
 

@@ -50,7 +50,7 @@ from zolr.projectors.stiefel import Stiefel
 from zolr.projectors.two_sided import TwoSidedHaar
 from zolr.spectra import Spectrum, mixed_probabilities
 from zolr.subspaces import Full, Subspace
-from zolr.variables import Variable, _widened
+from zolr.variables import Variable, widen
 
 DRAWS = 8
 
@@ -147,8 +147,8 @@ def energy(subspace: Subspace, gradient: Tensor) -> float:
     """
     if isinstance(subspace, Full):
         return 1.0
-    coords = _widened(subspace, torch.float64).project(gradient.double())
-    inside = (coords * _widened(subspace, torch.float64).dual(coords)).sum()
+    coords = widen(subspace, torch.float64).project(gradient.double())
+    inside = (coords * widen(subspace, torch.float64).dual(coords)).sum()
     return _share(inside, gradient)
 
 
@@ -345,7 +345,7 @@ def diagnose(engine: Engine, batch: Any, key: Key, draws: int = DRAWS) -> dict[s
             subspace = drawn(
                 engine, variable, spaces[variable.name], key.fold_in("subspace", i, variable.name), gradient
             )
-            subspace = _widened(subspace, gradient.dtype)
+            subspace = widen(subspace, gradient.dtype)
             scatter.add(subspace.lift(subspace.project(gradient)))
         layer.sums = scatter.sums()
 
@@ -398,7 +398,7 @@ def _probe(engine: Engine, batch: Any, key: Key, draws: int, kept: Mapping[str, 
                     stack.enter_context(variable.within(subspace))
 
             def emit(variable: Variable, gradient: Tensor) -> None:
-                space = _widened(variable.subspace, gradient.dtype)
+                space = widen(variable.subspace, gradient.dtype)
                 kept[variable.name].add(space.lift(variable.mask(gradient)))
 
             engine.method.estimator(engine._loss_of, [batch], engine.active, emit, key.fold_in("probe", i))
@@ -510,7 +510,7 @@ def kept_of(old: Subspace, moment: Tensor, new: Subspace, carried: Tensor | None
     """
     if carried is None or carried.shape != new.coords_shape:
         return {"moment_kept": 0.0, "moment_cosine": 0.0}
-    old, new = _widened(old, torch.float64), _widened(new, torch.float64)
+    old, new = widen(old, torch.float64), widen(new, torch.float64)
     m, c = moment.double(), carried.double()
     inside, outside = old.dual(m), new.dual(c)  # whose lifts are the gradients in the spans
     sizes = float((m * inside).sum()), float((c * outside).sum())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from zolr.attaching import attach, detach, is_attached
 from zolr.compiled import Compiled
 from zolr.dense import Core
 from zolr.distributed import Share, Team, digest
@@ -54,7 +55,7 @@ from zolr.rows import NotByRows, repeated
 from zolr.subspaces import Subspace
 from zolr.tuning import Caution, Tuning, tune
 from zolr.undo import Undo
-from zolr.variables import Gathered, Realization, Variable, Variables, attach, commit, detach, is_attached
+from zolr.variables import Gathered, Realization, Variable, Variables, commit
 from zolr.verify import verify
 from zolr.windows import Windows, check_alike
 

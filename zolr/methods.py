@@ -970,7 +970,7 @@ def nearest(kind: str, name: str, known: Sequence[str]) -> UsageError:
 
 
 def _lookup(kind: str, registry: Mapping[str, Any], name: str) -> Any:
-    if not isinstance(name, str):
+    if is_dataclass(name):
         raise UsageError(
             f"{kind} = {name!r} is no name; use one of {', '.join(registry)}, or put your own part in by dataclasses.replace(method, {kind}=...)"
         )

@@ -44,10 +44,10 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from zolr import adapters
+from zolr.attaching import as_read, multiplied_with
 from zolr.errors import DataError, UsageError, cause_of
 from zolr.held import keep_codes
 from zolr.hub import answers as _hub_answers
-from zolr.variables import as_read, multiplied_with
 
 Batch = Mapping[str, Tensor]
 Kind = Literal["lm", "classes"]

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zolr.attaching import binds
 from zolr.held import compute
-from zolr.variables import Variable, binds
+from zolr.variables import Variable
 
 _OWN, _TORCH = (str(Path(package).parent) + os.sep for package in (__file__, torch.__file__))
 _FORWARDS = [

@@ -203,7 +203,10 @@ def check_pair(loss: Any) -> None:
         return
     if not all(isinstance(x, Real) or (isinstance(x, Tensor) and x.numel() == 1) for x in loss):
         return  # `estimators.totals` says what that is
-    total, count = (float(x.detach()) if isinstance(x, Tensor) else float(x) for x in loss)
+    try:
+        total, count = (float(x.detach()) if isinstance(x, Tensor) else float(x) for x in loss)
+    except RuntimeError:  # nobody can look at it: several points at once, or a prediction without numbers
+        return
     said = f"the loss is the pair ({total:.4g}, {count:.4g}), which is read as (sum, count)"
     if count <= 0 and total != 0:
         raise UsageError(f"{said}; return the number of examples in the sum, or the loss alone")
