@@ -61,6 +61,7 @@ class Windows:
         self.moments: dict[str, Moments] = {}
         self.spectra: dict[str, Spectrum] = {}
         self.watchers: list[Watcher] = []
+        self._places: dict[int, tuple[int, int]] = {}  # by the id of a value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Windows":
         """A copy with the whole optimizer: of one of its own, torch copies groups and state alone."""
@@ -127,14 +128,29 @@ class Windows:
 
     def group_of(self, value: nn.Parameter) -> dict[str, Any]:
         """The optimizer's settings for a value."""
-        return next(g for g in self.optimizer.param_groups if any(p is value for p in g["params"]))
+        group, _ = self._place(value)
+        return self.optimizer.param_groups[group]
 
     def replace(self, before: nn.Parameter, after: nn.Parameter) -> None:
         """Have the optimizer know one value in the place of another."""
         if before is after:
             return
-        for group in self.optimizer.param_groups:
-            group["params"] = [after if p is before else p for p in group["params"]]
+        group, index = self._place(before)
+        self.optimizer.param_groups[group]["params"][index] = after
+        self._places[id(after)] = self._places.pop(id(before))
+
+    def _place(self, value: nn.Parameter) -> tuple[int, int]:
+        """Which group of the optimizer has a value, and where in it.
+
+        Groups are others' to change (by a scale, by torch), and an id may be one of a value that is gone: what is known is
+        looked at, and all of it found again where it does not hold.
+        """
+        groups = self.optimizer.param_groups
+        group, index = self._places.get(id(value), (len(groups), 0))
+        if group < len(groups) and index < len(own := groups[group]["params"]) and own[index] is value:
+            return group, index
+        self._places = {id(p): (i, j) for i, g in enumerate(groups) for j, p in enumerate(g["params"])}
+        return self._places[id(value)]
 
     # ---- one window after another ----------------------------------------------------------------------------------
 
