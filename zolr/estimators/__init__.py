@@ -19,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 from zolr.distributed import share_of
 from zolr.errors import UsageError, check_numbers
 from zolr.keys import Key
+from zolr.probes import Probe
 from zolr.rows import NotByRows, repeated, rows_in
-from zolr.variables import Variable, by_rows, shifted
+from zolr.variables import Variable, by_rows, layout, shifted
 
 Loss = Callable[[Any], Any]
 Emit = Callable[[Variable, Tensor], None]
@@ -127,6 +128,31 @@ class BySlopes:
     ) -> Estimate:
         """Emit the gradients; see `Estimator`."""
         return self.measure(loss, batches, variables, key).hand_over(variables, emit)
+
+
+class ByProbes(BySlopes):
+    """What estimators share whose gradient is `(1/k) sum_i slope_i z_i` over independent directions."""
+
+    probes: int
+    law: str
+
+    def draw(self, variables: Sequence[Variable], key: Key) -> Sequence[Direction]:
+        """The step's directions; the same for the same key, whatever was drawn before. See `Prober`."""
+        return [Probe(layout(variables), self.law, key.fold_in("probe", i)) for i in range(self.probes)]
+
+    @torch.no_grad()
+    def from_slopes(self, loss: Tensor, slopes: Tensor, variables: Sequence[Variable], key: Key) -> Found:
+        """The step again; see `Repeatable`."""
+        return self._found(loss, slopes, variables, self.draw(variables, key))
+
+    def _found(
+        self, loss: Tensor, slopes: Tensor, variables: Sequence[Variable], directions: Sequence[Direction]
+    ) -> Found:
+        return Found(loss, slopes, combined(variables, directions, self._weights(slopes)))
+
+    def _weights(self, slopes: Tensor) -> Tensor:
+        """What directions are multiplied by."""
+        return slopes / self.probes
 
 
 @runtime_checkable
