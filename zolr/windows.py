@@ -107,23 +107,21 @@ class Windows:
 
     def drawn(self, variable: Variable, key: Key | None = None) -> Any:
         """The subspace of the next window, or the one that another key names."""
-        return self.projector(variable).draw(
-            variable.shape,
-            key or self.key.fold_in("subspace", variable.window + 1, variable.name),
-            like=variable.weight.data,
-            previous=None if variable.window < 0 else variable.subspace,
-            spectrum=self.spectra.get(variable.name),
-        )
+        previous = None if variable.window < 0 else variable.subspace
+        key = key or self._name(variable, variable.window + 1)
+        return self._draw(variable, key, variable.weight, previous=previous)
 
     def first(self, variable: Variable) -> Subspace:
         """The subspace of the first window, drawn again."""
-        key = self.key.fold_in("subspace", 0, variable.name)
+        return self._draw(variable, self._name(variable, 0), variable.weight, previous=None)
+
+    def _name(self, variable: Variable, window: int) -> Key:
+        """The key of a window."""
+        return self.key.fold_in("subspace", window, variable.name)
+
+    def _draw(self, variable: Variable, key: Key, like: Tensor, **seen: Any) -> Any:
         return self.projector(variable).draw(
-            variable.shape,
-            key,
-            like=variable.weight.data,
-            previous=None,
-            spectrum=self.spectra.get(variable.name),
+            variable.shape, key, like=like.data, spectrum=self.spectra.get(variable.name), **seen
         )
 
     def group_of(self, value: nn.Parameter) -> dict[str, Any]:
@@ -199,14 +197,12 @@ class Windows:
         self.keep([variable], *_OF_A_CORE)
         if core.space is not None:
             self._learn(variable, core.space)
-        key = self.key.fold_in("subspace", core.window + 1, variable.name)
-        new = self.projector(variable).draw(
-            variable.shape,
-            key,
-            like=variable.value.data,
+        new = self._draw(
+            variable,
+            self._name(variable, core.window + 1),
+            variable.value,
             gradient=gradient,
             previous=core.subspace,
-            spectrum=self.spectra.get(variable.name),
             momentum=None if core.whole else self._first_moment(core.value),
         )
         projector = self.projector(variable)
@@ -225,9 +221,7 @@ class Windows:
 
     def comes_whole(self, variable: Variable, window: int) -> bool:
         """Whether a dense method's optimizer has all of that weight in a window (see `Residual.whole`)."""
-        return self.method.residual.whole(
-            self.key.fold_in("subspace", window, variable.name).fold_in("whole")
-        )
+        return self.method.residual.whole(self._name(variable, window).fold_in("whole"))
 
     def _first_moment(self, value: nn.Parameter) -> Tensor | None:
         """Mean gradient in the coordinates, as the optimizer keeps it; None where it keeps none."""
