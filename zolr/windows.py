@@ -303,8 +303,7 @@ class Windows:
         if v.stack is not None and v.stack.rank:
             result["stack"] = v.stack.tensors()
         if v.name in self.moments:
-            m = self.moments[v.name]
-            result["moments"] = {"total": m.total, "squares": m.squares, "count": m.count}
+            result["moments"] = dict(vars(self.moments[v.name]))
         if v.name in self.spectra:
             result["spectrum"] = self.spectra[v.name].tensors()
         return result
@@ -406,16 +405,17 @@ class Windows:
             return dict(self.optimizer.state.get(self.trained(v), {}))
         if part == "kept":
             return {} if core is None else core.kept
-        if part == "moments":
-            m = self.moments.get(v.name)
-            return None if m is None else {"total": m.total, "squares": m.squares, "count": m.count}
-        if part == "spectrum":
-            s = self.spectra.get(v.name)
-            return None if s is None else {"vectors": s.vectors, "values": s.values, "rest": s.rest}
+        if part in ("moments", "spectrum"):
+            learned = self._learned(part)[0].get(v.name)
+            return None if learned is None else dict(vars(learned))
         if part == "stack":
             return None if v.stack is None else v.stack.tensors()
         space = v.subspace if part == "space" else None if core is None else core.subspace
         return None if space is None else {"kind": type(space).__name__, "tensors": space.tensors()}
+
+    def _learned(self, part: str) -> tuple[dict[str, Any], type]:
+        """What that part is of all weights, and its kind."""
+        return (self.moments, Moments) if part == "moments" else (self.spectra, Spectrum)
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -451,14 +451,12 @@ class Windows:
         state = back(old["state"], state) if "state" in old else state
         if state:
             self.optimizer.state[self.trained(v)] = state
-        if "moments" in old:
-            self.moments.pop(v.name, None)
-            if old["moments"] is not None:
-                self.moments[v.name] = Moments(**back(old["moments"]))
-        if "spectrum" in old:
-            self.spectra.pop(v.name, None)
-            if old["spectrum"] is not None:
-                self.spectra[v.name] = Spectrum(**back(old["spectrum"]))
+        for part in ("moments", "spectrum"):
+            if part in old:
+                learned, kind = self._learned(part)
+                learned.pop(v.name, None)
+                if old[part] is not None:
+                    learned[v.name] = kind(**back(old[part]))
         v.window, v.decay, v.moved = (old["numbers"][name] for name in ("window", "decay", "moved"))
 
 
