@@ -206,17 +206,6 @@ def epsilon_of(mu: float, delta: float) -> float:
     return _least(lambda epsilon: delta_of(mu, epsilon) <= delta)
 
 
-def noise_for(epsilon: float, *, uses: int, delta: float, probes: int = 1) -> float:
-    """Least noise multiplier that spends at most `epsilon` when every example is used so often, to a relative 1e-9.
-
-    Raises:
-        UsageError: epsilon not positive, or delta outside (0, 1).
-    """
-    if not epsilon > 0 or not 0 < delta < 1:
-        raise UsageError(f"epsilon = {epsilon} must be positive, and delta = {delta} in (0, 1)")
-    return _least(lambda noise: noise > 0 and delta_of(2 * sqrt(probes * uses) / noise, epsilon) <= delta)
-
-
 def _least(enough: Any) -> float:
     """Least number at which a rising condition holds, from above."""
     if enough(0.0):
