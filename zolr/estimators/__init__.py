@@ -67,6 +67,7 @@ class Prober(Estimator, Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class Estimate:
     """What a step saw.
 
@@ -75,8 +76,8 @@ class Estimate:
         slopes: `(probes,)` directional derivatives, None under backprop.
     """
 
-    def __init__(self, loss: Tensor, slopes: Tensor | None = None) -> None:
-        self.loss, self.slopes = loss, slopes
+    loss: Tensor
+    slopes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -338,11 +339,9 @@ class OfInner:
         return self if point is None else getattr(point.inner, self.name)
 
 
-def _seen_at(first: Estimate | None, last: Estimate) -> Estimate:
-    """What a step that evaluates at two points saw: the loss of the first one, unless that of the last is not finite."""
-    if first is None:
-        return last
-    return Estimate(torch.where(last.loss.isfinite(), first.loss, last.loss), last.slopes)
+def _loss_at(first: Estimate | None, last: Tensor) -> Tensor:
+    """The loss of a step that evaluates at two points: that of the first one, unless that of the last is not finite."""
+    return last if first is None else torch.where(last.isfinite(), first.loss, last)
 
 
 class Elsewhere:
@@ -370,14 +369,14 @@ class Elsewhere:
             return self.measure(loss, batches, variables, key).hand_over(variables, emit)
         with self._there(loss, batches, variables, key) as seen:
             there = self.inner(loss, batches, variables, emit, key)
-        return _seen_at(seen, there)
+        return replace(there, loss=_loss_at(seen, there.loss))
 
     @torch.no_grad()
     def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
         """Measure the slopes that `inner` has there; see `Measuring`."""
         with self._there(loss, batches, variables, key) as seen:
             there = cast(Measuring, self.inner).measure(loss, batches, variables, key)
-        return replace(there, loss=_seen_at(seen, Estimate(there.loss)).loss)
+        return replace(there, loss=_loss_at(seen, there.loss))
 
     @contextmanager
     def _there(
