@@ -158,13 +158,14 @@ def finetuned(case: dict[str, Any]) -> dict[str, Any]:
 def text() -> tuple[int, Any, Any]:
     """Size of the vocabulary, rows to train on, and rows to evaluate on."""
     from zolr.models import load_tokenizer
+    from zolr.tasks.shards import pack
     from zolr.tasks.streams import TokenStream
-    from zolr.tasks.texts import text_files
+    from zolr.tasks.texts import sources
 
     tokenizer: Any = load_tokenizer(str(DATA / "models" / "stories260K"))
     train, valid = (
-        TokenStream.of_text(files, tokenizer, length=LENGTH, batch_size=ROWS, seed=0)
-        for files in text_files([DATA / "corpus" / "tinystories"])
+        TokenStream.of_ids(pack(files, tokenizer), tokenizer, length=LENGTH, batch_size=ROWS, seed=0)
+        for files in sources([DATA / "corpus" / "tinystories"])
     )
     return len(tokenizer), train, valid
 

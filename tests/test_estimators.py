@@ -40,7 +40,7 @@ from zolr.estimators.coordinates import Coordinates
 from zolr.estimators.forward import Forward
 from zolr.estimators.likelihood_ratio import LikelihoodRatio
 from zolr.estimators.mixture import Mixture
-from zolr.estimators.private_spsa import PrivateSpsa, delta_of, epsilon_of, noise_for
+from zolr.estimators.private_spsa import PrivateSpsa, delta_of, epsilon_of
 from zolr.estimators.spsa import Spsa
 from zolr.keys import Key
 from zolr.methods import Method
@@ -1392,8 +1392,8 @@ def test_a_private_step_refuses_a_loss_that_hides_its_examples(form: str) -> Non
 
 
 def test_the_privacy_spent_is_the_known_one() -> None:
-    # Balle and Wang (2018), analytic Gaussian mechanism: epsilon = 1, delta = 1e-5 needs this noise at sensitivity 1
-    assert noise_for(1.0, uses=1, delta=1e-5) / 2 == pytest.approx(3.730631634944469, rel=1e-8)
+    # Balle and Wang (2018), analytic Gaussian mechanism: epsilon = 1, delta = 1e-5 is what this noise spends at sensitivity 1
+    assert epsilon_of(1 / 3.730631634944469, 1e-5) == pytest.approx(1.0, rel=1e-8)
     assert delta_of(1.0, 1.0) == pytest.approx(0.12693673750664387, rel=1e-12)  # Dong, Roth and Su (2022)
     with pytest.raises(UsageError, match="in \\(0, 1\\)"):
         epsilon_of(1.0, 1.0)

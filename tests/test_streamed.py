@@ -123,6 +123,40 @@ def test_the_passes_are_counted_and_one_gradient_is_alive(clipping):
         assert all(v.gathered is None and v.value.grad is None for v in engine.variables)
 
 
+class Visited(list):
+    """A list that counts how many of its items are looked at."""
+
+    looks = 0
+
+    def __iter__(self):
+        for item in list.__iter__(self):
+            self.looks += 1
+            yield item
+
+    def __getitem__(self, index: Any) -> Any:
+        self.looks += 1
+        return list.__getitem__(self, index)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_step_looks_at_each_weight_as_often_however_many_there_are(scale):
+    """On the first step values get their shapes, so that the optimizer has others; afterwards they stay where they are."""
+    visits = []
+    for count in (20, 40):
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(count)))
+        engine = Engine(
+            model, galore(scale=scale), lr=1e-2, loss=lambda model, x: model(x).square().mean(), seed=0
+        )
+        seen = []
+        for _ in range(EVERY + 1):
+            for group in engine.optimizer.param_groups:
+                group["params"] = Visited(group["params"])
+            engine.step([torch.ones(2, 4)])
+            seen.append(sum(getattr(g["params"], "looks", 0) for g in engine.optimizer.param_groups) / count)
+        visits.append(seen)
+    assert max(visits[0] + visits[1]) <= 6
+
+
 def test_a_gradient_that_is_not_finite_in_any_micro_batch_drops_the_step():
     for bad in range(2):
         model = net()

@@ -14,7 +14,7 @@ from conftest import begun
 from zolr.errors import DataError
 from zolr.tasks.shards import pack
 from zolr.tasks.streams import IGNORED, MASK, PAD, UNKNOWN, TokenStream, ahead, train_tokenizer
-from zolr.tasks.texts import END, documents, text_files
+from zolr.tasks.texts import END, documents, sources
 
 WORDS = "the cat sat on a mat and who knows why it was there at noon with seven other cats".split()
 
@@ -44,7 +44,7 @@ def corpus(tmp_path_factory):
 def tokenizer(corpus, tmp_path_factory):
     from transformers import AutoTokenizer
 
-    folder = train_tokenizer(text_files([corpus])[0], 300, tmp_path_factory.mktemp("tokenizer"))
+    folder = train_tokenizer(sources([corpus])[0], 300, tmp_path_factory.mktemp("tokenizer"))
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -57,10 +57,10 @@ def stream_of(ids, **changes):
 
 
 def test_folders_are_searched_and_held_out_files_kept_apart(corpus):
-    train, held_out = text_files([corpus])
+    train, held_out = sources([corpus])
     assert [file.name for file in train] == ["a-train.txt.xz", "b-train.txt"]
     assert [file.name for file in held_out] == ["valid.txt"]
-    assert [file.name for file in text_files([corpus / "test.txt"])[0]] == ["test.txt"]
+    assert [file.name for file in sources([corpus / "test.txt"])[0]] == ["test.txt"]
 
 
 def test_documents_end_at_blank_lines(tmp_path):
@@ -72,7 +72,7 @@ def test_documents_end_at_blank_lines(tmp_path):
 def test_a_file_ends_its_last_document(tmp_path):
     (tmp_path / "a.txt").write_text("one", encoding="utf-8")
     (tmp_path / "b.txt").write_text("two\n", encoding="utf-8")
-    assert list(documents(text_files([tmp_path])[0])) == ["one", "two"]
+    assert list(documents(sources([tmp_path])[0])) == ["one", "two"]
 
 
 def test_long_documents_pass_whole(tmp_path):
@@ -116,13 +116,13 @@ def test_tokenizer_survives_saving_again(tokenizer, tmp_path):
 def test_tokenizer_is_the_same_when_learned_again(corpus, tokenizer, tmp_path):
     from transformers import AutoTokenizer
 
-    again = AutoTokenizer.from_pretrained(train_tokenizer(text_files([corpus])[0], 300, tmp_path))
+    again = AutoTokenizer.from_pretrained(train_tokenizer(sources([corpus])[0], 300, tmp_path))
     assert again.get_vocab() == tokenizer.get_vocab()
 
 
 def test_tokenizer_needs_room_for_bytes(corpus, tmp_path):
     with pytest.raises(DataError, match="259 tokens"):
-        train_tokenizer(text_files([corpus])[0], 259, tmp_path / "out")
+        train_tokenizer(sources([corpus])[0], 259, tmp_path / "out")
 
 
 # ids
@@ -137,7 +137,7 @@ def ids_of(texts, tokenizer):
 
 
 def test_ids_are_the_documents_with_an_end_after_each(corpus, tokenizer):
-    files, _ = text_files([corpus])
+    files, _ = sources([corpus])
     packed = pack(files, tokenizer)
     assert np.asarray(packed.ids).dtype == np.uint16
     assert np.asarray(packed.ids).tolist() == ids_of(documents(files), tokenizer)
@@ -365,10 +365,10 @@ def test_errors_name_the_file_and_the_way_out(tmp_path, tokenizer):
         with pytest.raises(DataError, match=message):
             train_tokenizer([path], 300, tmp_path / "out")
     with pytest.raises(DataError, match="no file or folder"):
-        text_files([tmp_path / "nowhere"])
+        sources([tmp_path / "nowhere"])
     (tmp_path / "void").mkdir()
     with pytest.raises(DataError, match="no .txt"):
-        text_files([tmp_path / "void"])
+        sources([tmp_path / "void"])
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
@@ -432,9 +432,8 @@ def test_pretraining_gives_a_folder_that_transformers_loads(objective, corpus, t
     auto = AutoModelForCausalLM if objective == "clm" else AutoModelForMaskedLM
     model = auto.from_pretrained(tmp_path / "run").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
-    held_out = TokenStream.of_text(
-        [corpus / "valid.txt"], tokenizer, length=16, batch_size=4, objective=objective
-    )
+    ids = pack([corpus / "valid.txt"], tokenizer)
+    held_out = TokenStream.of_ids(ids, tokenizer, length=16, batch_size=4, objective=objective)
     losses = []
     with torch.no_grad():
         for batch in held_out.evaluation(8):
@@ -709,7 +708,7 @@ def test_a_run_is_not_resumed_on_a_damaged_shard_or_with_another_tokenizer(corpu
                 file.unlink()
             folder.rmdir()
     assert pretrained(*again) == 0
-    train_tokenizer(text_files([corpus])[0], 290, run)
+    train_tokenizer(sources([corpus])[0], 290, run)
     capsys.readouterr()
     assert pretrained(run, corpus, "--steps", "6", "--resume", "--cache", str(cache)) == 3
     assert "tokenizer has changed (300 tokens then, 290 now)" in capsys.readouterr().err

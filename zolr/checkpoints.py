@@ -99,7 +99,7 @@ def save(folder: str | Path, state: State, hashed: Callable[[str], None] | None 
         _sync_folder(folder.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
-        raise StorageError(f"cannot save checkpoint {folder}: {_cause(error, folder, need)}") from error
+        raise StorageError(f"cannot save checkpoint {folder}: {_cause(error, need)}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)  # renamed by now, unless something went wrong
     return folder
@@ -381,7 +381,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _cause(error: OSError, folder: Path, need: int) -> str:
+def _cause(error: OSError, need: int) -> str:
     cause = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         cause += f" ({need / 2**20:.0f} MiB needed); free some space and go on with --resume"

@@ -981,23 +981,6 @@ def prompt_loss(label_ids: Tensor | Sequence[int]) -> Callable[[nn.Module, Batch
     return loss
 
 
-def prompt_errors(label_ids: Tensor | Sequence[int]) -> Callable[[nn.Module, Batch], Tensor]:
-    """Error of the best label word, 0 or 1 a row: an objective for forward-only training, flat to backprop.
-
-    Args:
-        label_ids: `(c,)` token of each class.
-
-    Returns:
-        A loss `(model, batch) -> (b,)` float32.
-    """
-    words = tuple(int(i) for i in label_ids)
-
-    def errors(model: nn.Module, batch: Batch) -> Tensor:
-        return (prompt_logits(model, batch, words).argmax(-1) != batch["labels"]).float()
-
-    return errors
-
-
 def class_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits of a classifier, `(b, c)`, at least float32."""
     with _in_rows(model, batch["input_ids"].numel()):

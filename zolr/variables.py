@@ -252,11 +252,6 @@ class Variable:
         return any(is_sharded(site.weight) for site in self.sites)
 
     @property
-    def is_embedding(self) -> bool:
-        """Whether the weight is looked up by rows somewhere."""
-        return any(isinstance(site.module, nn.Embedding) for site in self.sites)
-
-    @property
     def space(self) -> Space:
         """The coordinates as a space that probes are drawn in."""
         if self._space is None or self._space[0] is not self.subspace:  # asked for many times a step

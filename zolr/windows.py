@@ -61,6 +61,7 @@ class Windows:
         self.moments: dict[str, Moments] = {}
         self.spectra: dict[str, Spectrum] = {}
         self.watchers: list[Watcher] = []
+        self._places: dict[int, tuple[int, int]] = {}  # by the id of a value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Windows":
         """A copy with the whole optimizer: of one of its own, torch copies groups and state alone."""
@@ -106,35 +107,48 @@ class Windows:
 
     def drawn(self, variable: Variable, key: Key | None = None) -> Any:
         """The subspace of the next window, or the one that another key names."""
-        return self.projector(variable).draw(
-            variable.shape,
-            key or self.key.fold_in("subspace", variable.window + 1, variable.name),
-            like=variable.weight.data,
-            previous=None if variable.window < 0 else variable.subspace,
-            spectrum=self.spectra.get(variable.name),
-        )
+        previous = None if variable.window < 0 else variable.subspace
+        key = key or self._name(variable, variable.window + 1)
+        return self._draw(variable, key, variable.weight, previous=previous)
 
     def first(self, variable: Variable) -> Subspace:
         """The subspace of the first window, drawn again."""
-        key = self.key.fold_in("subspace", 0, variable.name)
+        return self._draw(variable, self._name(variable, 0), variable.weight, previous=None)
+
+    def _name(self, variable: Variable, window: int) -> Key:
+        """The key of a window."""
+        return self.key.fold_in("subspace", window, variable.name)
+
+    def _draw(self, variable: Variable, key: Key, like: Tensor, **seen: Any) -> Any:
         return self.projector(variable).draw(
-            variable.shape,
-            key,
-            like=variable.weight.data,
-            previous=None,
-            spectrum=self.spectra.get(variable.name),
+            variable.shape, key, like=like.data, spectrum=self.spectra.get(variable.name), **seen
         )
 
     def group_of(self, value: nn.Parameter) -> dict[str, Any]:
         """The optimizer's settings for a value."""
-        return next(g for g in self.optimizer.param_groups if any(p is value for p in g["params"]))
+        group, _ = self._place(value)
+        return self.optimizer.param_groups[group]
 
     def replace(self, before: nn.Parameter, after: nn.Parameter) -> None:
         """Have the optimizer know one value in the place of another."""
         if before is after:
             return
-        for group in self.optimizer.param_groups:
-            group["params"] = [after if p is before else p for p in group["params"]]
+        group, index = self._place(before)
+        self.optimizer.param_groups[group]["params"][index] = after
+        self._places[id(after)] = self._places.pop(id(before))
+
+    def _place(self, value: nn.Parameter) -> tuple[int, int]:
+        """Which group of the optimizer has a value, and where in it.
+
+        Groups are others' to change (by a scale, by torch), and an id may be one of a value that is gone: what is known is
+        looked at, and all of it found again where it does not hold.
+        """
+        groups = self.optimizer.param_groups
+        group, index = self._places.get(id(value), (len(groups), 0))
+        if group < len(groups) and index < len(own := groups[group]["params"]) and own[index] is value:
+            return group, index
+        self._places = {id(p): (i, j) for i, g in enumerate(groups) for j, p in enumerate(g["params"])}
+        return self._places[id(value)]
 
     # ---- one window after another ----------------------------------------------------------------------------------
 
@@ -183,14 +197,12 @@ class Windows:
         self.keep([variable], *_OF_A_CORE)
         if core.space is not None:
             self._learn(variable, core.space)
-        key = self.key.fold_in("subspace", core.window + 1, variable.name)
-        new = self.projector(variable).draw(
-            variable.shape,
-            key,
-            like=variable.value.data,
+        new = self._draw(
+            variable,
+            self._name(variable, core.window + 1),
+            variable.value,
             gradient=gradient,
             previous=core.subspace,
-            spectrum=self.spectra.get(variable.name),
             momentum=None if core.whole else self._first_moment(core.value),
         )
         projector = self.projector(variable)
@@ -209,9 +221,7 @@ class Windows:
 
     def comes_whole(self, variable: Variable, window: int) -> bool:
         """Whether a dense method's optimizer has all of that weight in a window (see `Residual.whole`)."""
-        return self.method.residual.whole(
-            self.key.fold_in("subspace", window, variable.name).fold_in("whole")
-        )
+        return self.method.residual.whole(self._name(variable, window).fold_in("whole"))
 
     def _first_moment(self, value: nn.Parameter) -> Tensor | None:
         """Mean gradient in the coordinates, as the optimizer keeps it; None where it keeps none."""
@@ -293,8 +303,7 @@ class Windows:
         if v.stack is not None and v.stack.rank:
             result["stack"] = v.stack.tensors()
         if v.name in self.moments:
-            m = self.moments[v.name]
-            result["moments"] = {"total": m.total, "squares": m.squares, "count": m.count}
+            result["moments"] = dict(vars(self.moments[v.name]))
         if v.name in self.spectra:
             result["spectrum"] = self.spectra[v.name].tensors()
         return result
@@ -396,16 +405,17 @@ class Windows:
             return dict(self.optimizer.state.get(self.trained(v), {}))
         if part == "kept":
             return {} if core is None else core.kept
-        if part == "moments":
-            m = self.moments.get(v.name)
-            return None if m is None else {"total": m.total, "squares": m.squares, "count": m.count}
-        if part == "spectrum":
-            s = self.spectra.get(v.name)
-            return None if s is None else {"vectors": s.vectors, "values": s.values, "rest": s.rest}
+        if part in ("moments", "spectrum"):
+            learned = self._learned(part)[0].get(v.name)
+            return None if learned is None else dict(vars(learned))
         if part == "stack":
             return None if v.stack is None else v.stack.tensors()
         space = v.subspace if part == "space" else None if core is None else core.subspace
         return None if space is None else {"kind": type(space).__name__, "tensors": space.tensors()}
+
+    def _learned(self, part: str) -> tuple[dict[str, Any], type]:
+        """What that part is of all weights, and its kind."""
+        return (self.moments, Moments) if part == "moments" else (self.spectra, Spectrum)
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -441,14 +451,12 @@ class Windows:
         state = back(old["state"], state) if "state" in old else state
         if state:
             self.optimizer.state[self.trained(v)] = state
-        if "moments" in old:
-            self.moments.pop(v.name, None)
-            if old["moments"] is not None:
-                self.moments[v.name] = Moments(**back(old["moments"]))
-        if "spectrum" in old:
-            self.spectra.pop(v.name, None)
-            if old["spectrum"] is not None:
-                self.spectra[v.name] = Spectrum(**back(old["spectrum"]))
+        for part in ("moments", "spectrum"):
+            if part in old:
+                learned, kind = self._learned(part)
+                learned.pop(v.name, None)
+                if old[part] is not None:
+                    learned[v.name] = kind(**back(old[part]))
         v.window, v.decay, v.moved = (old["numbers"][name] for name in ("window", "decay", "moved"))
 
 

@@ -37,16 +37,16 @@ if TYPE_CHECKING:
 
 # Learning rate where neither the user nor the method's row has one for this optimizer (zo: the engine measures one)
 LEARNING_RATES = {
-    **{
-        "sgd": 1e-2,
-        "momentum": 1e-2,
-        "averaged": 1e-2,
-        "optimistic": 1e-2,
-        "adamw": 2.5e-4,
-        "adafactor": 2.5e-4,
-        "muon": 2.5e-4,
-    },
-    **{"adalomo": 1e-3, "flora": 1e-3, "mofasgd": 5e-4},
+    "sgd": 1e-2,
+    "momentum": 1e-2,
+    "averaged": 1e-2,
+    "optimistic": 1e-2,
+    "adamw": 2.5e-4,
+    "adafactor": 2.5e-4,
+    "muon": 2.5e-4,
+    "adalomo": 1e-3,
+    "flora": 1e-3,
+    "mofasgd": 5e-4,
 }
 OTHER_OPTIMIZER = 2.5e-4
 

@@ -246,7 +246,7 @@ class Rebuilt:
         from zolr import adapters, lora, sharded
 
         def fill(aside: Path) -> None:
-            told = self._header.get("task")  # journals of earlier versions do not say
+            told = self._header["task"]
             if run is not None and (run / runs.TASK).is_file():
                 told = runs.read_json(run / runs.TASK)
             if told is not None:

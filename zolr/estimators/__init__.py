@@ -19,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 from zolr.distributed import share_of
 from zolr.errors import UsageError, check_numbers
 from zolr.keys import Key
+from zolr.probes import Probe
 from zolr.rows import NotByRows, repeated, rows_in
-from zolr.variables import Variable, by_rows, shifted
+from zolr.variables import Variable, by_rows, layout, shifted
 
 Loss = Callable[[Any], Any]
 Emit = Callable[[Variable, Tensor], None]
@@ -66,6 +67,7 @@ class Prober(Estimator, Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class Estimate:
     """What a step saw.
 
@@ -74,8 +76,8 @@ class Estimate:
         slopes: `(probes,)` directional derivatives, None under backprop.
     """
 
-    def __init__(self, loss: Tensor, slopes: Tensor | None = None) -> None:
-        self.loss, self.slopes = loss, slopes
+    loss: Tensor
+    slopes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,31 @@ class BySlopes:
     ) -> Estimate:
         """Emit the gradients; see `Estimator`."""
         return self.measure(loss, batches, variables, key).hand_over(variables, emit)
+
+
+class ByProbes(BySlopes):
+    """What estimators share whose gradient is `(1/k) sum_i slope_i z_i` over independent directions."""
+
+    probes: int
+    law: str
+
+    def draw(self, variables: Sequence[Variable], key: Key) -> Sequence[Direction]:
+        """The step's directions; the same for the same key, whatever was drawn before. See `Prober`."""
+        return [Probe(layout(variables), self.law, key.fold_in("probe", i)) for i in range(self.probes)]
+
+    @torch.no_grad()
+    def from_slopes(self, loss: Tensor, slopes: Tensor, variables: Sequence[Variable], key: Key) -> Found:
+        """The step again; see `Repeatable`."""
+        return self._found(loss, slopes, variables, self.draw(variables, key))
+
+    def _found(
+        self, loss: Tensor, slopes: Tensor, variables: Sequence[Variable], directions: Sequence[Direction]
+    ) -> Found:
+        return Found(loss, slopes, combined(variables, directions, self._weights(slopes)))
+
+    def _weights(self, slopes: Tensor) -> Tensor:
+        """What directions are multiplied by."""
+        return slopes / self.probes
 
 
 @runtime_checkable
@@ -312,11 +339,9 @@ class OfInner:
         return self if point is None else getattr(point.inner, self.name)
 
 
-def _seen_at(first: Estimate | None, last: Estimate) -> Estimate:
-    """What a step that evaluates at two points saw: the loss of the first one, unless that of the last is not finite."""
-    if first is None:
-        return last
-    return Estimate(torch.where(last.loss.isfinite(), first.loss, last.loss), last.slopes)
+def _loss_at(first: Estimate | None, last: Tensor) -> Tensor:
+    """The loss of a step that evaluates at two points: that of the first one, unless that of the last is not finite."""
+    return last if first is None else torch.where(last.isfinite(), first.loss, last)
 
 
 class Elsewhere:
@@ -344,14 +369,14 @@ class Elsewhere:
             return self.measure(loss, batches, variables, key).hand_over(variables, emit)
         with self._there(loss, batches, variables, key) as seen:
             there = self.inner(loss, batches, variables, emit, key)
-        return _seen_at(seen, there)
+        return replace(there, loss=_loss_at(seen, there.loss))
 
     @torch.no_grad()
     def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
         """Measure the slopes that `inner` has there; see `Measuring`."""
         with self._there(loss, batches, variables, key) as seen:
             there = cast(Measuring, self.inner).measure(loss, batches, variables, key)
-        return replace(there, loss=_seen_at(seen, Estimate(there.loss)).loss)
+        return replace(there, loss=_loss_at(seen, there.loss))
 
     @contextmanager
     def _there(

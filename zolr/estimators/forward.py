@@ -16,19 +16,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zolr.distributed import share_of
 from zolr.errors import UsageError
 from zolr.estimators import (
-    BySlopes,
-    Direction,
+    ByProbes,
     Found,
     Loss,
     check_probes,
-    combined,
     mean_of,
     parts_of,
     same_noise,
 )
 from zolr.keys import Key
-from zolr.probes import LAWS, Probe
-from zolr.variables import Variable, layout
+from zolr.probes import LAWS
+from zolr.variables import Variable
 
 # tangents grow from layer to layer, and those of unit directions leave the range of float16; a power of two costs no precision
 _SCALE = 2.0**-8
@@ -78,7 +76,7 @@ def _refusals_explained() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Forward(BySlopes):
+class Forward(ByProbes):
     """`(1/k) sum_i ⟨∇L, z_i⟩ z_i` with exact directional derivatives, from one forward each.
 
     No finite difference and no `eps`; costs about two forwards in time and keeps no graph. Attention runs under the
@@ -112,7 +110,7 @@ class Forward(BySlopes):
     @torch.no_grad()
     def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
         """Measure the slopes; see `Measuring`."""
-        directions = self._draw(variables, key)
+        directions = self.draw(variables, key)
         share = share_of(batches)
         own = directions[share.turn(len(directions))]
         seen = []
@@ -144,16 +142,3 @@ class Forward(BySlopes):
         both = mean_of(batches, share.stacked(seen, 2, 2))
         losses, slopes = share.of_all_probes(both, len(directions)).unbind(1)
         return self._found(losses.mean(), slopes, variables, directions)
-
-    @torch.no_grad()
-    def from_slopes(self, loss: Tensor, slopes: Tensor, variables: Sequence[Variable], key: Key) -> Found:
-        """The step again; see `Repeatable`."""
-        return self._found(loss, slopes, variables, self._draw(variables, key))
-
-    def _draw(self, variables: Sequence[Variable], key: Key) -> list[Direction]:
-        return [Probe(layout(variables), self.law, key.fold_in("probe", i)) for i in range(self.probes)]
-
-    def _found(
-        self, loss: Tensor, slopes: Tensor, variables: Sequence[Variable], directions: Sequence[Direction]
-    ) -> Found:
-        return Found(loss, slopes, combined(variables, directions, slopes / self.probes))

@@ -5,27 +5,23 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from zolr.errors import UsageError
 from zolr.estimators import (
-    BySlopes,
-    Direction,
+    ByProbes,
     Found,
     Loss,
     check_eps,
     check_probes,
-    combined,
     mean_loss,
     same_noise,
 )
 from zolr.keys import Key
-from zolr.probes import Probe
-from zolr.variables import Variable, layout, shifted
+from zolr.variables import Variable, shifted
 
 
 @dataclass(frozen=True)
-class LikelihoodRatio(BySlopes):
+class LikelihoodRatio(ByProbes):
     """`(1/k) sum_i L(B + s z_i) z_i / s`, the exact gradient of the Gaussian-smoothed loss in expectation.
 
     Without a baseline its variance carries `L² / s²` times the number of coordinates, which buries the slope for small
@@ -44,6 +40,7 @@ class LikelihoodRatio(BySlopes):
 
     eps: float | None = None
     probes: int = 1
+    law = "gaussian"  # no setting: the smoothing is by that one
     paradigm: ClassVar[Literal["fo", "zo", "fwd"]] = "zo"
     exact: ClassVar[bool] = False
 
@@ -60,7 +57,7 @@ class LikelihoodRatio(BySlopes):
         """Measure the losses; see `Measuring`."""
         if self.eps is None:
             raise UsageError("estimator 'likelihood_ratio' has no eps; give one")
-        directions = self._draw(variables, key)
+        directions = self.draw(variables, key)
         losses = []
         with same_noise(variables[0].value.device) as rewind:
             for direction in directions:
@@ -69,16 +66,3 @@ class LikelihoodRatio(BySlopes):
                     losses.append(mean_loss(loss, batches))
         values = torch.stack(losses)
         return self._found(values.mean(), values / self.eps, variables, directions)
-
-    @torch.no_grad()
-    def from_slopes(self, loss: Tensor, slopes: Tensor, variables: Sequence[Variable], key: Key) -> Found:
-        """The step again; see `Repeatable`."""
-        return self._found(loss, slopes, variables, self._draw(variables, key))
-
-    def _draw(self, variables: Sequence[Variable], key: Key) -> list[Direction]:
-        return [Probe(layout(variables), "gaussian", key.fold_in("probe", i)) for i in range(self.probes)]
-
-    def _found(
-        self, loss: Tensor, slopes: Tensor, variables: Sequence[Variable], directions: Sequence[Direction]
-    ) -> Found:
-        return Found(loss, slopes, combined(variables, directions, slopes / self.probes))

@@ -11,7 +11,7 @@ from torch import Tensor
 from zolr.distributed import share_of
 from zolr.errors import UsageError, check_numbers
 from zolr.estimators import (
-    BySlopes,
+    ByProbes,
     Direction,
     Found,
     Loss,
@@ -31,7 +31,7 @@ from zolr.variables import Variable, layout
 
 
 @dataclass(frozen=True)
-class PrivateSpsa(BySlopes):
+class PrivateSpsa(ByProbes):
     """Gradient estimate `(1/k) sum_i s_i z_i`, `s_i = (1/n) (sum_j clip(c_ij, -C, C) + N(0, (sigma C)²))`.
 
     `c_ij` is the slope of example j along direction i, `n` the examples of a step, `sigma` the noise multiplier. Below
@@ -112,7 +112,7 @@ class PrivateSpsa(BySlopes):
         Raises:
             UsageError: the loss is not one number an example.
         """
-        directions = self._draw(variables, key)
+        directions = self.draw(variables, key)
         slopes, losses, examples = [], [], 0
         with same_noise(variables[0].value.device) as rewind:
             for direction in directions:
@@ -138,18 +138,14 @@ class PrivateSpsa(BySlopes):
         if self.noise:
             normal = torch.randn(self.probes, generator=key.fold_in("noise").generator(), dtype=torch.float64)
             values = values + normal.to(values.device) * (self.noise * self.limit / examples)
-        return self._found(torch.stack(losses).mean(), values, directions)
+        return self._found(torch.stack(losses).mean(), values, variables, directions)
 
-    @torch.no_grad()
-    def from_slopes(self, loss: Tensor, slopes: Tensor, variables: Sequence[Variable], key: Key) -> Found:
-        """The step again, from slopes that are private already; see `Repeatable`."""
-        return self._found(loss, slopes, self._draw(variables, key))
-
-    def _draw(self, variables: Sequence[Variable], key: Key) -> list[Direction]:
-        return [Probe(layout(variables), self.law, key.fold_in("probe", i)) for i in range(self.probes)]
-
-    def _found(self, loss: Tensor, values: Tensor, directions: Sequence[Direction]) -> Found:
-        return Found(loss, values, lambda variable: combine(variable, directions, values / self.probes))
+    def _found(
+        self, loss: Tensor, slopes: Tensor, variables: Sequence[Variable], directions: Sequence[Direction]
+    ) -> Found:
+        # not `combined`, which rounds a sum over several probes otherwise
+        weights = self._weights(slopes)
+        return Found(loss, slopes, lambda variable: combine(variable, directions, weights))
 
     @torch.no_grad()
     def tried(
@@ -208,17 +204,6 @@ def epsilon_of(mu: float, delta: float) -> float:
             f"delta = {delta} is no probability of failure; use a number in (0, 1), such as 1e-5"
         )
     return _least(lambda epsilon: delta_of(mu, epsilon) <= delta)
-
-
-def noise_for(epsilon: float, *, uses: int, delta: float, probes: int = 1) -> float:
-    """Least noise multiplier that spends at most `epsilon` when every example is used so often, to a relative 1e-9.
-
-    Raises:
-        UsageError: epsilon not positive, or delta outside (0, 1).
-    """
-    if not epsilon > 0 or not 0 < delta < 1:
-        raise UsageError(f"epsilon = {epsilon} must be positive, and delta = {delta} in (0, 1)")
-    return _least(lambda noise: noise > 0 and delta_of(2 * sqrt(probes * uses) / noise, epsilon) <= delta)
 
 
 def _least(enough: Any) -> float:

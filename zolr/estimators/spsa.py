@@ -9,7 +9,7 @@ import torch
 from zolr.distributed import share_of
 from zolr.errors import UsageError
 from zolr.estimators import (
-    BySlopes,
+    ByProbes,
     Direction,
     Found,
     Loss,
@@ -17,7 +17,6 @@ from zolr.estimators import (
     check_eps,
     check_probes,
     check_signs,
-    combined,
     compared,
     evaluate,
     mean_of,
@@ -25,12 +24,12 @@ from zolr.estimators import (
     same_noise,
 )
 from zolr.keys import Key
-from zolr.probes import LAWS, Combination, Probe, orthonormal
+from zolr.probes import LAWS, Combination, orthonormal
 from zolr.variables import Variable, layout
 
 
 @dataclass(frozen=True)
-class Spsa(BySlopes):
+class Spsa(ByProbes):
     """Gradient estimate `(1/k) sum_i c_i z_i` with `c_i = (L(B + eps z_i) - L(B - eps z_i)) / (2 eps)`.
 
     Unbiased up to `O(eps²)` for every law with `E[z zᵀ] = I`. Its second moment is about the number of coordinates
@@ -86,12 +85,11 @@ class Spsa(BySlopes):
         """`2 k` forwards a micro-batch, or `k + 1` one-sided."""
         return batches * (2 * self.probes if self.sides == 2 else self.probes + 1)
 
-    def draw(self, variables: Sequence[Variable], key: Key) -> list[Direction]:
-        """The step's directions; the same for the same key, whatever was drawn before."""
-        space = layout(variables)
+    def draw(self, variables: Sequence[Variable], key: Key) -> Sequence[Direction]:
+        """The step's directions; see `ByProbes`."""
         if self.directions == "orthonormal":
-            return list(orthonormal(space, self.probes, key))
-        return [Probe(space, self.law, key.fold_in("probe", i)) for i in range(self.probes)]
+            return orthonormal(layout(variables), self.probes, key)
+        return super().draw(variables, key)
 
     @torch.no_grad()
     def measure(self, loss: Loss, batches: Sequence[Any], variables: Sequence[Variable], key: Key) -> Found:
@@ -127,25 +125,12 @@ class Spsa(BySlopes):
                 slopes = (share.of_all_probes(values, len(directions)) - mean) / eps
         return self._found(mean, slopes, variables, directions)
 
-    @torch.no_grad()
-    def from_slopes(
-        self, loss: torch.Tensor, slopes: torch.Tensor, variables: Sequence[Variable], key: Key
-    ) -> Found:
-        """The step again; see `Repeatable`."""
-        return self._found(loss, slopes, variables, self.draw(variables, key))
-
-    def _found(
-        self,
-        mean: torch.Tensor,
-        slopes: torch.Tensor,
-        variables: Sequence[Variable],
-        directions: Sequence[Direction],
-    ) -> Found:
-        weights = slopes / len(slopes)
-        if self.normalize:
-            spread = slopes.std(unbiased=False)
-            weights = torch.where(spread == 0, 0.0, weights / spread)
-        return Found(mean, slopes, combined(variables, directions, weights))
+    def _weights(self, slopes: torch.Tensor) -> torch.Tensor:
+        weights = super()._weights(slopes)
+        if not self.normalize:
+            return weights
+        spread = slopes.std(unbiased=False)
+        return torch.where(spread == 0, 0.0, weights / spread)
 
     def _held(self, direction: Direction, variables: Sequence[Variable]) -> Direction:
         """A direction that is drawn once and kept, in a byte an entry where that holds it."""

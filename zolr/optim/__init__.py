@@ -8,15 +8,9 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zolr.errors import UsageError
-from zolr.optim.averaged import Averaged
-from zolr.optim.by_shape import ByShape
-from zolr.optim.factored import Factored
-from zolr.optim.mofasgd import MomentumFactorizedSgd
-from zolr.optim.optimistic import Optimistic
-from zolr.optim.portable import Portable
 
 ADAM_DEGREES = {"step": 0, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
 
@@ -132,6 +126,31 @@ class Entry:
     vectors: Mapping[str, Any] = field(default_factory=dict)
     normalizes: bool = True
 
+
+class Each(torch.optim.Optimizer):
+    """A rule that moves one value after the other; a subclass says how."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step on every parameter that has a gradient."""
+        if closure is not None:
+            raise ValueError(f"{type(self).__name__} takes no closure; compute gradients before the step")
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._move(p, p.grad, group)
+
+    def _move(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """One step on one parameter."""
+        raise NotImplementedError
+
+
+from zolr.optim.averaged import Averaged  # noqa: E402  (the files build on what is above)
+from zolr.optim.by_shape import ByShape  # noqa: E402
+from zolr.optim.factored import Factored  # noqa: E402
+from zolr.optim.mofasgd import MomentumFactorizedSgd  # noqa: E402
+from zolr.optim.optimistic import Optimistic  # noqa: E402
+from zolr.optim.portable import Portable  # noqa: E402
 
 _MEAN = {"step": 0, "exp_avg": 1}
 FUSED = {"fused": True}

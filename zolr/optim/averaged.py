@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from zolr.errors import UsageError
+from zolr.optim import Each
 
 
-class Averaged(torch.optim.Optimizer):
+class Averaged(Each):
     """`M <- beta M + (1 - beta) G` from `M = 0`, `p -= lr M`.
 
     torch's SGD with momentum starts at the first gradient instead, which gives that one gradient the weight of many.
@@ -36,19 +37,11 @@ class Averaged(torch.optim.Optimizer):
             raise UsageError(f"beta = {beta} is no memory of a mean; use a number in [0, 1)")
         super().__init__(params, {"lr": lr, "beta": beta, "correct": correct, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step on every parameter that has a gradient."""
-        if closure is not None:
-            raise ValueError("Averaged takes no closure; compute gradients before the step")
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(p)
-                state["step"] += 1
-                state["exp_avg"].lerp_(p.grad, 1 - group["beta"])
-                size = 1 - group["beta"] ** float(state["step"]) if group["correct"] else 1.0
-                p.sub_(state["exp_avg"], alpha=group["lr"] / size)
+    def _move(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        if not state:
+            state["step"], state["exp_avg"] = torch.zeros(()), torch.zeros_like(p)
+        state["step"] += 1
+        state["exp_avg"].lerp_(gradient, 1 - group["beta"])
+        size = 1 - group["beta"] ** float(state["step"]) if group["correct"] else 1.0
+        p.sub_(state["exp_avg"], alpha=group["lr"] / size)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from zolr.errors import UsageError
 from zolr.factored import FLOOR, clipped, divide, observe, rms
+from zolr.optim import Each
 
 
-class Factored(torch.optim.Optimizer):
+class Factored(Each):
     """`p -= lr s U`, `U = G / sqrt(V)` with V factored, cut to a root mean square of at most `threshold`.
 
     `V <- (1 - t^-decay) V + t^-decay G²` at step t, so the first step is that of the sign of the gradient's mass. Unlike
@@ -53,28 +54,24 @@ class Factored(torch.optim.Optimizer):
         super().__init__(
             params,
             {
-                **{"lr": lr, "decay": decay, "threshold": threshold, "beta": beta, "scaled": scaled},
-                **{"floor": floor, "eps": eps, "weight_decay": weight_decay},
+                "lr": lr,
+                "decay": decay,
+                "threshold": threshold,
+                "beta": beta,
+                "scaled": scaled,
+                "floor": floor,
+                "eps": eps,
+                "weight_decay": weight_decay,
             },
         )
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step on every parameter that has a gradient."""
-        if closure is not None:
-            raise ValueError("Factored takes no closure; compute gradients before the step")
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._move(p, group)
-
-    def _move(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _move(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros(())
         state["step"] += 1
-        observe(state, p.grad, float(state["step"]) ** -group["decay"], group["eps"])  # type: ignore[arg-type]
-        update = divide(p.grad.clone(), state)  # type: ignore[union-attr]
+        observe(state, gradient, float(state["step"]) ** -group["decay"], group["eps"])
+        update = divide(gradient.clone(), state)
         if group["beta"]:
             if "exp_avg" not in state:
                 state["exp_avg"] = torch.zeros_like(update)

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from zolr.errors import UsageError
 from zolr.factorizations import triples
+from zolr.optim import Each
 from zolr.probes import one_thread
 
 
-class MomentumFactorizedSgd(torch.optim.Optimizer):
+class MomentumFactorizedSgd(Each):
     """`M = U diag(s) Vᵀ` of rank r, moved along its own tangent space; `p -= lr U Vᵀ`.
 
     `M <- SVD_r(beta M + U Uᵀ G + G V Vᵀ - U Uᵀ G V Vᵀ)`: what of a gradient lies outside of both spans is lost, the
@@ -63,8 +64,14 @@ class MomentumFactorizedSgd(torch.optim.Optimizer):
             params,
             {
                 "outside": outside,
-                **{"lr": lr, "rank": rank, "beta": beta, "adjust": adjust, "released": released},
-                **{"share": share, "limit": limit, "weight_decay": weight_decay},
+                "lr": lr,
+                "rank": rank,
+                "beta": beta,
+                "adjust": adjust,
+                "released": released,
+                "share": share,
+                "limit": limit,
+                "weight_decay": weight_decay,
             },
         )
         for group in self.param_groups:
@@ -74,33 +81,27 @@ class MomentumFactorizedSgd(torch.optim.Optimizer):
                         f"mofasgd factors matrices, not shape {tuple(p.shape)}; use adamw for it"
                     )
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step on every parameter that has a gradient."""
-        if closure is not None:
-            raise ValueError("MomentumFactorizedSgd takes no closure; compute gradients before the step")
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None or not p.numel():
-                    continue
-                state, rank = self.state[p], min(group["rank"], *p.shape)
-                if state:
-                    factors = advanced(state["left"], state["values"], state["right"], p.grad, group["beta"])
-                elif group["released"]:
-                    factors = advanced(*triples(p, rank), p.grad, group["beta"])
-                else:
-                    factors = triples(p.grad, rank)
-                state.update(zip(("left", "values", "right"), factors, strict=True))
-                left, values, right = factors
-                if group["released"]:
-                    weights = group["share"] * values.reciprocal().clamp_max(group["limit"]) * (values > 1e-4)
-                else:
-                    weights = (values > values[0] * max(p.shape) * torch.finfo(p.dtype).eps).to(p)
-                    weights *= 0.2 * max(p.shape) ** 0.5 if group["adjust"] else 1.0
-                if group["outside"]:
-                    rest = p.grad - left @ (left.mT @ p.grad)
-                    p.sub_((rest - rest @ right @ right.mT).mul_(group["lr"] * group["outside"]))
-                p.addmm_(left * weights, right.mT, alpha=-group["lr"])
+    def _move(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        if not p.numel():
+            return
+        state, rank = self.state[p], min(group["rank"], *p.shape)
+        if state:
+            factors = advanced(state["left"], state["values"], state["right"], gradient, group["beta"])
+        elif group["released"]:
+            factors = advanced(*triples(p, rank), gradient, group["beta"])
+        else:
+            factors = triples(gradient, rank)
+        state.update(zip(("left", "values", "right"), factors, strict=True))
+        left, values, right = factors
+        if group["released"]:
+            weights = group["share"] * values.reciprocal().clamp_max(group["limit"]) * (values > 1e-4)
+        else:
+            weights = (values > values[0] * max(p.shape) * torch.finfo(p.dtype).eps).to(p)
+            weights *= 0.2 * max(p.shape) ** 0.5 if group["adjust"] else 1.0
+        if group["outside"]:
+            rest = gradient - left @ (left.mT @ gradient)
+            p.sub_((rest - rest @ right @ right.mT).mul_(group["lr"] * group["outside"]))
+        p.addmm_(left * weights, right.mT, alpha=-group["lr"])
 
 
 @one_thread()

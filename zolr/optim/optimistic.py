@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from zolr.errors import UsageError
+from zolr.optim import Each
 
 
-class Optimistic(torch.optim.Optimizer):
+class Optimistic(Each):
     """`p -= lr ((1 + reach) g - reach g_before)`, with no gradient before the first.
 
     That is extragradient with one gradient a step, seen from the points where gradients are taken: with `w` the iterates
@@ -38,20 +38,11 @@ class Optimistic(torch.optim.Optimizer):
             raise UsageError(f"reach = {reach} is no distance; use a number of at least 0 (1 is one step)")
         super().__init__(params, {"lr": lr, "reach": reach, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step on every parameter that has a gradient."""
-        if closure is not None:
-            raise ValueError("Optimistic takes no closure; compute gradients before the step")
-        for group in self.param_groups:
-            lr, reach = group["lr"], group["reach"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if "previous" in state:
-                    p.sub_((p.grad * (1 + reach)).sub_(state["previous"], alpha=reach).mul_(lr))
-                    state["previous"].copy_(p.grad)
-                else:
-                    p.sub_(p.grad * (1 + reach) * lr)
-                    state["previous"] = p.grad.clone()
+    def _move(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        lr, reach, state = group["lr"], group["reach"], self.state[p]
+        if "previous" in state:
+            p.sub_((gradient * (1 + reach)).sub_(state["previous"], alpha=reach).mul_(lr))
+            state["previous"].copy_(gradient)
+        else:
+            p.sub_(gradient * (1 + reach) * lr)
+            state["previous"] = gradient.clone()

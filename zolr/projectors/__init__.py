@@ -5,8 +5,9 @@ mean the same thing in every subspace and at every rank.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import sqrt
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -90,6 +91,39 @@ class Fixed:
     def eigenpairs(self) -> int:
         """None."""
         return 0
+
+
+@dataclass(frozen=True)
+class OneSided(Fixed):
+    """An unbiased law of bases on one side of a matrix, which nothing but the key decides.
+
+    Args:
+        rank: r, at least 1; capped at the projected dimension.
+        side: "right" projects the input dimension, "left" the output dimension, "short" the smaller one.
+        c: isotropy constant; 1 is unbiased.
+
+    Raises:
+        UsageError: rank below 1, unknown side, or c not positive.
+    """
+
+    rank: int = 8
+    side: Side = "right"
+    c: float = 1.0
+    needs: ClassVar[Literal["nothing", "gradient"]] = "nothing"
+    unbiased: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_rank(self.rank, self.c)
+        check_side(self.side)
+
+    def draw(self, shape: tuple[int, ...], key: Key, *, like: Tensor, **_: Any) -> Subspace:
+        """Draw the subspace of one weight."""
+        n = projected_length(self.side, shape)
+        return one_sided(self.side, shape, self._basis(n, min(self.rank, n), key, like).to(like))
+
+    def _basis(self, n: int, r: int, key: Key, like: Tensor) -> Tensor:
+        """P `(n, r)`."""
+        raise NotImplementedError
 
 
 class Patient(Fixed):

@@ -2,18 +2,16 @@
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from zolr.keys import Key
-from zolr.projectors import Fixed, Side, check_rank, check_side, one_sided, projected_length, working_dtype
-from zolr.subspaces import Subspace
+from zolr.projectors import OneSided, working_dtype
 
 
 @dataclass(frozen=True)
-class Coordinate(Fixed):
+class Coordinate(OneSided):
     """`P = sqrt(c n / r) [e_j]` for a uniform r-subset of axes.
 
     Has the same mean squared error as `stiefel` for every gradient, but heavier tails where a few input features carry
@@ -28,20 +26,7 @@ class Coordinate(Fixed):
         UsageError: rank below 1, unknown side, or c not positive.
     """
 
-    rank: int = 8
-    side: Side = "right"
-    c: float = 1.0
-    needs: ClassVar[Literal["nothing", "gradient"]] = "nothing"
-    unbiased: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_rank(self.rank, self.c)
-        check_side(self.side)
-
-    def draw(self, shape: tuple[int, ...], key: Key, *, like: Tensor, **_: Any) -> Subspace:
-        """Draw the subspace of one weight."""
-        n = projected_length(self.side, shape)
-        r = min(self.rank, n)
+    def _basis(self, n: int, r: int, key: Key, like: Tensor) -> Tensor:
         basis = torch.zeros(n, r, dtype=working_dtype(like))
         basis[key.permutation(n)[:r], torch.arange(r)] = sqrt(self.c * n / r)
-        return one_sided(self.side, shape, basis.to(like))
+        return basis

@@ -1,25 +1,15 @@
 """Independent Gaussian entries: the law of FLORA, RSO and LOZO."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from zolr.keys import Key
-from zolr.projectors import (
-    Fixed,
-    Side,
-    check_rank,
-    check_side,
-    gaussian_basis,
-    one_sided,
-    projected_length,
-)
-from zolr.subspaces import Subspace
+from zolr.projectors import OneSided, gaussian_basis
 
 
 @dataclass(frozen=True)
-class Gaussian(Fixed):
+class Gaussian(OneSided):
     """Independent `N(0, c / r)` entries.
 
     `E[P Pᵀ] = c I`, but `PᵀP` is the identity only on average: at `c = 1` the relative error is `(n + 1) / r`, against
@@ -36,17 +26,5 @@ class Gaussian(Fixed):
     Reference: FLORA arXiv 2402.03293, RSO arXiv 2502.07222, LOZO (paper's scale).
     """
 
-    rank: int = 8
-    side: Side = "right"
-    c: float = 1.0
-    needs: ClassVar[Literal["nothing", "gradient"]] = "nothing"
-    unbiased: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_rank(self.rank, self.c)
-        check_side(self.side)
-
-    def draw(self, shape: tuple[int, ...], key: Key, *, like: Tensor, **_: Any) -> Subspace:
-        """Draw the subspace of one weight."""
-        n = projected_length(self.side, shape)
-        return one_sided(self.side, shape, gaussian_basis(n, min(self.rank, n), key, like, self.c))
+    def _basis(self, n: int, r: int, key: Key, like: Tensor) -> Tensor:
+        return gaussian_basis(n, r, key, like, self.c)

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -10,16 +9,7 @@ from torch import Tensor
 from zolr.factorizations import orthonormal
 from zolr.keys import Key
 from zolr.probes import counters
-from zolr.projectors import (
-    Fixed,
-    Side,
-    check_rank,
-    check_side,
-    one_sided,
-    projected_length,
-    working_dtype,
-)
-from zolr.subspaces import Subspace
+from zolr.projectors import OneSided, working_dtype
 
 
 def hadamard_columns(columns: Tensor, n: int) -> Tensor:
@@ -33,7 +23,7 @@ def hadamard_columns(columns: Tensor, n: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Srht(Fixed):
+class Srht(OneSided):
     """Random signs times random columns of a Hadamard matrix.
 
     For `n` a power of two the columns are orthogonal and every entry is `+- sqrt(c / r)`: the same class, and the same
@@ -50,20 +40,7 @@ class Srht(Fixed):
         UsageError: rank below 1, unknown side, or c not positive.
     """
 
-    rank: int = 8
-    side: Side = "right"
-    c: float = 1.0
-    needs: ClassVar[Literal["nothing", "gradient"]] = "nothing"
-    unbiased: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_rank(self.rank, self.c)
-        check_side(self.side)
-
-    def draw(self, shape: tuple[int, ...], key: Key, *, like: Tensor, **_: Any) -> Subspace:
-        """Draw the subspace of one weight."""
-        n = projected_length(self.side, shape)
-        r = min(self.rank, n)
+    def _basis(self, n: int, r: int, key: Key, like: Tensor) -> Tensor:
         power = 1 << (n - 1).bit_length()
         signs = key.fold_in("signs").signs(counters("srht", 0, n, torch.device("cpu")))[:n]
         columns = hadamard_columns(key.fold_in("columns").permutation(power)[:r], n).to(
@@ -76,4 +53,4 @@ class Srht(Fixed):
             # gives E[P Pᵀ] the same diagonal everywhere, and the signs take its other entries away
             q = orthonormal(columns)
             basis = q[key.fold_in("rows").permutation(n)] * sqrt(self.c * n / r)
-        return one_sided(self.side, shape, (signs[:, None] * basis).to(like))
+        return signs[:, None] * basis

@@ -1,17 +1,15 @@
 """Haar-Stiefel: the optimal law when nothing is known of the gradient."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from zolr.keys import Key
-from zolr.projectors import Fixed, Side, check_rank, check_side, haar, lengthened, one_sided, projected_length
-from zolr.subspaces import Subspace
+from zolr.projectors import OneSided, haar, lengthened
 
 
 @dataclass(frozen=True)
-class Stiefel(Fixed):
+class Stiefel(OneSided):
     """Haar-distributed subspace, scaled to be unbiased.
 
     Draws `Q (n, r)` uniform on the Stiefel manifold and uses `P = sqrt(c n / r) Q`, so `E[P Pᵀ] = c I` and
@@ -35,18 +33,5 @@ class Stiefel(Fixed):
     ((3, 2), True)
     """
 
-    rank: int = 8
-    side: Side = "right"
-    c: float = 1.0
-    needs: ClassVar[Literal["nothing", "gradient"]] = "nothing"
-    unbiased: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_rank(self.rank, self.c)
-        check_side(self.side)
-
-    def draw(self, shape: tuple[int, ...], key: Key, *, like: Tensor, **_: Any) -> Subspace:
-        """Draw the subspace of one weight."""
-        n = projected_length(self.side, shape)
-        r = min(self.rank, n)
-        return one_sided(self.side, shape, lengthened(haar(n, r, key, like), self.c).to(like))
+    def _basis(self, n: int, r: int, key: Key, like: Tensor) -> Tensor:
+        return lengthened(haar(n, r, key, like), self.c)

@@ -148,10 +148,15 @@ def _bias_correction(like: Tensor, window: Window, state: State) -> Tensor:
     betas = window.settings.get("betas")
     if betas is None:
         return torch.ones_like(like)
-    # counted beside the optimizer's own counter, which may lie on the host or on the device
-    steps = state.get("steps", torch.zeros_like(like, dtype=torch.float64)) + 1
-    state["steps"] = steps
+    # beside the optimizer's own counter, which may lie on the host or on the device
+    steps = counted(state, like, torch.float64)
     return ((1 - betas[1] ** steps).sqrt() / (1 - betas[0] ** steps)).to(like)
+
+
+def counted(state: State, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Steps that a weight has made with this one, shape (), on the device of `like`: a power of it asks nobody."""
+    state["steps"] = state.get("steps", torch.zeros((), dtype=dtype, device=like.device)) + 1
+    return state["steps"]
 
 
 def length(coords: Tensor, axis: int | None) -> Tensor:

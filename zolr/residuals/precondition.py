@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from zolr.errors import UsageError
 from zolr.factored import clipped, divide, observe, rms
-from zolr.residuals import Plain, State, Step, Window
+from zolr.residuals import Plain, State, Step, Window, counted
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,7 @@ class Precondition(Plain):
 
     def __call__(self, weight: Tensor, gradient: Tensor, window: Window, step: Step, state: State) -> None:
         """Move the weight; see `Residual`."""
-        steps = state.get("steps", torch.zeros((), dtype=weight.dtype, device=weight.device)) + 1
-        state["steps"] = steps
+        steps = counted(state, weight, weight.dtype)
         observe(state, gradient, steps**-self.decay)
         update = divide(gradient, state)
         coords = window.subspace.project(update)

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from zolr.errors import UsageError
 from zolr.factored import divide, observe
-from zolr.residuals import Plain, State, Step, Window
+from zolr.residuals import Plain, State, Step, Window, counted
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,7 @@ class ProjFactor(Plain):
         """Move the weight; see `Residual`."""
         coords = window.subspace.project(gradient)
         lifted = window.subspace.lift(coords)
-        steps = state.get("steps", torch.zeros((), dtype=weight.dtype, device=weight.device)) + 1
-        state["steps"] = steps
+        steps = counted(state, weight, weight.dtype)
         observe(state, lifted, 1 - self.beta)
         change = window.subspace.lift(step(coords))
         correction = 1 - self.beta**steps

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from zolr.errors import DataError
 from zolr.keys import Key
-from zolr.tasks.shards import Ids, Packed, pack
+from zolr.tasks.shards import Ids, Packed
 from zolr.tasks.texts import END, TEXT, Source, no_text, pieces
 
 Objective = Literal["clm", "mlm"]
@@ -185,19 +185,6 @@ class TokenStream:
             vocab_size=len(tokenizer),
             reset=packed.manifest["boundary"] if reset else None,
         )
-
-    @classmethod
-    def of_text(
-        cls,
-        files: Sequence[Source],
-        tokenizer: Any,
-        *,
-        cache: str | Path | None = None,
-        column: str = TEXT,
-        **settings: Any,
-    ) -> TokenStream:
-        """Builds the stream of sources: `pack`, then `of_ids`."""
-        return cls.of_ids(pack(files, tokenizer, cache, column=column), tokenizer, **settings)
 
     @property
     def rows(self) -> int:

@@ -232,21 +232,6 @@ def _part_of_a_folder(name: str) -> bool:
     return bool(colon) and rest.count(":") <= 1 and Path(folder).is_dir()
 
 
-def text_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
-    """As `sources`, of files and folders alone.
-
-    Raises:
-        DataError: A path does not exist, or no training file was found.
-    """
-    for path in map(Path, paths):
-        if not path.exists():
-            raise DataError(
-                f"no file or folder {str(path)!r}; give the path of a text file, or of a folder of them"
-            )
-    train, held_out = sources(paths)
-    return [p for p in train if isinstance(p, Path)], [p for p in held_out if isinstance(p, Path)]
-
-
 def documents(given: Iterable[Source], column: str = TEXT) -> Iterator[str]:
     """Yields the documents of sources, one after the other, never an empty one.
 
