@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Run
@@ -1106,6 +1107,13 @@ def test_small_slips_are_told_in_one_sentence() -> None:
         zolr.compose("stiefel", "fo", projector=zolr.compose("stiefel", "fo").projector)  # type: ignore[arg-type]
     with pytest.warns(UserWarning, match=r"one for an adapter.*zolr.lora.wrap"):
         zolr.Engine(perceptron(), zolr.compose("lora", "fo"), lr=1e-3, loss=loss)
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
+    given = zolr.compose("stiefel", "fo", rank=np.int64(2), refresh_every=np.int32(7))
+    assert repr(given) == repr(zolr.compose("stiefel", "fo", rank=2, refresh_every=7))
+    with pytest.raises(UsageError, match="rank True"):
+        zolr.compose("stiefel", "fo", rank=True)
 
 
 def test_a_loss_that_its_owner_has_compiled_is_not_looked_into() -> None:

@@ -1,6 +1,6 @@
 """The errors a user can cause, each with the exit code that the command line returns for it."""
 
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -60,6 +60,20 @@ class BudgetError(ZolrError):
     """The memory budget cannot be met."""
 
     exit_code = 7
+
+
+def is_count(value: Any, least: int = 1) -> bool:
+    """Whether a setting is a whole number, numpy's too, of at least so much; True and False are none.
+
+    >>> [is_count(value) for value in (3, 0, 2.0, True)]
+    [True, False, False, False]
+    """
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def plain(value: Any) -> Any:
+    """A setting as it is saved and compared: whole numbers of other packages as Python's own."""
+    return int(value) if is_count(value, 0) else value
 
 
 def check_numbers(**given: Any) -> None:

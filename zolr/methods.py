@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from zolr.errors import UsageError, check_numbers
+from zolr.errors import UsageError, check_numbers, is_count, plain
 from zolr.estimators import ESTIMATORS, PARADIGMS, POINTS, Estimator, changed, setting
 from zolr.estimators.ascent import Ascent
 from zolr.estimators.backprop import Backprop
@@ -107,7 +107,7 @@ class Method:
 
     def __post_init__(self) -> None:
         every = self.refresh_every
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        if every is not None and not is_count(every):
             raise UsageError(
                 f"refresh_every = {every!r} is no number of steps; use at least 1, or none to never refresh"
             )
@@ -259,7 +259,7 @@ class Adapter:
     rank: int = 8
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+        if not is_count(self.rank):
             raise UsageError(
                 f"rank {self.rank!r} of an adapter is not possible; use a whole number of at least 1"
             )
@@ -1136,7 +1136,7 @@ def compose(
     if refresh_every is not None:
         if isinstance(result.projector, Identity):
             raise UsageError("refresh_every means nothing for projector 'identity'; leave it out")
-        result = replace(result, refresh_every=refresh_every)
+        result = replace(result, refresh_every=plain(refresh_every))
     if isinstance(set, str) or not (isinstance(set, Sequence) and all(isinstance(word, str) for word in set)):
         raise UsageError(f"set = {set!r} is no list of settings; give one, such as ['residual.q=0.2']")
     for word in set:
@@ -1246,7 +1246,7 @@ def _at_point(estimator: Any, cls: type) -> Any:
 
 
 def _with(part: Any, owner: str, **settings: Any) -> Any:
-    given = {name: value for name, value in settings.items() if value is not None}
+    given = {name: plain(value) for name, value in settings.items() if value is not None}
     for name in given:
         if setting(part, name, _ABSENT) is _ABSENT:
             raise UsageError(f"{owner} has no setting '{name}'; leave it out")

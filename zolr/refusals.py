@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from zolr.distributed import Team
-from zolr.errors import UsageError, check_numbers
+from zolr.errors import UsageError, check_numbers, is_count
 from zolr.estimators import setting
 from zolr.estimators.forward import Forward
 from zolr.estimators.spsa import Spsa
@@ -89,7 +89,7 @@ def check_arguments(
             f"weight_decay = {weight_decay} or clip = {clip} is out of range; use a finite decay of at least 0, and a "
             "positive norm"
         )
-    if isinstance(hold_rank, bool) or not isinstance(hold_rank, int) or hold_rank < 1:
+    if not is_count(hold_rank):
         raise UsageError(f"hold_rank = {hold_rank!r} is no rank; use a whole number of at least 1")
     if realization == "inplace" and setting(method.estimator, "signs", "sequence") != "sequence":
         raise UsageError(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from zolr.distributed import share_of
-from zolr.errors import UsageError, check_numbers
+from zolr.errors import UsageError, check_numbers, is_count
 from zolr.keys import Key
 from zolr.probes import Probe
 from zolr.rows import NotByRows, repeated, rows_in
@@ -629,7 +629,7 @@ def _difference(expected: Sequence[Tensor], found: Sequence[Tensor], variables: 
 
 def check_probes(probes: int) -> None:
     """Refuse a number of probes that means nothing."""
-    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
+    if not is_count(probes):
         raise UsageError(f"{probes!r} probes a step are not possible; use a whole number of at least 1")
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from zolr.errors import UsageError
+from zolr.errors import UsageError, is_count
 from zolr.estimators import (
     BySlopes,
     Found,
@@ -56,7 +56,7 @@ class Coordinates(BySlopes):
 
     def __post_init__(self) -> None:
         check_eps(self.eps)
-        if isinstance(self.blocks, bool) or not isinstance(self.blocks, int) or self.blocks < 1:
+        if not is_count(self.blocks):
             raise UsageError(
                 f"{self.blocks!r} blocks a step are not possible; use a whole number of at least 1"
             )

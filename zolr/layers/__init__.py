@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from math import prod
 from typing import ClassVar, Literal, Protocol
 
-from zolr.errors import UsageError
+from zolr.errors import UsageError, is_count
 from zolr.keys import Key
 
 Outside = Literal["always", "never", "blocks"]
@@ -83,7 +83,7 @@ def shuffled(blocks: int, key: Key) -> list[int]:
 
 def check_every(every: int) -> None:
     """Refuse a length of periods that means nothing."""
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+    if not is_count(every):
         raise UsageError(f"every = {every!r} is no number of steps; use a whole number of at least 1")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
-from zolr.errors import UsageError
+from zolr.errors import UsageError, is_count
 from zolr.keys import Key
 from zolr.layers import Outside, check_every, check_outside, shuffled
 
@@ -32,7 +32,7 @@ class Sampled:
     def __post_init__(self) -> None:
         check_every(self.every)
         check_outside(self.outside)
-        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
+        if not is_count(self.count):
             raise UsageError(f"{self.count!r} blocks cannot be drawn; use a whole number of at least 1")
 
     def active(self, blocks: int, period: int, key: Key) -> Collection[int]:

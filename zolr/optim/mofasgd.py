@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zolr.errors import UsageError
+from zolr.errors import UsageError, is_count
 from zolr.factorizations import triples
 from zolr.optim import Each
 from zolr.probes import one_thread
@@ -54,7 +54,7 @@ class MomentumFactorizedSgd(Each):
         limit: float = 5.0,
         weight_decay: float = 0.0,
     ) -> None:
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        if not is_count(rank):
             raise UsageError(f"rank {rank!r} is not possible; use a whole number of at least 1")
         if not 0 <= beta < 1:
             raise UsageError(f"beta = {beta} is no memory of a momentum; use a number in [0, 1)")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from zolr.errors import UsageError
+from zolr.errors import UsageError, is_count
 from zolr.factorizations import leading, orthonormal
 from zolr.keys import Key
 from zolr.spectra import Moments, Spectrum, inclusion_probabilities, picked, sample
@@ -145,7 +145,7 @@ class Patient(Fixed):
 
 def check_rank(rank: int, c: float = 1.0) -> None:
     """Refuse a rank or isotropy constant that means nothing."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if not is_count(rank):
         raise UsageError(f"rank {rank!r} is not possible; use a whole number of at least 1")
     if not c > 0:
         raise UsageError(f"isotropy constant c = {c} must be positive; use 1 for an unbiased estimate")

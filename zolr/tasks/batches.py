@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
-from zolr.errors import UsageError
+from zolr.errors import UsageError, is_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,7 +117,7 @@ class TrainingBatches:
         pad_to_multiple: int | None = None,
     ) -> None:
         for name, size in (("batch size", batch_size), ("micro-batch size", micro_batch_size)):
-            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            if size is not None and not is_count(size):
                 raise UsageError(f"{name} {size!r} is not possible; use a whole number of at least 1")
         if batch_size > len(encoded):
             raise UsageError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zolr.errors import DataError, UsageError
+from zolr.errors import DataError, UsageError, is_count
 from zolr.tasks.examples import Example
 
 TEST_SEED = 42  # the published protocol cuts test sets with this seed, whatever the seed of the run
@@ -57,7 +57,7 @@ def few_shot(
         UsageError: k < 1.
         DataError: a class has fewer than 2k different rows (k without validation).
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+    if not is_count(k):
         raise UsageError(f"k = {k!r} examples a class is not possible; use a whole number of at least 1")
     seen = {example.texts for example in held_out}
     by_class: list[list[Example]] = [[] for _ in classes]
@@ -135,7 +135,7 @@ def cap(examples: list[Example], rows: int, seed: int, classes: Sequence[str]) -
     Raises:
         UsageError: fewer rows than classes.
     """
-    if isinstance(rows, bool) or not isinstance(rows, int) or rows < len(classes):
+    if not is_count(rows, len(classes)):
         raise UsageError(
             f"{rows!r} training rows cannot show all {len(classes)} classes; use {len(classes)} or more"
         )

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from zolr.errors import DataError, UsageError
+from zolr.errors import DataError, UsageError, is_count
 from zolr.tasks.batches import Encoded
 from zolr.tasks.examples import Example, nearest
 
@@ -241,7 +241,7 @@ def _assemble(
 def _check_limits(
     max_length: int, cuts: Sequence[int | None], columns: Sequence[str]
 ) -> tuple[int | None, ...]:
-    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
+    if not is_count(max_length):
         raise UsageError(f"max_length {max_length!r} is not possible; use a whole number of tokens")
     cuts = tuple(cuts) or (None,) * len(columns)
     if len(cuts) != len(columns) or any(cut is not None and cut < 1 for cut in cuts):
