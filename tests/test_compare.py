@@ -311,6 +311,45 @@ def test_a_comparison_goes_on_with_what_is_missing(
     failed(zolr(*given, "sgd", "--resume"), 4, "is no comparison to go on with: it has no compare.json")
 
 
+def test_a_comparison_does_not_go_on_with_other_data(
+    zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"status": DONE, "metric": "accuracy", "before": 0.25, "after": 0.5, "forwards": 6, "seconds": 1.0}
+    monkeypatch.setattr(compare, "_raced", lambda plan, terms: {**row, "peak_bytes_measured": 9})
+    monkeypatch.chdir(tmp_path)
+    own, folder = tmp_path / "d.csv", tmp_path / "tasks"
+    (folder / "sst2").mkdir(parents=True)
+    held = tmp_path / "held.csv"
+    for file in (own, held, folder / "sst2" / "train.tsv"):
+        file.write_text("text,label\na,b\n")
+    own_data = ("--data", own, "--validation", held, "--model", "demo")
+    for number, given in enumerate((own_data, ("--task", "sst2", "--data-dir", folder))):
+        root = tmp_path / f"all{number}"
+        root.mkdir()
+        begun = ("compare", *given, "--output", root, "--methods")
+        train = own if number == 0 else folder / "sst2" / "train.tsv"
+        assert zolr(*begun, "sgd")[0] == 0
+        assert zolr(*begun, "sgd,adamw", "--resume")[0] == 0
+        kept, was = (root / "compare.json").read_text(), train.read_text()
+        train.write_text(was + "c,d\n")
+        flag = "--data" if number == 0 else "--data-dir: train.tsv"
+        for methods in ("sgd,mezo", "mezo"):  # another method alone would not stand beside rows of these data
+            code, message = (
+                2,
+                rf"{train} \({flag}\) is sha256:.* here and was sha256:.*; go on with the same data",
+            )
+            failed(zolr(*begun, methods, "--resume"), code, message)
+        train.write_text(was)
+        failed(
+            zolr(*begun, "mezo", "--resume", "--k", 4), 2, "--k of 'mezo:zo' is 4 here and was not given in"
+        )
+        assert (root / "compare.json").read_text() == kept
+        assert zolr(*begun, "mezo", "--resume")[0] == 0
+    held.write_text("text,label\nc,d\n")
+    given = ("compare", *own_data, "--output", tmp_path / "all0", "--methods", "mezo", "--resume")
+    failed(zolr(*given), 2, "held.csv")
+
+
 # ---- mistakes -----------------------------------------------------------------------------------------------------
 
 
