@@ -735,7 +735,34 @@ def test_steps_are_held_against_the_plainest_adamw() -> None:
     assert [each["step_over_adamw"] for each in rows[:3]] == [4.0, 5.0, 1.0]
     assert "over x 2 fwd of adamw:fo@train=norm, so" in markdown(rows[:3], TERMS)
     compare._against_adamw([again])
-    assert "step_over_adamw" not in again
+    assert again["step_over_adamw"] == 4.0  # nothing to hold it against anew: what is known stays
+
+
+def test_rows_that_come_later_are_held_against_the_adamw_of_before(
+    zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ratios = {"adamw": 2.0, "mezo": 1.0, "sgd": 1.5}
+
+    def raced(plan: Any, terms: Terms) -> dict[str, Any]:
+        Path(plan.output).mkdir(parents=True)
+        row = {"metric": "accuracy", "before": 0.25, "after": 0.5, "forwards": 6, "seconds": 1.0}
+        row |= {"status": DONE, "peak_bytes_measured": 9, "pairs": 5}
+        return {**row, "step_over_two_forwards": ratios[plan.method]}
+
+    monkeypatch.setattr(compare, "_raced", raced)
+    monkeypatch.setenv("COLUMNS", "140")
+    root = tmp_path / "all"
+    given = ("compare", "--output", root, "--methods")
+    assert zolr(*given, "adamw,mezo")[0] == 0
+    for methods in ("mezo", "sgd"):  # one that is known, and a new one
+        code, out, err = zolr(*given, methods, "--resume")
+        assert code == 0 and "over x 2 fwd of adamw, so" in " ".join(out.split()), err
+    saved = json.loads((root / "compare.json").read_text())["methods"]
+    assert {row["method"]: row["step_over_adamw"] for row in saved} == {
+        "adamw": 1.0,
+        "mezo": 0.5,
+        "sgd": 0.75,
+    }
 
 
 def test_curves_are_read_with_their_costs(tmp_path: Path) -> None:

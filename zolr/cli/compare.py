@@ -144,7 +144,7 @@ def run(settings: Compare) -> None:
         if rows:  # also where all of them failed before they wrote a file: --resume needs the folder
             root.mkdir(parents=True, exist_ok=True)
         if root.is_dir():
-            _save(root, terms, plans, data, rows)
+            _save(root, terms, plans, data, rows, _others(root, plans))
         if rows:
             missing = ", ".join(names[name] for name in plans if name not in found)
             incomplete = f"incomplete: {len(rows)} of {len(plans)} methods were run, and {missing} not; --resume --output {root} goes on"
@@ -191,9 +191,10 @@ def _run_all(
             row |= {"status": FAILED, "error": f"error: {plan}", "exit_code": plan.exit_code}
         found[name] = row
         rows = _in_order(plans, found)
-        _against_adamw(rows)
+        others = _others(root, plans)
+        _against_adamw([*rows, *others])
         if root.is_dir():  # after every row: what is done stays if the next one is interrupted
-            _save(root, terms, plans, data, rows)
+            _save(root, terms, plans, data, rows, others)
         shown.print(f"    {_said(row)}", markup=False)
 
 
@@ -202,17 +203,28 @@ def _in_order(plans: Mapping[str, Any], found: Mapping[str, dict[str, Any]]) -> 
     return [found[name] for name in plans if name in found]
 
 
+def _others(root: Path, plans: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier start whose methods are not asked for now."""
+    path = root / RESULTS
+    known = runs.read_json(path).get("methods", []) if path.is_file() else []
+    return [row for row in known if row["name"] not in plans]
+
+
 def _save(
     root: Path,
     terms: Terms,
     plans: Mapping[str, Finetune | ZolrError],
     data: Mapping[str, str],
     rows: Sequence[Mapping[str, Any]],
+    others: Sequence[Mapping[str, Any]],
 ) -> None:
-    """What is known so far, from what settings and data; what an earlier start knew of other methods stays."""
+    """What is known so far, from what settings and data.
+
+    Args:
+        others: what an earlier start knew of other methods, which stays.
+    """
     path = root / RESULTS
     before = runs.read_json(path) if path.is_file() else {}
-    others = [row for row in before.get("methods", []) if row["name"] not in plans]
     settings = {name: toml(plan) for name, plan in plans.items() if isinstance(plan, Finetune)}
     known = {"data": data, "methods": [*rows, *others], "settings": before.get("settings", {}) | settings}
     runs.write_json(path, {**asdict(terms), **known})
@@ -582,12 +594,16 @@ def outcome(code: int, out: str, said: str) -> dict[str, Any]:
 
 
 def _against_adamw(rows: Sequence[dict[str, Any]]) -> None:
-    """Add each step over a step of AdamW, both measured in forwards of the same examples."""
+    """Add each step over a step of AdamW, both measured in forwards of the same examples.
+
+    Args:
+        rows: all of the comparison, those of an earlier start too. Without AdamW among them they keep what they have.
+    """
     found, ratio = _reference(rows), "step_over_two_forwards"
     for row in rows:
-        row.pop("step_over_adamw", None)  # of an earlier start, over another row perhaps
         if found is not None and ratio in row:
             row["step_over_adamw"] = round(row[ratio] / found[ratio], 4)
+            row["adamw"] = found["label"]
 
 
 def _reference(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -737,10 +753,10 @@ def notes(
             "x 2 fwd: time of a step over that of two plain forwards of the same model on the step's own batches, "
             f"median of {count} pairs taken in turn in the process of the run; drawing new subspaces is not in it"
         )
-        plain = _reference(rows)
+        plain = next((row["adamw"] for row in rows if "adamw" in row), None)
         if plain is not None and any(column.key == "step_over_adamw" for column in columns):
             texts.append(
-                f"x adamw: x 2 fwd of the row over x 2 fwd of {plain['label']}, so per example where batches differ; each was "
+                f"x adamw: x 2 fwd of the row over x 2 fwd of {plain}, so per example where batches differ; each was "
                 "measured in its own process"
             )
     for row in rows:
