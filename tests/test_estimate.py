@@ -1,5 +1,6 @@
 """`zolr estimate`: figures that add up, budgets that are kept, the number that a run predicts, and one line for every mistake."""
 
+import dataclasses
 import json
 import os
 import re
@@ -15,7 +16,9 @@ from conftest import Run, begun
 from transformers import AutoConfig
 
 from zolr.cli import estimate
+from zolr.cli.config import spelled
 from zolr.cli.estimate import MOST_ROWS, PLACES, assumed, bytes_of, expanded
+from zolr.cli.variants import variant
 from zolr.errors import UsageError
 from zolr.memory import OVERHEAD, PARTS
 from zolr.methods import METHODS
@@ -70,6 +73,17 @@ def test_the_json_says_it_all(zolr: Run, folder: Path) -> None:
     zo, fo = found["methods"]
     assert zo["phase"] == "forward" and zo["module"].startswith("roberta.encoder.layer")
     assert fo["phase"] == "backward" and fo["peak_bytes"] > zo["peak_bytes"]
+
+
+def test_the_readme_names_methods_and_flags_that_there_are() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    told = text.split("\n## Memory\n")[1].split("\n## ")[0]
+    known = [f"--{spelled(f.name)}" for f in dataclasses.fields(estimate.Estimate)]
+    for sentence in told.partition("before anything is downloaded")[2].split("`zolr finetune")[0].split(". "):
+        flags = re.findall(r"(?<!\S)`?(--[a-z-]+)", re.sub(r"`?python benchmarks[^`]*", "", sentence))
+        assert set(flags) <= set(known), sentence
+    words = re.findall(r"[a-z]+:[a-z]+@[\w=@:.-]+", told)
+    assert "stiefel:zo@train=all@rank=4" in words and all(variant(word) for word in words)
 
 
 def test_a_config_file_is_the_folder_it_lies_in(zolr: Run, folder: Path, tmp_path: Path) -> None:
