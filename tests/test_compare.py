@@ -18,7 +18,7 @@ from conftest import Run, begun
 from test_cli import failed
 
 from zolr.cli import compare, race
-from zolr.cli.compare import DONE, FAILED, NO_MEMORY, NOT_RUN, Terms, labels, markdown, outcome
+from zolr.cli.compare import DONE, FAILED, KILLED, NO_MEMORY, NOT_RUN, Terms, labels, markdown, outcome
 from zolr.cli.race import Allowance, Price
 from zolr.cli.variants import methods_in, variant
 from zolr.errors import UsageError
@@ -133,13 +133,15 @@ def racing(train: Callable[..., None], *given: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("train", "message", "on_host"), [(killed, "SIGKILL", True), (refused, "out of memory", False)]
+    ("train", "status", "message", "on_host"),
+    [(killed, KILLED, "SIGKILL", True), (refused, NO_MEMORY, "out of memory", False)],
 )
 def test_a_run_without_memory_is_a_row_with_what_was_predicted(
     zolr: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     train: Callable[..., None],
+    status: str,
     message: str,
     on_host: bool,
 ) -> None:
@@ -149,8 +151,17 @@ def test_a_run_without_memory_is_a_row_with_what_was_predicted(
     given = ("compare", "--methods", "sgd", *SMALL, "--steps", 2, "--output", tmp_path / "all")
     code, out, err = zolr(*given, "--json")
     (row,) = json.loads(out)
-    assert row["status"] == NO_MEMORY and message in row["error"] and row["peak_bytes_predicted"] > 2**20
+    assert row["status"] == status and message in row["error"] and row["peak_bytes_predicted"] > 2**20
     assert code == 7 and "every method failed" in err
+    # one that was killed may have been so by hand, and is run again; what found no memory finds none again
+    ran: list[str] = []
+    done = {"status": DONE, "before": 0.25, "after": 0.5, "forwards": 6, "seconds": 1.0}
+    done["peak_bytes_measured"] = 9
+    monkeypatch.setattr(compare, "_raced", lambda plan, terms: ran.append(plan.method) or done)
+    code, out, _ = zolr(*given, "--json", "--resume")
+    assert (code, json.loads(out)[0]["status"], ran) == (
+        (0, DONE, ["sgd"]) if status == KILLED else (7, NO_MEMORY, [])
+    )
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
@@ -580,7 +591,7 @@ def test_outcomes_are_told_apart() -> None:
     assert outcome(7, told, "error: out of memory; try")["status"] == NO_MEMORY
     assert outcome(1, told, "torch.OutOfMemoryError: CUDA out of memory")["status"] == NO_MEMORY
     killed = outcome(-9, told + '{"before": 0.', "")
-    assert killed["status"] == NO_MEMORY and killed["peak_bytes_predicted"] == 9
+    assert killed["status"] == KILLED and killed["peak_bytes_predicted"] == 9
     crashed = outcome(-11, told, "some chatter")
     assert crashed["status"] == FAILED and "SIGSEGV" in crashed["error"]
     diverged = outcome(5, told, "note\nerror: the loss was not finite in 20 steps")
@@ -636,9 +647,9 @@ def made_up(folder: Path) -> list[dict[str, Any]]:
         rows.append({**row, "folder": str(place)})
     gone = {"after", "before", "steps", "forwards", "tokens", "seconds", "peak_bytes_measured"}
     gone |= {"step_over_two_forwards", "step_over_adamw", "pairs"}
-    for i, status in ((2, NO_MEMORY), (4, NOT_RUN)):
+    for i, status in ((2, KILLED), (4, NOT_RUN)):
         rows[i] = {k: v for k, v in rows[i].items() if k not in gone} | {"status": status}
-    rows[2]["error"] = "killed by the system (SIGKILL), as it does when memory runs out"
+    rows[2]["error"] = "killed (SIGKILL), as the system does when memory runs out; --resume runs it again"
     rows[4]["folder"] = str(folder / "absent")
     return rows
 
@@ -658,10 +669,10 @@ def test_the_table_fits_the_terminal(
     whole = " ".join(out.split())
     for word in {word for row in rows for word in row["label"].split()}:
         assert re.search(rf"(^|\s){re.escape(word)}(\s|$)", whole), word  # folded at spaces alone
-    for cell in ("0.5000", "4,000", "700 MiB", "690 MiB", "out of memory", "does not fit", "1.00"):
+    for cell in ("0.5000", "4,000", "700 MiB", "690 MiB", KILLED, "does not fit", "1.00"):
         assert cell in out, cell
     assert ("x adamw" in out) == (width > 80) and ("12,345,678" in out) == (width > 100)
-    assert "memory budget 3.00 GiB" in whole and "adamw + checkpointing: killed by the system" in whole
+    assert "memory budget 3.00 GiB" in whole and "adamw + checkpointing: killed (SIGKILL)" in whole
 
 
 def test_the_markdown_is_a_table(tmp_path: Path) -> None:
@@ -794,7 +805,7 @@ def test_the_picture_shows_every_row(tmp_path: Path) -> None:
     text = (tmp_path / "out.svg").read_text()
     for words in (
         "stiefel:zo",
-        "out of memory",
+        KILLED,
         "does not fit",
         "budget",
         "predicted",

@@ -40,6 +40,7 @@ SHARED = {f.name for kind in (ModelChoice, DataChoice) for f in fields(kind)}
 SHARED |= {"k", "train_rows", "validation", "test", "data_seed"}
 
 DONE, NO_MEMORY, NOT_RUN, FAILED = "done", "out of memory", "does not fit", "failed"
+KILLED = "killed"  # as the system does where memory runs out, and as others may for reasons of their own
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,7 @@ def _before(
     files: Mapping[str, Path],
     data: Mapping[str, str],
 ) -> dict[str, dict[str, Any]]:
-    """What has become of methods in an earlier start; those that failed are run again.
+    """What has become of methods in an earlier start; those that failed or were killed are run again.
 
     Args:
         files: that the runs read.
@@ -303,7 +304,12 @@ def _before(
                 f"{files.get(name, name)} ({name}) is {now} here and was {was} in {path}, so its rows would be of other data; go on with "
                 "the same data, or choose another --output"
             )
-    return {row["name"]: row for row in found["methods"] if row["name"] in plans and row["status"] != FAILED}
+    return {row["name"]: row for row in found["methods"] if row["name"] in plans and not _again(row)}
+
+
+def _again(row: Mapping[str, Any]) -> bool:
+    """Whether a row had bad luck rather than too little memory: it failed, or was killed by whomever."""
+    return row["status"] in (FAILED, KILLED) or row.get("exit_code") == -signal.SIGKILL
 
 
 def _report(settings: Compare, rows: Sequence[dict[str, Any]], terms: Terms, incomplete: str = "") -> None:
@@ -583,13 +589,12 @@ def outcome(code: int, out: str, said: str) -> dict[str, Any]:
         and "out of memory" not in reason
     ):
         return {"status": NOT_RUN, "error": reason, "exit_code": code, **row}
+    if code == -signal.SIGKILL:
+        reason = "killed (SIGKILL), as the system does when memory runs out; --resume runs it again"
+        return {"status": KILLED, "error": reason, "exit_code": code, **row}
     exhausted = code == BudgetError.exit_code or "OutOfMemoryError" in reason or "MemoryError" in reason
     if code < 0:
-        number = signal.Signals(-code)
-        exhausted = number == signal.SIGKILL
-        reason = f"ended by {number.name}"
-        if exhausted:
-            reason = "killed by the system (SIGKILL), as it does when memory runs out"
+        exhausted, reason = False, f"ended by {signal.Signals(-code).name}"
     return {"status": NO_MEMORY if exhausted else FAILED, "error": reason, "exit_code": code, **row}
 
 
