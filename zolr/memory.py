@@ -760,7 +760,7 @@ def largest_batch(
         peaks[1] = peak_at(1)
     if peaks[1] > budget:
         raise BudgetError(
-            f"a batch of one row takes {peaks[1] / 1e9:.2f} GB, the budget is {budget / 1e9:.2f} GB; "
+            f"a batch of one row takes {peaks[1]:,} bytes, the budget is {budget:,} bytes; "
             "use shorter rows, a smaller model or dtype, --paradigm zo, or activation checkpointing"
         )
     while True:

@@ -550,7 +550,10 @@ def _raced(plan: Finetune, terms: Terms) -> dict[str, Any]:
             raise
         texts = [file.read_text(errors="replace") if file.is_file() else "" for file in (found, said)]
     assert child.exitcode is not None
-    return {**outcome(child.exitcode, *texts), "folder": plan.output}
+    row = outcome(child.exitcode, *texts)
+    if row["status"] == NOT_RUN and "error" not in row:
+        row["budget"] = terms.budget
+    return {**row, "folder": plan.output}
 
 
 def _on_host(device: str) -> bool:
@@ -639,11 +642,13 @@ def _none_left(rows: Sequence[Mapping[str, Any]]) -> ZolrError:
 
 def _reason(row: Mapping[str, Any]) -> str:
     """Why a row has no result."""
-    from zolr.cli.screen import size
+    from zolr.cli.screen import sizes
 
     if "error" in row:
         return row["error"].removeprefix("error: ")
-    return f"predicted {size(row['peak_bytes_predicted'])}"
+    return "predicted " + " of ".join(
+        sizes(*(row[key] for key in ("peak_bytes_predicted", "budget") if key in row))
+    )
 
 
 def _said(row: Mapping[str, Any]) -> str:

@@ -437,7 +437,7 @@ def _print(rows: Sequence[Mapping[str, Any]], settings: Estimate, budget: int | 
             lines.append((row["name"], None, "not predicted", *[None] * (len(columns) - 3)))
             continue
         line = [row["name"], f"{row['batch_size']} x {row['max_length']}", size(row["peak_bytes"])]
-        lines.append((*line, f"{row['ratio']:.2f}", *([] if budget is None else [_fitting(row)])))
+        lines.append((*line, f"{row['ratio']:.2f}", *([] if budget is None else [_fitting(row, budget)])))
     _put(console, f"{settings.model}: predicted peak memory of a step", columns, lines)
     for row in rows:
         if "error" in row:
@@ -489,12 +489,12 @@ def _turned(title: str, columns: Sequence[str], turned: Sequence[Sequence[Any]],
     return made
 
 
-def _fitting(row: Mapping[str, Any]) -> str:
-    from zolr.cli.screen import size
+def _fitting(row: Mapping[str, Any], budget: int) -> str:
+    from zolr.cli.screen import sizes
 
     largest = row["largest_batch"]
     if not largest:
-        return f"none: one row takes {size(row['one_row_bytes'])}"
+        return f"none: one row takes {sizes(row['one_row_bytes'], budget)[0]}"
     return f"{largest}{' or more' if largest == MOST_ROWS else ''}"
 
 
