@@ -355,19 +355,11 @@ def register(app: typer.Typer) -> None:
 
 def _check_same_workload(competitors: Mapping[str, Mapping[str, Any]]) -> None:
     """A method's own settings must leave the model and the examples alone."""
-    from zolr.cli.choices import Writing
-
-    written = {f.name for f in fields(Writing)}
     for word, own in competitors.items():
         for name in own:
-            start = f"--methods: '{spelled(name)}' in '{word}'"
-            if name in written:
-                raise UsageError(
-                    f"{start}: where and how often a run is written is the same for all of them; leave it out"
-                )
             if name in SHARED:
                 raise UsageError(
-                    f"{start} would make it another task; give --{spelled(name)} for all of them, or leave it out"
+                    f"--methods: '{spelled(name)}' in '{word}' would make it another task; give --{spelled(name)} for all of them, or leave it out"
                 )
 
 
