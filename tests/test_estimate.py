@@ -174,6 +174,12 @@ def test_a_budget_that_not_one_row_fits(zolr: Run, folder: Path, monkeypatch: py
     assert code == 0 and re.search(rf"stiefel:zo@max-length=1 .* {MOST_ROWS} or more", out)
 
 
+def test_the_largest_batch_names_the_accumulation_that_it_is_of() -> None:
+    """Two batches of a step are both there: with --batch-size 59 alone, there is one of them, and 59 fits."""
+    assert estimate._fitting({"largest_batch": 58, "accumulate": 2}, 1) == "58 with --accumulate 2"
+    assert estimate._fitting({"largest_batch": 59, "accumulate": 1}, 1) == "59"
+
+
 @pytest.mark.parametrize(
     "text, size",
     [

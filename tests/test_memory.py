@@ -15,7 +15,7 @@ from zolr.engine import Engine
 from zolr.errors import BudgetError, DataError, UsageError
 from zolr.held import RANK
 from zolr.memory import OVERHEAD, PARTS, LiveBytes, kept, largest_batch, measure, predict, resident, size_of
-from zolr.methods import compose
+from zolr.methods import METHODS, compose
 from zolr.models import build, checkpoint_activations, class_loss, lm_loss, prompt_loss
 from zolr.optim import OptimizerRule
 from zolr.projectors import PROJECTORS
@@ -551,6 +551,19 @@ def test_attaching_low_precision_weights_makes_no_copies_of_them():
         weights = live.track(model)
         Engine(model, compose("stiefel", "zo", rank=4, eps=1e-3), lr=1e-3, loss=lambda m, x: m(x).mean())
     assert weights < live.peak < 1.2 * weights  # float32 masters would be twice the weights
+
+
+def test_a_prediction_is_the_same_whatever_was_predicted_before():
+    config = small()
+
+    def peak(name, size=3):
+        method = METHODS[name].build("zo" if "zo" in METHODS[name].paradigms else None)
+        return predict(config, method, batch_size=size, max_length=8, accumulation=2).peak_bytes
+
+    first = peak("zo-muon")
+    others = {name: peak(name) for name in ("adamw", "mezo", "galore")}
+    peak("zo-muon", 5)
+    assert peak("zo-muon") == first and {name: peak(name) for name in others} == others
 
 
 def test_own_losses_are_predicted():

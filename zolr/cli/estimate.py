@@ -495,7 +495,10 @@ def _fitting(row: Mapping[str, Any], budget: int) -> str:
     largest = row["largest_batch"]
     if not largest:
         return f"none: one row takes {sizes(row['one_row_bytes'], budget)[0]}"
-    return f"{largest}{' or more' if largest == MOST_ROWS else ''}"
+    parts = (
+        row.get("accumulate") or 1
+    )  # of a --batch-size that is given there is one, where nobody says otherwise
+    return f"{largest}{' or more' * (largest == MOST_ROWS)}{f' with --accumulate {parts}' * (parts > 1)}"
 
 
 def assumed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
