@@ -387,6 +387,7 @@ def failed(outcome: tuple[int, str, str], code: int, message: str) -> None:
         (["--method", ""], 2, "nothing to estimate; give --method"),
         (["--model", "roberta-larg"], 3, "did you mean 'roberta-large'"),
         (["--model", "/nowhere/model"], 3, "'/nowhere/model' does not exist"),
+        (["--batch-size", 10**20], 2, "--batch-size 1000.*: .*less than or equal to 2147483648$"),
         (["--batch-size", 0], 2, "--batch-size 0: .*greater than or equal to 1"),
         (["--max-length", 0], 2, "--max-length 0: .*greater than or equal to 1"),
         (["--classes", 1], 2, "--classes 1: .*greater than or equal to 2"),
@@ -411,6 +412,31 @@ def test_a_length_that_the_model_cannot_read(zolr: Run, folder: Path) -> None:
     failed(zolr(*asked, "--method", "sgd,mezo"), 2, message)  # once, not in every row
     own = rows_of(zolr(*asked, "--method", "sgd,sgd@max-length=8", "--json"))
     assert "use 64 or less" in own[0]["error"] and own[1]["max_length"] == 8
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            dict(num_attention_heads=4, num_key_value_heads=3),
+            "^error: .*num_attention_heads = 4.*num_key_value_heads = 3; correct",
+        ),
+        (dict(vocab_size=-5), "^error: .* has vocab_size = -5; write at least 1 there$"),
+        (dict(num_hidden_layers=0), "^error: .* has num_hidden_layers = 0; write at least 1 there$"),
+        (dict(vocab_size=1), "has vocab_size = 1 and pad_token_id = 1, where padding has no row; correct"),
+        (dict(attention_dropout="much"), "no config that transformers can use"),
+    ],
+)
+def test_numbers_that_no_model_can_have(
+    zolr: Run, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "numbers.json"
+    path.write_text(json.dumps({"model_type": "llama", **NUMBERS, **FAMILY["llama"], **changes}))
+    code, _, err = zolr("estimate", "--model", path, *SMALL, "--method", "stiefel:zo")
+    last = err.strip().splitlines()[
+        -1
+    ]  # transformers warns of token ids, and rows say what building a model said
+    assert code == 3 and last.startswith("error: ") and re.search(message, last), err
 
 
 def test_a_head_that_the_family_does_not_have(zolr: Run, tmp_path: Path) -> None:

@@ -648,6 +648,8 @@ def test_largest_batch_is_found_in_few_predictions(budget, knee):
 def test_impossible_predictions_are_refused():
     with pytest.raises(UsageError, match="batch_size = 0"):
         predict(small(), batch_size=0, max_length=8)
+    with pytest.raises(UsageError, match="batch_size = 10* is not possible; use at most 2147483648"):
+        predict(small(), batch_size=10**20, max_length=8)
     with pytest.raises(UsageError, match="objective 'prompts' is not known"):
         predict(small(), batch_size=1, max_length=8, objective="prompts")
     with pytest.raises(UsageError, match="signs 'together' mean nothing under paradigm 'fo'"):
