@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from conftest import Run
 
+from zolr.cli import compare, estimate
 from zolr.cli.budget import PASS_ROWS, SIZE, Way, advice, plan, told, verdict, ways
 from zolr.errors import BudgetError, UsageError
 
@@ -191,6 +192,24 @@ def test_no_peak_is_predicted_twice(zolr: Run, tmp_path: Path, monkeypatch: pyte
 def test_a_measured_peak_over_the_budget_is_told() -> None:
     assert verdict(2**30, 2**30, "live tensors") is None and verdict(1, None, "") is None
     assert "is over --memory-budget 1.00 GiB" in str(verdict(2**30, 2**31, "live tensors"))
+
+
+def test_sizes_that_round_to_the_same_are_told_in_bytes() -> None:
+    """12 MiB that do not fit where 12 MiB would say nothing."""
+    unit, budget = 12_290_000, 12_300_000
+    with pytest.raises(
+        BudgetError, match="memory-budget 12,300,000 B: the least is 12,300,030 B .* 12MiB would do"
+    ):
+        plan(lambda way: unit + 10_000 + 30 * way.batch_size, Way(1), "fo", (), budget)
+    over = str(verdict(budget, budget + 9, ""))
+    assert "peak, 12,300,009 B" in over and "--memory-budget 12,300,000 B" in over
+    picked = plan(
+        lambda way: budget + (0 if way.checkpointing else 9), Way(1), "fo", ["checkpointing"], budget
+    )
+    assert "12,300,000 B; the next faster way tried" in told(picked, "fo", budget)[0]
+    least = {"status": compare.NOT_RUN, "peak_bytes_predicted": budget + 9, "budget": budget}
+    assert compare._said(least) == "does not fit: predicted 12,300,009 B of 12,300,000 B"
+    assert "12,300,009 B" in estimate._fitting({"largest_batch": 0, "one_row_bytes": budget + 9}, budget)
 
 
 def finetune(zolr: Run, *more: object) -> tuple[int, str, str]:

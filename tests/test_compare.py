@@ -18,7 +18,7 @@ from conftest import Run, begun
 from test_cli import failed
 
 from zolr.cli import compare, race
-from zolr.cli.compare import DONE, FAILED, NO_MEMORY, NOT_RUN, Terms, labels, markdown, outcome
+from zolr.cli.compare import DONE, FAILED, KILLED, NO_MEMORY, NOT_RUN, Terms, labels, markdown, outcome
 from zolr.cli.race import Allowance, Price
 from zolr.cli.variants import methods_in, variant
 from zolr.errors import UsageError
@@ -133,13 +133,15 @@ def racing(train: Callable[..., None], *given: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("train", "message", "on_host"), [(killed, "SIGKILL", True), (refused, "out of memory", False)]
+    ("train", "status", "message", "on_host"),
+    [(killed, KILLED, "SIGKILL", True), (refused, NO_MEMORY, "out of memory", False)],
 )
 def test_a_run_without_memory_is_a_row_with_what_was_predicted(
     zolr: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     train: Callable[..., None],
+    status: str,
     message: str,
     on_host: bool,
 ) -> None:
@@ -149,8 +151,17 @@ def test_a_run_without_memory_is_a_row_with_what_was_predicted(
     given = ("compare", "--methods", "sgd", *SMALL, "--steps", 2, "--output", tmp_path / "all")
     code, out, err = zolr(*given, "--json")
     (row,) = json.loads(out)
-    assert row["status"] == NO_MEMORY and message in row["error"] and row["peak_bytes_predicted"] > 2**20
+    assert row["status"] == status and message in row["error"] and row["peak_bytes_predicted"] > 2**20
     assert code == 7 and "every method failed" in err
+    # one that was killed may have been so by hand, and is run again; what found no memory finds none again
+    ran: list[str] = []
+    done = {"status": DONE, "before": 0.25, "after": 0.5, "forwards": 6, "seconds": 1.0}
+    done["peak_bytes_measured"] = 9
+    monkeypatch.setattr(compare, "_raced", lambda plan, terms: ran.append(plan.method) or done)
+    code, out, _ = zolr(*given, "--json", "--resume")
+    assert (code, json.loads(out)[0]["status"], ran) == (
+        (0, DONE, ["sgd"]) if status == KILLED else (7, NO_MEMORY, [])
+    )
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
@@ -311,6 +322,45 @@ def test_a_comparison_goes_on_with_what_is_missing(
     failed(zolr(*given, "sgd", "--resume"), 4, "is no comparison to go on with: it has no compare.json")
 
 
+def test_a_comparison_does_not_go_on_with_other_data(
+    zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"status": DONE, "metric": "accuracy", "before": 0.25, "after": 0.5, "forwards": 6, "seconds": 1.0}
+    monkeypatch.setattr(compare, "_raced", lambda plan, terms: {**row, "peak_bytes_measured": 9})
+    monkeypatch.chdir(tmp_path)
+    own, folder = tmp_path / "d.csv", tmp_path / "tasks"
+    (folder / "sst2").mkdir(parents=True)
+    held = tmp_path / "held.csv"
+    for file in (own, held, folder / "sst2" / "train.tsv"):
+        file.write_text("text,label\na,b\n")
+    own_data = ("--data", own, "--validation", held, "--model", "demo")
+    for number, given in enumerate((own_data, ("--task", "sst2", "--data-dir", folder))):
+        root = tmp_path / f"all{number}"
+        root.mkdir()
+        begun = ("compare", *given, "--output", root, "--methods")
+        train = own if number == 0 else folder / "sst2" / "train.tsv"
+        assert zolr(*begun, "sgd")[0] == 0
+        assert zolr(*begun, "sgd,adamw", "--resume")[0] == 0
+        kept, was = (root / "compare.json").read_text(), train.read_text()
+        train.write_text(was + "c,d\n")
+        flag = "--data" if number == 0 else "--data-dir: train.tsv"
+        for methods in ("sgd,mezo", "mezo"):  # another method alone would not stand beside rows of these data
+            code, message = (
+                2,
+                rf"{train} \({flag}\) is sha256:.* here and was sha256:.*; go on with the same data",
+            )
+            failed(zolr(*begun, methods, "--resume"), code, message)
+        train.write_text(was)
+        failed(
+            zolr(*begun, "mezo", "--resume", "--k", 4), 2, "--k of 'mezo:zo' is 4 here and was not given in"
+        )
+        assert (root / "compare.json").read_text() == kept
+        assert zolr(*begun, "mezo", "--resume")[0] == 0
+    held.write_text("text,label\nc,d\n")
+    given = ("compare", *own_data, "--output", tmp_path / "all0", "--methods", "mezo", "--resume")
+    failed(zolr(*given), 2, "held.csv")
+
+
 # ---- mistakes -----------------------------------------------------------------------------------------------------
 
 
@@ -334,6 +384,9 @@ def test_a_comparison_goes_on_with_what_is_missing(
         (["adamw", "--memory-budget", "0GiB"], 2, "--memory-budget '0GiB' is no amount"),
         (["adamw@task=sst2"], 2, "'task' in 'adamw:fo@task=sst2' would make it another task; give --task for all"),
         (["adamw@output=x"], 2, "'output' in .*: where and how often a run is written is the same for all of them; leave it out$"),
+        (["adamw@quiet=true"], 2, "'quiet' in .*: where and how often .*; leave it out$"),
+        (["adamw@method=sgd"], 2, "--methods: 'method=sgd' in 'adamw@method=sgd' comes first in such a word; write sgd$"),
+        (["stiefel:fo@paradigm=zo"], 2, "'paradigm=zo' in .* comes first in such a word; write stiefel:zo$"),
         (["stiefel:fo@save-every=1"], 2, "'save-every' in .*: where and how often .*; leave it out$"),
         (["stiefel:fo@ranks=q_proj=16,up_proj=8@taks=x"], 2, "unknown setting 'taks'"),
         (["adamw,galor@lr=1"], 2, "method 'galor' is not known"),
@@ -541,7 +594,7 @@ def test_outcomes_are_told_apart() -> None:
     assert outcome(7, told, "error: out of memory; try")["status"] == NO_MEMORY
     assert outcome(1, told, "torch.OutOfMemoryError: CUDA out of memory")["status"] == NO_MEMORY
     killed = outcome(-9, told + '{"before": 0.', "")
-    assert killed["status"] == NO_MEMORY and killed["peak_bytes_predicted"] == 9
+    assert killed["status"] == KILLED and killed["peak_bytes_predicted"] == 9
     crashed = outcome(-11, told, "some chatter")
     assert crashed["status"] == FAILED and "SIGSEGV" in crashed["error"]
     diverged = outcome(5, told, "note\nerror: the loss was not finite in 20 steps")
@@ -597,9 +650,9 @@ def made_up(folder: Path) -> list[dict[str, Any]]:
         rows.append({**row, "folder": str(place)})
     gone = {"after", "before", "steps", "forwards", "tokens", "seconds", "peak_bytes_measured"}
     gone |= {"step_over_two_forwards", "step_over_adamw", "pairs"}
-    for i, status in ((2, NO_MEMORY), (4, NOT_RUN)):
+    for i, status in ((2, KILLED), (4, NOT_RUN)):
         rows[i] = {k: v for k, v in rows[i].items() if k not in gone} | {"status": status}
-    rows[2]["error"] = "killed by the system (SIGKILL), as it does when memory runs out"
+    rows[2]["error"] = "killed (SIGKILL), as the system does when memory runs out; --resume runs it again"
     rows[4]["folder"] = str(folder / "absent")
     return rows
 
@@ -619,10 +672,10 @@ def test_the_table_fits_the_terminal(
     whole = " ".join(out.split())
     for word in {word for row in rows for word in row["label"].split()}:
         assert re.search(rf"(^|\s){re.escape(word)}(\s|$)", whole), word  # folded at spaces alone
-    for cell in ("0.5000", "4,000", "700 MiB", "690 MiB", "out of memory", "does not fit", "1.00"):
+    for cell in ("0.5000", "4,000", "700 MiB", "690 MiB", KILLED, "does not fit", "1.00"):
         assert cell in out, cell
     assert ("x adamw" in out) == (width > 80) and ("12,345,678" in out) == (width > 100)
-    assert "memory budget 3.00 GiB" in whole and "adamw + checkpointing: killed by the system" in whole
+    assert "memory budget 3.00 GiB" in whole and "adamw + checkpointing: killed (SIGKILL)" in whole
 
 
 def test_the_markdown_is_a_table(tmp_path: Path) -> None:
@@ -696,7 +749,34 @@ def test_steps_are_held_against_the_plainest_adamw() -> None:
     assert [each["step_over_adamw"] for each in rows[:3]] == [4.0, 5.0, 1.0]
     assert "over x 2 fwd of adamw:fo@train=norm, so" in markdown(rows[:3], TERMS)
     compare._against_adamw([again])
-    assert "step_over_adamw" not in again
+    assert again["step_over_adamw"] == 4.0  # nothing to hold it against anew: what is known stays
+
+
+def test_rows_that_come_later_are_held_against_the_adamw_of_before(
+    zolr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ratios = {"adamw": 2.0, "mezo": 1.0, "sgd": 1.5}
+
+    def raced(plan: Any, terms: Terms) -> dict[str, Any]:
+        Path(plan.output).mkdir(parents=True)
+        row = {"metric": "accuracy", "before": 0.25, "after": 0.5, "forwards": 6, "seconds": 1.0}
+        row |= {"status": DONE, "peak_bytes_measured": 9, "pairs": 5}
+        return {**row, "step_over_two_forwards": ratios[plan.method]}
+
+    monkeypatch.setattr(compare, "_raced", raced)
+    monkeypatch.setenv("COLUMNS", "140")
+    root = tmp_path / "all"
+    given = ("compare", "--output", root, "--methods")
+    assert zolr(*given, "adamw,mezo")[0] == 0
+    for methods in ("mezo", "sgd"):  # one that is known, and a new one
+        code, out, err = zolr(*given, methods, "--resume")
+        assert code == 0 and "over x 2 fwd of adamw, so" in " ".join(out.split()), err
+    saved = json.loads((root / "compare.json").read_text())["methods"]
+    assert {row["method"]: row["step_over_adamw"] for row in saved} == {
+        "adamw": 1.0,
+        "mezo": 0.5,
+        "sgd": 0.75,
+    }
 
 
 def test_curves_are_read_with_their_costs(tmp_path: Path) -> None:
@@ -728,7 +808,7 @@ def test_the_picture_shows_every_row(tmp_path: Path) -> None:
     text = (tmp_path / "out.svg").read_text()
     for words in (
         "stiefel:zo",
-        "out of memory",
+        KILLED,
         "does not fit",
         "budget",
         "predicted",

@@ -1,5 +1,6 @@
 """`zolr estimate`: figures that add up, budgets that are kept, the number that a run predicts, and one line for every mistake."""
 
+import dataclasses
 import json
 import os
 import re
@@ -15,7 +16,9 @@ from conftest import Run, begun
 from transformers import AutoConfig
 
 from zolr.cli import estimate
+from zolr.cli.config import spelled
 from zolr.cli.estimate import MOST_ROWS, PLACES, assumed, bytes_of, expanded
+from zolr.cli.variants import variant
 from zolr.errors import UsageError
 from zolr.memory import OVERHEAD, PARTS
 from zolr.methods import METHODS
@@ -70,6 +73,17 @@ def test_the_json_says_it_all(zolr: Run, folder: Path) -> None:
     zo, fo = found["methods"]
     assert zo["phase"] == "forward" and zo["module"].startswith("roberta.encoder.layer")
     assert fo["phase"] == "backward" and fo["peak_bytes"] > zo["peak_bytes"]
+
+
+def test_the_readme_names_methods_and_flags_that_there_are() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    told = text.split("\n## Memory\n")[1].split("\n## ")[0]
+    known = [f"--{spelled(f.name)}" for f in dataclasses.fields(estimate.Estimate)]
+    for sentence in told.partition("before anything is downloaded")[2].split("`zolr finetune")[0].split(". "):
+        flags = re.findall(r"(?<!\S)`?(--[a-z-]+)", re.sub(r"`?python benchmarks[^`]*", "", sentence))
+        assert set(flags) <= set(known), sentence
+    words = re.findall(r"[a-z]+:[a-z]+@[\w=@:.-]+", told)
+    assert "stiefel:zo@train=all@rank=4" in words and all(variant(word) for word in words)
 
 
 def test_a_config_file_is_the_folder_it_lies_in(zolr: Run, folder: Path, tmp_path: Path) -> None:
@@ -158,6 +172,12 @@ def test_a_budget_that_not_one_row_fits(zolr: Run, folder: Path, monkeypatch: py
     assert code == 0 and re.search(r"adamw:fo .*none: one row takes \d", out)
     code, out, _ = zolr(*asked[:-1], "stiefel:zo@max-length=1", "--budget", "9TiB")
     assert code == 0 and re.search(rf"stiefel:zo@max-length=1 .* {MOST_ROWS} or more", out)
+
+
+def test_the_largest_batch_names_the_accumulation_that_it_is_of() -> None:
+    """Two batches of a step are both there: with --batch-size 59 alone, there is one of them, and 59 fits."""
+    assert estimate._fitting({"largest_batch": 58, "accumulate": 2}, 1) == "58 with --accumulate 2"
+    assert estimate._fitting({"largest_batch": 59, "accumulate": 1}, 1) == "59"
 
 
 @pytest.mark.parametrize(
@@ -359,11 +379,15 @@ def failed(outcome: tuple[int, str, str], code: int, message: str) -> None:
         (["--method", "mezzo"], 2, "--method: method 'mezzo' is not known; did you mean 'mezo'"),
         (["--method", "mezo:fo"], 2, "method 'mezo' runs under zo"),
         (["--method", "all:first"], 2, "no method runs under 'first'; use one of .*fo"),
+        (["--method", "adamw@method=sgd"], 2, "--method: 'method=sgd' in .* comes first in such a word; write sgd$"),
+        (["--method", "adamw@output=x"], 2, "--method: 'output' in 'adamw@output=x': where and how often .*; leave it out$"),
+        (["--method", "all@json=true"], 2, "'json' in .*; leave it out$"),
         (["--method", "adamw@lr"], 2, "--method: 'lr' in 'adamw@lr' is no setting"),
         (["--method", "adamw@bacth-size=2"], 2, "unknown setting 'bacth-size'; did you mean 'batch-size'"),
         (["--method", ""], 2, "nothing to estimate; give --method"),
         (["--model", "roberta-larg"], 3, "did you mean 'roberta-large'"),
         (["--model", "/nowhere/model"], 3, "'/nowhere/model' does not exist"),
+        (["--batch-size", 10**20], 2, "--batch-size 1000.*: .*less than or equal to 2147483648$"),
         (["--batch-size", 0], 2, "--batch-size 0: .*greater than or equal to 1"),
         (["--max-length", 0], 2, "--max-length 0: .*greater than or equal to 1"),
         (["--classes", 1], 2, "--classes 1: .*greater than or equal to 2"),
@@ -388,6 +412,31 @@ def test_a_length_that_the_model_cannot_read(zolr: Run, folder: Path) -> None:
     failed(zolr(*asked, "--method", "sgd,mezo"), 2, message)  # once, not in every row
     own = rows_of(zolr(*asked, "--method", "sgd,sgd@max-length=8", "--json"))
     assert "use 64 or less" in own[0]["error"] and own[1]["max_length"] == 8
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            dict(num_attention_heads=4, num_key_value_heads=3),
+            "^error: .*num_attention_heads = 4.*num_key_value_heads = 3; correct",
+        ),
+        (dict(vocab_size=-5), "^error: .* has vocab_size = -5; write at least 1 there$"),
+        (dict(num_hidden_layers=0), "^error: .* has num_hidden_layers = 0; write at least 1 there$"),
+        (dict(vocab_size=1), "has vocab_size = 1 and pad_token_id = 1, where padding has no row; correct"),
+        (dict(attention_dropout="much"), "no config that transformers can use"),
+    ],
+)
+def test_numbers_that_no_model_can_have(
+    zolr: Run, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "numbers.json"
+    path.write_text(json.dumps({"model_type": "llama", **NUMBERS, **FAMILY["llama"], **changes}))
+    code, _, err = zolr("estimate", "--model", path, *SMALL, "--method", "stiefel:zo")
+    last = err.strip().splitlines()[
+        -1
+    ]  # transformers warns of token ids, and rows say what building a model said
+    assert code == 3 and last.startswith("error: ") and re.search(message, last), err
 
 
 def test_a_head_that_the_family_does_not_have(zolr: Run, tmp_path: Path) -> None:

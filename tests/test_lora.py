@@ -232,6 +232,33 @@ def test_rank_is_that_of_the_adapter() -> None:
     assert compose("lora", "fo", rank=3) == METHODS["lora"].build("fo")
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "roberta"])
+def test_a_rank_above_every_matrix_is_refused(family: str) -> None:
+    from transformers import AutoConfig
+
+    from zolr.errors import UsageError
+    from zolr.models import build
+
+    sizes = dict(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0)
+    model = build(
+        AutoConfig.for_model(family, **sizes, **({} if family == "gpt2" else {"intermediate_size": 64}))
+    )
+    asked = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(
+        UsageError, match=r"rank 65 of an adapter is larger .* \(longest side 64\); use a smaller"
+    ):
+        wrap(model, Adapter(rank=65))
+    assert [p.requires_grad for p in model.parameters()] == asked  # and nothing was put into it
+    wrap(model, Adapter(rank=64))
+
+
+def test_a_rank_above_every_matrix_is_refused_in_predictions() -> None:
+    from zolr.errors import UsageError
+
+    with pytest.raises(UsageError, match="rank 99999 of an adapter is larger than every linear map"):
+        predict("demo", compose("lora", "fo"), adapter=Adapter(rank=99999), batch_size=2, max_length=8)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -15,7 +15,7 @@ from zolr.engine import Engine
 from zolr.errors import BudgetError, DataError, UsageError
 from zolr.held import RANK
 from zolr.memory import OVERHEAD, PARTS, LiveBytes, kept, largest_batch, measure, predict, resident, size_of
-from zolr.methods import compose
+from zolr.methods import METHODS, compose
 from zolr.models import build, checkpoint_activations, class_loss, lm_loss, prompt_loss
 from zolr.optim import OptimizerRule
 from zolr.projectors import PROJECTORS
@@ -553,6 +553,19 @@ def test_attaching_low_precision_weights_makes_no_copies_of_them():
     assert weights < live.peak < 1.2 * weights  # float32 masters would be twice the weights
 
 
+def test_a_prediction_is_the_same_whatever_was_predicted_before():
+    config = small()
+
+    def peak(name, size=3):
+        method = METHODS[name].build("zo" if "zo" in METHODS[name].paradigms else None)
+        return predict(config, method, batch_size=size, max_length=8, accumulation=2).peak_bytes
+
+    first = peak("zo-muon")
+    others = {name: peak(name) for name in ("adamw", "mezo", "galore")}
+    peak("zo-muon", 5)
+    assert peak("zo-muon") == first and {name: peak(name) for name in others} == others
+
+
 def test_own_losses_are_predicted():
     def in_bfloat16(model, batch):
         with torch.autocast("cpu", torch.bfloat16):
@@ -635,6 +648,8 @@ def test_largest_batch_is_found_in_few_predictions(budget, knee):
 def test_impossible_predictions_are_refused():
     with pytest.raises(UsageError, match="batch_size = 0"):
         predict(small(), batch_size=0, max_length=8)
+    with pytest.raises(UsageError, match="batch_size = 10* is not possible; use at most 2147483648"):
+        predict(small(), batch_size=10**20, max_length=8)
     with pytest.raises(UsageError, match="objective 'prompts' is not known"):
         predict(small(), batch_size=1, max_length=8, objective="prompts")
     with pytest.raises(UsageError, match="signs 'together' mean nothing under paradigm 'fo'"):

@@ -47,9 +47,15 @@ def wrap(model: nn.Module, adapter: Adapter, *, classifier: bool = False, seed: 
         PEFT's view of the same model, for `save`.
 
     Raises:
-        UsageError: the package is missing, or it finds nothing in this model to adapt, or adapts what is no linear map.
+        UsageError: the package is missing, or it finds nothing in this model to adapt, or adapts what is no linear map, or the
+            rank is larger than every one of them.
     """
     check_installed(adapter)
+    longest = _longest(model)
+    if longest is not None and adapter.rank > longest:
+        raise UsageError(
+            f"rank {adapter.rank} of an adapter is larger than every linear map (longest side {longest}); use a smaller rank"
+        )
     asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with _quietly(), torch.random.fork_rng(devices=[]):
         from peft import LoraConfig, TaskType, get_peft_model
@@ -73,6 +79,15 @@ def wrap(model: nn.Module, adapter: Adapter, *, classifier: bool = False, seed: 
                 f"'{adapter.kind}' cannot train it; use --method stiefel --train attention --hold, which ends in an adapter too"
             )
         return wrapped
+
+
+def _longest(model: nn.Module) -> int | None:
+    """The longest side of the linear maps but for the head, which PEFT does not adapt; None where there is none."""
+    loose: Any = model
+    found: list[Any] = [module for module in model.modules() if module is not loose.get_output_embeddings()]
+    sides = [max(each.in_features, each.out_features) for each in found if hasattr(each, "in_features")]
+    sides += [max(each.weight.shape) for each in found if type(each).__name__ == "Conv1D"]
+    return max(sides, default=None)
 
 
 def _past_forward(model: nn.Module) -> str | None:

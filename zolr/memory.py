@@ -34,7 +34,7 @@ from transformers import PreTrainedConfig, masking_utils
 
 from zolr import keys, lora
 from zolr.engine import Engine
-from zolr.errors import BudgetError, UsageError
+from zolr.errors import BudgetError, DataError, UsageError, ZolrError, cause_of
 from zolr.estimators import changed, mean_loss, setting
 from zolr.fakes import Fakes
 from zolr.held import RANK
@@ -344,6 +344,13 @@ WINDOW = 2
 # From the third micro-batch on nothing is new but the batches themselves, which all exist from the beginning
 ENOUGH_BATCHES = 3
 
+MOST = 1 << 31  # rows of a batch, tokens of a row, micro-batches: bytes of tensors are counted in 64 bits
+
+# numbers of a config that have to be above zero
+COUNTS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+)  # fmt: skip
+
 # Periods of a layer policy among which the worst is looked for
 PERIODS = 64
 LONG = 1 << 10  # steps of a period there, so that none ends while it is looked at
@@ -454,8 +461,9 @@ def predict(
     """
     sizes = {"batch_size": batch_size, "max_length": max_length, "accumulation": accumulation}
     for name, size in sizes.items():
-        if size < 1:
-            raise UsageError(f"{name} = {size} is not possible; use at least 1")
+        if not 1 <= size <= MOST:
+            bound = "at least 1" if size < 1 else f"at most {MOST}"
+            raise UsageError(f"{name} = {size} is not possible; use {bound}")
     if objective not in LOSSES:
         raise UsageError(f"objective '{objective}' is not known; use one of {', '.join(LOSSES)}")
     if packed and objective != "lm":
@@ -542,7 +550,12 @@ def predict(
         return live, weights, counted.track(*held["coords"]), counted.track(*held["optimizer"])
 
     with _values_explained(), Fakes(), _texts_in_a_row(packed), _few_rounds():
-        net = fresh()
+        try:
+            net = fresh()
+        except (ArithmeticError, AssertionError, RuntimeError, ValueError) as error:
+            if isinstance(error, ZolrError):
+                raise
+            raise DataError(_unbuilt(plain, error)) from error
         batches = [_batch(objective, batch_size, max_length, packed) for _ in range(accumulation)]
         with LiveBytes(profile=profile and method is None) as forward:
             weights = forward.track(net)
@@ -590,6 +603,25 @@ def predict(
         parts=_parts(live.records, net) | {"workspaces": threads * scratch} if profile else {},
         records=tuple(live.records),
     )
+
+
+def _numbers(config: PreTrainedConfig, *names: str) -> dict[str, int]:
+    """Those of a config that it has once for all layers."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(Exception):  # one a layer, or several texts
+            if isinstance(number := getattr(config.get_text_config(), name), int):
+                found[name] = number
+    return found
+
+
+def _unbuilt(config: PreTrainedConfig, error: BaseException) -> str:
+    """Why a config makes no model: the number that is at fault, where that is known."""
+    numbers = _numbers(config, "vocab_size", "pad_token_id")
+    if numbers.get("pad_token_id", -1) >= numbers.get("vocab_size", 0):
+        told = " and ".join(f"{name} = {number}" for name, number in numbers.items())
+        return f"the model's config has {told}, where padding has no row; correct one of them"
+    return f"the model's config makes no model: {cause_of(error)}; correct it, or give a preset"
 
 
 def workspace(device: torch.device | str) -> int:
@@ -760,7 +792,7 @@ def largest_batch(
         peaks[1] = peak_at(1)
     if peaks[1] > budget:
         raise BudgetError(
-            f"a batch of one row takes {peaks[1] / 1e9:.2f} GB, the budget is {budget / 1e9:.2f} GB; "
+            f"a batch of one row takes {peaks[1]:,} bytes, the budget is {budget:,} bytes; "
             "use shorter rows, a smaller model or dtype, --paradigm zo, or activation checkpointing"
         )
     while True:
@@ -906,7 +938,18 @@ def check_predictable(config: PreTrainedConfig, objective: str) -> None:
 
     Raises:
         UsageError: it is an encoder-decoder that tells classes apart.
+        DataError: numbers of its config that no model can have.
     """
+    numbers = _numbers(config, *COUNTS)
+    for name, number in numbers.items():
+        if number < 1:
+            raise DataError(f"the model's config has {name} = {number}; write at least 1 there")
+    heads, shared = numbers.get("num_attention_heads", 0), numbers.get("num_key_value_heads", 1)
+    if heads % shared:
+        raise DataError(
+            f"the model's config has num_attention_heads = {heads}, which is no multiple of its num_key_value_heads = {shared}; "
+            "correct one of them"
+        )
     if objective == "classes" and getattr(config, "is_encoder_decoder", False):
         raise UsageError(
             f"model family '{config.model_type}' is an encoder-decoder, whose classification head looks for the end of each "

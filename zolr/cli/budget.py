@@ -183,8 +183,9 @@ def plan(
             f"no way can be predicted, so --memory-budget has nothing to choose; {next(iter(skipped.values()))}"
         )
     least = min(known, key=lambda way: known[way])
+    room, floor = _sizes(budget, known[least])
     text = (
-        f"no way to take this step fits into --memory-budget {_size(budget)}: the least is {_size(known[least])} with "
+        f"no way to take this step fits into --memory-budget {room}: the least is {floor} with "
         f"{least.flags(paradigm)}, so --memory-budget {-(-known[least] // 2**20)}MiB would do"
     )
     if whole:
@@ -194,7 +195,7 @@ def plan(
         near = _fastest(ways(asked, paradigm, everything), peak, budget)
         if near is not None:
             raise BudgetError(
-                f"{text}; within the budget {near.flags(paradigm)} would fit ({_size(known[near])})"
+                f"{text}; within the budget {near.flags(paradigm)} would fit ({_sizes(known[near], budget)[0]})"
             )
     others = "a smaller model, --dtype bfloat16, shorter rows"
     raise BudgetError(
@@ -236,10 +237,10 @@ def advice(
         return BudgetError(f"{text}, and {str(nothing).replace('--memory-budget ', '')} ({said})")
     except Exception:  # a prediction that fails must not hide what happened
         return BudgetError(f"{text}; try a smaller --batch-size or a shorter --max-length ({said})")
-    room = "" if there is None else f" of {_size(there)}"
+    takes, less, *room = _sizes(needed, found.peak, *([] if there is None else [there]))
     return BudgetError(
-        f"{text}, predicted to take {_size(needed)}{room}; {found.way.flags(paradigm)} is the same step in "
-        f"{_size(found.peak)}: go on with these and --resume, or give --memory-budget ({said})"
+        f"{text}, predicted to take {takes}{' of ' * bool(room)}{''.join(room)}; {found.way.flags(paradigm)} is the same step in "
+        f"{less}: go on with these and --resume, or give --memory-budget ({said})"
     )
 
 
@@ -279,28 +280,28 @@ def _fastest(found: Sequence[Way], peak: Callable[[Way], int | None], budget: in
 
 def told(plan: Plan, paradigm: str, budget: int) -> list[str]:
     """What was picked and why, one line each."""
-    lines = [
-        f"memory budget {_size(budget)}: {plan.way.flags(paradigm)}, predicted peak of a step {_size(plan.peak)}"
-    ]
+    room, peak, *next_peak = _sizes(budget, plan.peak, *([] if plan.faster is None else [plan.faster[1]]))
+    line = f"memory budget {room}: {plan.way.flags(paradigm)}, predicted peak of a step {peak}"
     if plan.faster is None:
-        lines[0] += ", the fastest way there is"
+        line += ", the fastest way there is"
     else:
-        way, peak = plan.faster
-        lines[0] += f"; the next faster way tried, {way.flags(paradigm)}, would take {_size(peak)}"
-    return [*lines, *plan.skipped]
+        way = plan.faster[0].flags(paradigm)
+        line += f"; the next faster way tried, {way}, would take {next_peak[0]}"
+    return [line, *plan.skipped]
 
 
 def verdict(budget: int, measured: int | None, counter: str) -> str | None:
     """A warning where the measured peak is over the budget."""
     if measured is None or measured <= budget:
         return None
+    took, room = _sizes(measured, budget)
     return (
-        f"warning: the measured peak, {_size(measured)} ({counter}), is over --memory-budget {_size(budget)}: the prediction "
+        f"warning: the measured peak, {took} ({counter}), is over --memory-budget {room}: the prediction "
         f"was too low; give a budget that is smaller by {measured / budget - 1:.1%}"
     )
 
 
-def _size(count: int) -> str:
-    from zolr.cli.screen import size
+def _sizes(*counts: int) -> list[str]:
+    from zolr.cli.screen import sizes
 
-    return size(count)
+    return sizes(*counts)

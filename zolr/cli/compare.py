@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -30,11 +31,16 @@ RESULTS = "compare.json"  # of the folder of the runs
 
 # what a row has of the `result.json` of its run
 KEPT = (
-    "before", "after", "chosen_by", "steps", "kept_step", "forwards", "tokens", "seconds", "lr", "trained_share",
+    "before", "after", "chosen_by", "rows", "steps", "kept_step", "forwards", "tokens", "seconds", "lr", "trained_share",
     "peak_bytes_measured", "peak_bytes_predicted",
 )  # fmt: skip
 
+# settings that make the task, and so are those of all rows
+SHARED = {f.name for kind in (ModelChoice, DataChoice) for f in fields(kind)}
+SHARED |= {"k", "train_rows", "validation", "test", "data_seed"}
+
 DONE, NO_MEMORY, NOT_RUN, FAILED = "done", "out of memory", "does not fit", "failed"
+KILLED = "killed"  # as the system does where memory runs out, and as others may for reasons of their own
 
 
 @dataclass(frozen=True)
@@ -125,19 +131,21 @@ def run(settings: Compare) -> None:
     root = Path(settings.output) if settings.output else runs.free_folder(f"compare-{terms.task}")
     _check_places(settings, root)
     plans = _plans(settings, competitors, terms)
-    found = _before(root, terms, plans) if settings.resume else {}
+    files = _sources(settings, terms.task)
+    data = _hashes(files)
+    found = _before(root, terms, plans, files, data) if settings.resume else {}
     signal.signal(
         signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
     )  # so that the child is told, too
     names = labels(competitors)
     try:
-        _run_all(competitors, names, terms, plans, root, found, shown)
+        _run_all(competitors, names, terms, plans, data, root, found, shown)
     except (KeyboardInterrupt, SystemExit) as end:
         rows = _in_order(plans, found)
         if rows:  # also where all of them failed before they wrote a file: --resume needs the folder
             root.mkdir(parents=True, exist_ok=True)
         if root.is_dir():
-            _save(root, terms, plans, rows)
+            _save(root, terms, plans, data, rows, _others(root, plans))
         if rows:
             missing = ", ".join(names[name] for name in plans if name not in found)
             incomplete = f"incomplete: {len(rows)} of {len(plans)} methods were run, and {missing} not; --resume --output {root} goes on"
@@ -154,6 +162,7 @@ def _run_all(
     names: Mapping[str, str],
     terms: Terms,
     plans: Mapping[str, Finetune | ZolrError],
+    data: Mapping[str, str],
     root: Path,
     found: dict[str, dict[str, Any]],
     shown: Any,
@@ -162,6 +171,7 @@ def _run_all(
 
     Args:
         names: of the methods, for people.
+        data: hashes of what they read.
         found: rows that are known; every other one is added as soon as it is.
     """
     for name in found:  # with other methods beside it, one may be called otherwise than before
@@ -182,9 +192,10 @@ def _run_all(
             row |= {"status": FAILED, "error": f"error: {plan}", "exit_code": plan.exit_code}
         found[name] = row
         rows = _in_order(plans, found)
-        _against_adamw(rows)
+        others = _others(root, plans)
+        _against_adamw([*rows, *others])
         if root.is_dir():  # after every row: what is done stays if the next one is interrupted
-            _save(root, terms, plans, rows)
+            _save(root, terms, plans, data, rows, others)
         shown.print(f"    {_said(row)}", markup=False)
 
 
@@ -193,24 +204,77 @@ def _in_order(plans: Mapping[str, Any], found: Mapping[str, dict[str, Any]]) -> 
     return [found[name] for name in plans if name in found]
 
 
+def _others(root: Path, plans: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier start whose methods are not asked for now."""
+    path = root / RESULTS
+    known = runs.read_json(path).get("methods", []) if path.is_file() else []
+    return [row for row in known if row["name"] not in plans]
+
+
 def _save(
-    root: Path, terms: Terms, plans: Mapping[str, Finetune | ZolrError], rows: Sequence[Mapping[str, Any]]
+    root: Path,
+    terms: Terms,
+    plans: Mapping[str, Finetune | ZolrError],
+    data: Mapping[str, str],
+    rows: Sequence[Mapping[str, Any]],
+    others: Sequence[Mapping[str, Any]],
 ) -> None:
-    """What is known so far, and from what settings; what an earlier start knew of other methods stays."""
+    """What is known so far, from what settings and data.
+
+    Args:
+        others: what an earlier start knew of other methods, which stays.
+    """
     path = root / RESULTS
     before = runs.read_json(path) if path.is_file() else {}
-    others = [row for row in before.get("methods", []) if row["name"] not in plans]
     settings = {name: toml(plan) for name, plan in plans.items() if isinstance(plan, Finetune)}
-    known = {"methods": [*rows, *others], "settings": before.get("settings", {}) | settings}
+    known = {"data": data, "methods": [*rows, *others], "settings": before.get("settings", {}) | settings}
     runs.write_json(path, {**asdict(terms), **known})
 
 
-def _before(root: Path, terms: Terms, plans: Mapping[str, Finetune | ZolrError]) -> dict[str, dict[str, Any]]:
-    """What has become of methods in an earlier start; those that failed are run again.
+def _sources(settings: Compare, task: str) -> dict[str, Path]:
+    """The files that the runs read their examples from, by flag; the hub and the package keep theirs as they are."""
+    from zolr.tasks import TASKS
+
+    given = {f"--{name}": getattr(settings, name) for name in ("data", "validation", "test")}
+    files = {name: Path(path) for name, path in given.items() if path is not None}
+    known = None if settings.data is not None else TASKS.get(task)
+    place = settings.data_dir or (known and known.hub and os.environ.get("ZOLR_DATA"))
+    if known is not None and place:
+        root, name = Path(place), "--data-dir" if settings.data_dir else "ZOLR_DATA"
+        folders = (root, root / known.folder, root / known.name, root / "tasks" / known.folder)
+        folder = next((f for f in folders if (f / "train.tsv").is_file()), root)
+        files |= {
+            f"{name}: {part}": folder / part for part in ("train.tsv", "dev.tsv", "test.tsv", "meta.json")
+        }
+    return files
+
+
+def _hashes(files: Mapping[str, Path]) -> dict[str, str]:
+    """`sha256:` and the hash of every file that is there; runs say themselves what they miss."""
+    found = {}
+    for name, path in files.items():
+        if path.is_file():
+            with path.open("rb") as file:
+                found[name] = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:32]}"
+    return found
+
+
+def _before(
+    root: Path,
+    terms: Terms,
+    plans: Mapping[str, Finetune | ZolrError],
+    files: Mapping[str, Path],
+    data: Mapping[str, str],
+) -> dict[str, dict[str, Any]]:
+    """What has become of methods in an earlier start; those that failed or were killed are run again.
+
+    Args:
+        files: that the runs read.
+        data: their hashes.
 
     Raises:
         StorageError: there is no comparison in the folder.
-        UsageError: it is another one.
+        UsageError: it is another one, or one of other data.
     """
     path = root / RESULTS
     if not path.is_file():
@@ -222,16 +286,30 @@ def _before(root: Path, terms: Terms, plans: Mapping[str, Finetune | ZolrError])
             raise UsageError(
                 f"'{key}' is {value} here and {found.get(key)} in {path}; go on with the same settings, or choose another --output"
             )
+    texts = found.get("settings", {})
     for name, plan in plans.items():
-        was = found.get("settings", {}).get(name)
-        if was is None or not isinstance(plan, Finetune):
-            continue
-        for key, old, new in differing(was, toml(plan)):
+        # what makes the task is that of every other method, too
+        for other in [name] if name in texts else list(texts)[:1]:
+            for key, old, new in differing(texts[other], toml(plan)) if isinstance(plan, Finetune) else ():
+                if other == name or key.replace("-", "_") in SHARED:
+                    raise UsageError(
+                        f"--{key} of '{name}' is {new} here and was {old} in {path}; go on with the same settings, or choose another "
+                        "--output"
+                    )
+    known = found.get("data", data)  # which earlier versions did not keep
+    for name in sorted(known.keys() | data.keys()):
+        if known.get(name) != data.get(name):
+            was, now = known.get(name, "not there"), data.get(name, "not there")
             raise UsageError(
-                f"--{key} of '{name}' is {new} here and was {old} in {path}; go on with the same settings, or choose another "
-                "--output"
+                f"{files.get(name, name)} ({name}) is {now} here and was {was} in {path}, so its rows would be of other data; go on with "
+                "the same data, or choose another --output"
             )
-    return {row["name"]: row for row in found["methods"] if row["name"] in plans and row["status"] != FAILED}
+    return {row["name"]: row for row in found["methods"] if row["name"] in plans and not _again(row)}
+
+
+def _again(row: Mapping[str, Any]) -> bool:
+    """Whether a row had bad luck rather than too little memory: it failed, or was killed by whomever."""
+    return row["status"] in (FAILED, KILLED) or row.get("exit_code") == -signal.SIGKILL
 
 
 def _report(settings: Compare, rows: Sequence[dict[str, Any]], terms: Terms, incomplete: str = "") -> None:
@@ -277,21 +355,11 @@ def register(app: typer.Typer) -> None:
 
 def _check_same_workload(competitors: Mapping[str, Mapping[str, Any]]) -> None:
     """A method's own settings must leave the model and the examples alone."""
-    from zolr.cli.choices import Writing
-
-    written = {f.name for f in fields(Writing)}
-    shared = {f.name for kind in (ModelChoice, DataChoice) for f in fields(kind)}
-    shared |= {"k", "train_rows", "validation", "test", "data_seed"}
     for word, own in competitors.items():
         for name in own:
-            start = f"--methods: '{spelled(name)}' in '{word}'"
-            if name in written:
+            if name in SHARED:
                 raise UsageError(
-                    f"{start}: where and how often a run is written is the same for all of them; leave it out"
-                )
-            if name in shared:
-                raise UsageError(
-                    f"{start} would make it another task; give --{spelled(name)} for all of them, or leave it out"
+                    f"--methods: '{spelled(name)}' in '{word}' would make it another task; give --{spelled(name)} for all of them, or leave it out"
                 )
 
 
@@ -474,7 +542,10 @@ def _raced(plan: Finetune, terms: Terms) -> dict[str, Any]:
             raise
         texts = [file.read_text(errors="replace") if file.is_file() else "" for file in (found, said)]
     assert child.exitcode is not None
-    return {**outcome(child.exitcode, *texts), "folder": plan.output}
+    row = outcome(child.exitcode, *texts)
+    if row["status"] == NOT_RUN and "error" not in row:
+        row["budget"] = terms.budget
+    return {**row, "folder": plan.output}
 
 
 def _on_host(device: str) -> bool:
@@ -513,23 +584,26 @@ def outcome(code: int, out: str, said: str) -> dict[str, Any]:
         and "out of memory" not in reason
     ):
         return {"status": NOT_RUN, "error": reason, "exit_code": code, **row}
+    if code == -signal.SIGKILL:
+        reason = "killed (SIGKILL), as the system does when memory runs out; --resume runs it again"
+        return {"status": KILLED, "error": reason, "exit_code": code, **row}
     exhausted = code == BudgetError.exit_code or "OutOfMemoryError" in reason or "MemoryError" in reason
     if code < 0:
-        number = signal.Signals(-code)
-        exhausted = number == signal.SIGKILL
-        reason = f"ended by {number.name}"
-        if exhausted:
-            reason = "killed by the system (SIGKILL), as it does when memory runs out"
+        exhausted, reason = False, f"ended by {signal.Signals(-code).name}"
     return {"status": NO_MEMORY if exhausted else FAILED, "error": reason, "exit_code": code, **row}
 
 
 def _against_adamw(rows: Sequence[dict[str, Any]]) -> None:
-    """Add each step over a step of AdamW, both measured in forwards of the same examples."""
+    """Add each step over a step of AdamW, both measured in forwards of the same examples.
+
+    Args:
+        rows: all of the comparison, those of an earlier start too. Without AdamW among them they keep what they have.
+    """
     found, ratio = _reference(rows), "step_over_two_forwards"
     for row in rows:
-        row.pop("step_over_adamw", None)  # of an earlier start, over another row perhaps
         if found is not None and ratio in row:
             row["step_over_adamw"] = round(row[ratio] / found[ratio], 4)
+            row["adamw"] = found["label"]
 
 
 def _reference(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -560,11 +634,13 @@ def _none_left(rows: Sequence[Mapping[str, Any]]) -> ZolrError:
 
 def _reason(row: Mapping[str, Any]) -> str:
     """Why a row has no result."""
-    from zolr.cli.screen import size
+    from zolr.cli.screen import sizes
 
     if "error" in row:
         return row["error"].removeprefix("error: ")
-    return f"predicted {size(row['peak_bytes_predicted'])}"
+    return "predicted " + " of ".join(
+        sizes(*(row[key] for key in ("peak_bytes_predicted", "budget") if key in row))
+    )
 
 
 def _said(row: Mapping[str, Any]) -> str:
@@ -679,10 +755,10 @@ def notes(
             "x 2 fwd: time of a step over that of two plain forwards of the same model on the step's own batches, "
             f"median of {count} pairs taken in turn in the process of the run; drawing new subspaces is not in it"
         )
-        plain = _reference(rows)
+        plain = next((row["adamw"] for row in rows if "adamw" in row), None)
         if plain is not None and any(column.key == "step_over_adamw" for column in columns):
             texts.append(
-                f"x adamw: x 2 fwd of the row over x 2 fwd of {plain['label']}, so per example where batches differ; each was "
+                f"x adamw: x 2 fwd of the row over x 2 fwd of {plain}, so per example where batches differ; each was "
                 "measured in its own process"
             )
     for row in rows:

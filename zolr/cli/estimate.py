@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from zolr.cli import quieten
 from zolr.cli.budget import bytes_of
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from zolr.cli.finetune import Finetune
 
 EVERY = "all"  # stands for every row of the table of methods under each of its paradigms
+MOST = 2**31  # of what is counted, as `memory.MOST` has it, which takes seconds to import
 MOST_ROWS = 4096  # the largest batch that is looked for
 
 MOST_PROCESSES = 8  # by default; each holds the libraries, 0.5 GB
@@ -77,13 +78,13 @@ class Estimate(Settings):
         "Method",
         shown="as each method has it",
     )
-    batch_size: Annotated[int, Ge(1)] | None = flag(
+    batch_size: Annotated[int, Ge(1), Le(MOST)] | None = flag(
         None, "Rows of a forward pass.", "Training", shown="as zolr finetune has it for the paradigm"
     )
-    accumulate: Annotated[int, Ge(1)] | None = flag(
+    accumulate: Annotated[int, Ge(1), Le(MOST)] | None = flag(
         None, "Batches of a step.", "Training", shown="as zolr finetune has it for the paradigm"
     )
-    max_length: Annotated[int, Ge(1)] = flag(128, "Tokens of a row, padding included.", "Training")
+    max_length: Annotated[int, Ge(1), Le(MOST)] = flag(128, "Tokens of a row, padding included.", "Training")
     dtype: Literal["float32", "bfloat16", "float16"] = flag(
         "float32", "Precision of the weights: float32, bfloat16, float16.", "Memory"
     )
@@ -146,7 +147,9 @@ def run(settings: Estimate) -> None:
         _print(rows, settings, budget)
     failed = [row for row in rows if "error" in row]
     if len(failed) == len(rows):
-        raise UsageError(f"no method can be predicted; the first one: {failed[0]['error']}")
+        error = UsageError(f"no method can be predicted; the first one: {failed[0]['error']}")
+        error.exit_code = failed[0].get("exit_code", error.exit_code)
+        raise error
 
 
 def register(app: typer.Typer) -> None:
@@ -335,7 +338,7 @@ def _estimated(settings: Estimate, own: Mapping[str, Any], budget: int | None) -
     try:
         return _predicted(settings, own, budget)
     except ZolrError as error:
-        return {"error": str(error)}
+        return {"error": str(error), "exit_code": error.exit_code}
     except Exception as error:  # an operation that fake tensors cannot run: the other methods still can
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
 
@@ -437,7 +440,7 @@ def _print(rows: Sequence[Mapping[str, Any]], settings: Estimate, budget: int | 
             lines.append((row["name"], None, "not predicted", *[None] * (len(columns) - 3)))
             continue
         line = [row["name"], f"{row['batch_size']} x {row['max_length']}", size(row["peak_bytes"])]
-        lines.append((*line, f"{row['ratio']:.2f}", *([] if budget is None else [_fitting(row)])))
+        lines.append((*line, f"{row['ratio']:.2f}", *([] if budget is None else [_fitting(row, budget)])))
     _put(console, f"{settings.model}: predicted peak memory of a step", columns, lines)
     for row in rows:
         if "error" in row:
@@ -489,13 +492,16 @@ def _turned(title: str, columns: Sequence[str], turned: Sequence[Sequence[Any]],
     return made
 
 
-def _fitting(row: Mapping[str, Any]) -> str:
-    from zolr.cli.screen import size
+def _fitting(row: Mapping[str, Any], budget: int) -> str:
+    from zolr.cli.screen import sizes
 
     largest = row["largest_batch"]
     if not largest:
-        return f"none: one row takes {size(row['one_row_bytes'])}"
-    return f"{largest}{' or more' if largest == MOST_ROWS else ''}"
+        return f"none: one row takes {sizes(row['one_row_bytes'], budget)[0]}"
+    parts = (
+        row.get("accumulate") or 1
+    )  # of a --batch-size that is given there is one, where nobody says otherwise
+    return f"{largest}{' or more' * (largest == MOST_ROWS)}{f' with --accumulate {parts}' * (parts > 1)}"
 
 
 def assumed(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -57,6 +57,17 @@ def size(count: float | None) -> str:
     return f"{count:.0f} B"
 
 
+def sizes(*counts: int) -> list[str]:
+    """Several of them, in bytes where two that differ would look alike.
+
+    >>> sizes(3 * 2**30, 2**20), sizes(12_300_000, 12_310_000)
+    (['3.00 GiB', '1 MiB'], ['12,300,000 B', '12,310,000 B'])
+    """
+    shown = [size(count) for count in counts]
+    alike = len(set(shown)) < len(set(counts))
+    return [f"{count:,} B" for count in counts] if alike else shown
+
+
 def number(value: Any) -> str:
     """A table cell."""
     if value is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from zolr.cli.config import nearest, resolve
@@ -42,8 +43,9 @@ def variant(word: str, flag: str = "--methods") -> tuple[str, dict[str, Any]]:
         The word with its paradigm, and the settings of `Finetune` that it gives.
 
     Raises:
-        UsageError: an unknown method, paradigm or setting, or a value out of range.
+        UsageError: an unknown method, paradigm or setting, one that is no matter of a method, or a value out of range.
     """
+    from zolr.cli.choices import Writing
     from zolr.cli.finetune import Finetune
     from zolr.methods import METHODS
 
@@ -57,13 +59,21 @@ def variant(word: str, flag: str = "--methods") -> tuple[str, dict[str, Any]]:
         key, equals, value = part.partition("=")
         if not equals:
             raise UsageError(f"{flag}: '{part}' in '{word}' is no setting; write it as @lr=1e-3")
+        field = key.replace("-", "_")
+        if field in ("method", "paradigm"):
+            right = f"{name}:{value}" if field == "paradigm" else value
+            raise UsageError(f"{flag}: '{part}' in '{word}' comes first in such a word; write {right}")
+        if field in {f.name for f in fields(Writing)}:
+            raise UsageError(
+                f"{flag}: '{key}' in '{word}': where and how often a run is written is the same for all of them; leave it out"
+            )
         if "." in key or key == "set":
             own["set"] = (*own.get("set", ()), value if key == "set" else part)
             continue
         try:
-            own[key.replace("-", "_")] = tomllib.loads(f"value = {value}")["value"]
+            own[field] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
-            own[key.replace("-", "_")] = value  # words need no quotes
+            own[field] = value  # words need no quotes
     checked = resolve(Finetune, own)
     own = {key: getattr(checked, key) for key in own}
     paradigm = paradigm or METHODS[name].paradigms[0]
