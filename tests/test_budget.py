@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Run
 
 from zolr.cli import compare, estimate
 from zolr.cli.budget import PASS_ROWS, SIZE, Way, advice, plan, told, verdict, ways
 from zolr.errors import BudgetError, UsageError
+from zolr.methods import Method, compose
 
 EVERYTHING = {*SIZE, "checkpointing", "signs", "realization"}
 ASKED = Way(16, 2)
@@ -210,6 +212,33 @@ def test_sizes_that_round_to_the_same_are_told_in_bytes() -> None:
     least = {"status": compare.NOT_RUN, "peak_bytes_predicted": budget + 9, "budget": budget}
     assert compare._said(least) == "does not fit: predicted 12,300,009 B of 12,300,000 B"
     assert "12,300,009 B" in estimate._fitting({"largest_batch": 0, "one_row_bytes": budget + 9}, budget)
+
+
+@pytest.mark.parametrize(("every", "method"), [(2, "stiefel"), (2, "galore"), (1, "stiefel"), (2, "gum")])
+def test_a_run_that_is_over_before_its_subspaces_change_takes_less(
+    zolr: Run, tmp_path: Path, every: int, method: str
+) -> None:
+    """Of two steps: a window of two never closes, one of one does; coins may leave any window the worst."""
+    given = ("--method", method, "--paradigm", "fo", "--dtype", "bfloat16", "--lr", 1e-3)
+    code, out, err = finetune(zolr, *given, "--refresh-every", every, "--output", tmp_path / "run")
+    assert code == 0, err
+    predicted, measured = (json.loads(out)[f"peak_bytes_{how}"] for how in ("predicted", "measured"))
+    if method != "gum":
+        assert predicted == pytest.approx(measured, rel=0.001)
+    assert predicted >= 0.999 * measured
+
+
+def test_steps_that_nobody_knows_are_predicted_with_a_change() -> None:
+    from zolr.memory import predict
+
+    def peak(steps: int | None, method: Method) -> int:
+        size: Any = dict(batch_size=2, max_length=8, dtype=torch.bfloat16)
+        return predict("demo", method, steps=steps, **size).peak_bytes
+
+    stiefel, inputs = compose("stiefel", "fo", refresh_every=5), compose("dependent", "zo", refresh_every=5)
+    assert peak(5, stiefel) < peak(6, stiefel) == peak(None, stiefel)
+    assert inputs.projector.learns_from == "inputs"  # seen where a window begins, the first one too
+    assert peak(5, inputs) == peak(None, inputs)
 
 
 def finetune(zolr: Run, *more: object) -> tuple[int, str, str]:
