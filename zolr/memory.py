@@ -426,6 +426,7 @@ def predict(
     device: torch.device | str = "cpu",
     dropout: float | None = 0.0,
     packed: bool = False,
+    steps: int | None = None,
     profile: bool = False,
 ) -> Prediction:
     """Predict the peak memory of a training step by running that very step on tensors without data.
@@ -454,6 +455,7 @@ def predict(
             host attention is not fused where it has any; on a card it is.
         packed: rows of objective "lm" hold several documents that do not see each other: batches have `position_ids` that begin
             again, from which transformers makes a mask of `(batch_size, 1, max_length, max_length)`.
+        steps: of the run; one that is over before its subspaces change is predicted without that. None for as many as it takes.
         profile: list the live storages at the peak, add them up by what they are, and name the module.
 
     Raises:
@@ -584,7 +586,9 @@ def predict(
         if method is not None:
             eps = setting(method.estimator, "eps", 0.0)
             chooses = not method.estimator.exact and (eps is None or (lr is None and eps != 0.0))
-            method = _runnable(method, signs)
+            method = _runnable(method, signs, steps)
+            if method.refresh_every not in (None, WINDOW):
+                assumptions.append(f"{steps} steps, which is too few for subspaces to change")
             live, weights, coords, state = step(method)
     scratch, threads = workspace(device), 2 if method is not None and method.paradigm == "fo" else 1
     if scratch:
@@ -999,8 +1003,8 @@ def _few_rounds() -> Iterator[None]:
         keys._ROUNDS = before
 
 
-def _runnable(method: Method, signs: str | None) -> Method:
-    """The method with windows so short that the last step sees a change, and nothing left to choose."""
+def _runnable(method: Method, signs: str | None, steps: int | None) -> Method:
+    """The method with windows so short that the last step sees a change, if the run has one, and nothing left to choose."""
     estimator: Any = method.estimator
     if signs is not None:
         if setting(estimator, "signs") is None:
@@ -1014,6 +1018,11 @@ def _runnable(method: Method, signs: str | None) -> Method:
     if layers.every is not None:
         layers = replace(layers, every=LONG)
     every = method.refresh_every and WINDOW
+    # a law that is learned from inputs is full from the beginning here, and coins may leave any window the worst
+    coins = any(method.residual.whole(keys.Key(window)) for window in range(PERIODS))
+    changes = method.projector.learns_from == "inputs" or coins
+    if every and steps is not None and steps <= (method.refresh_every or 0) and not changes:
+        every = LONG
     return replace(method, estimator=estimator, refresh_every=every, layers=layers)
 
 

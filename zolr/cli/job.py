@@ -108,6 +108,8 @@ class Job(Planned[Finetune]):
         self.notes = list(self.work.notes)
         self.select = settings.selection
         self.settings = self._sized(settings)
+        # of a run that ends by what it has spent nobody knows how many there will be
+        self.planned_steps = self.settings.steps if schedule is None else None
         self.settings = settings = self.within_budget(settings)
         self.batches = TrainingBatches(
             self.train_set,
@@ -328,6 +330,7 @@ class Job(Planned[Finetune]):
             hold_rank=settings.held_rank,
             device=self.work.device,
             dropout=None,
+            steps=self.planned_steps,
         ).peak_bytes
 
     def train(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from zolr.cli.finetune import Finetune
     from zolr.cli.pretrain import Pretrain
     from zolr.cli.record import Meter
+    from zolr.distributed import Team
     from zolr.engine import Engine
 
 S = TypeVar("S", "Finetune", "Pretrain")
@@ -32,11 +33,13 @@ class Planned(ABC, Generic[S]):
         settings: of the run, complete.
         engine: that takes its steps.
         device: where it takes them.
+        team: the processes that share them out.
     """
 
     settings: S
     engine: Engine
     device: torch.device
+    team: Team
 
     def __init__(self, shown: Any = None) -> None:
         self._shown = shown
@@ -61,6 +64,22 @@ class Planned(ABC, Generic[S]):
         return ""
 
     @property
+    def on_top(self) -> int:
+        """Bytes at most, about, of what ranks exchange of gradients, which no prediction counts; 0 for one, or without backprop."""
+        if self.team.size < 2 or self.engine.method.paradigm != "fo":
+            return 0
+        from zolr.distributed import BUCKET
+
+        dense = self.engine.method.dense and self.engine.method.accumulate == "dense"
+        values = [v.weight if dense else v.value for v in self.engine.variables]
+        sizes = [value.numel() for value in values]
+        each = max(value.element_size() for value in values)
+        # a bucket is full with its last gradient: these gradients, one after the other, padded, from all ranks, and their sum, of
+        # which each rank adds up its part in float64
+        entries = min(sum(sizes), BUCKET + max(sizes))
+        return entries * 5 * each + entries * (8 + each) // self.team.size
+
+    @property
     def budget(self) -> int | None:
         """Bytes a step may take."""
         budget = self.settings.memory_budget
@@ -81,6 +100,13 @@ class Planned(ABC, Generic[S]):
         if self.unpredictable:
             self.note(f"note: no memory prediction for {self.unpredictable}")
             return None
+        if self.on_top:
+            from zolr.cli.screen import size
+
+            self.note(
+                f"note: predicted is a step of one process; what {self.team.size} ranks exchange of its gradients comes on top, some "
+                f"{size(self.on_top)} at most"
+            )
         try:
             return self.peak(self.settings)
         except Exception as error:  # an operation that fake tensors cannot run must not stop a run that works
