@@ -242,7 +242,7 @@ class Calls(TorchDispatchMode):
 def adapted(
     monkeypatch: pytest.MonkeyPatch, share: float, law: str, probes: int
 ) -> tuple[list[Tensor], int, bool]:
-    monkeypatch.setattr("zolr.variables.SMALL", share)
+    monkeypatch.setattr("zolr.attaching.SMALL", share)
     torch.manual_seed(0)
     model, x = Adapted(), torch.randn(8, 256, dtype=torch.float64)
     engine = zolr.Engine(

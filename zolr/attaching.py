@@ -33,7 +33,6 @@ from zolr.subspaces import Left, Right, TwoSided
 from zolr.variables import (
     BINDINGS,
     REALIZATIONS,
-    SMALL,
     Kind,
     Realization,
     Site,
@@ -44,6 +43,9 @@ from zolr.variables import (
     tokens,
     widen,
 )
+
+# matrices that are trained whole and are together at most this share of the model are not worked on one by one
+SMALL = 1 / 32
 
 
 def _kind(module: nn.Module, parameter: str) -> Kind:

@@ -27,9 +27,6 @@ from zolr.subspaces import Coded, Full, Left, Right, Subspace, TwoSided, Viewed
 Realization = Literal["auto", "side", "rebuild", "inplace"]
 REALIZATIONS = ("auto", "side", "rebuild", "inplace")
 
-# matrices that are trained whole and are together at most this share of the model are not worked on one by one
-SMALL = 1 / 32
-
 Shift = Tensor | Callable[[slice], Tensor]
 Kind = Literal["linear", "conv1d", "embedding", "other"]
 
