@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import Run
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import zolr
@@ -1107,6 +1108,26 @@ def test_small_slips_are_told_in_one_sentence() -> None:
         zolr.compose("stiefel", "fo", projector=zolr.compose("stiefel", "fo").projector)  # type: ignore[arg-type]
     with pytest.warns(UserWarning, match=r"one for an adapter.*zolr.lora.wrap"):
         zolr.Engine(perceptron(), zolr.compose("lora", "fo"), lr=1e-3, loss=loss)
+
+
+@pytest.mark.parametrize("paradigm", ["zo", "fo"])
+def test_a_running_average_of_weights_is_taken_of_copies_or_after_a_fold(paradigm: str) -> None:
+    for folds in (False, True):
+        net = perceptron()
+        method = zolr.compose("stiefel", paradigm, rank=2, **({"eps": 1e-3} if paradigm == "zo" else {}))
+        engine = zolr.Engine(net, method, lr=1e-2, loss=loss)
+        seen = [net.state_dict()["0.weight"].clone()]
+        average = AveragedModel(net if folds else engine.export())
+        average.update_parameters(net if folds else engine.export())
+        for _ in range(4):
+            engine.step([(X, Y)])
+            if folds:
+                engine.fold()
+            average.update_parameters(net if folds else engine.export())
+            seen.append(net.state_dict()["0.weight"].clone())
+        mean = torch.stack(seen).mean(0)
+        assert not torch.equal(mean, seen[0])
+        torch.testing.assert_close(average.module.state_dict()["0.weight"], mean, rtol=1e-5, atol=1e-6)
 
 
 def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
