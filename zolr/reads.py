@@ -48,7 +48,9 @@ class Reads(TorchDispatchMode):
 
     def __init__(self, variables: Sequence[Variable], derived: bool) -> None:
         super().__init__()
-        self._variables = {id(site.weight): v for v in variables for site in v.sites}
+        # offloading replaces weights while this is entered: of those that were let go, other tensors would get the number
+        self._weights = [(site.weight, v) for v in variables for site in v.sites]
+        self._variables = {id(weight): v for weight, v in self._weights}
         self._derived = derived
         self.found: dict[str, str] = {}  # names of weights, and "file:line"
 
