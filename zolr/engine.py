@@ -501,10 +501,7 @@ class Engine:
             )
         if not batches:
             raise UsageError("a step needs at least one batch")
-        if (
-            len({(part.dtype, part.dim()) if isinstance(part, Tensor) else None for part in batches} - {None})
-            > 1
-        ):
+        if len({(part.dtype, part.dim()) for part in batches if isinstance(part, Tensor)}) > 1:
             raise UsageError(
                 f"a step takes a list of micro-batches, and these {len(batches)} tensors are of different kinds, as the parts of one batch are; "
                 "use step([batch])"

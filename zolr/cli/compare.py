@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -233,16 +232,14 @@ def _save(
 
 def _sources(settings: Compare, task: str) -> dict[str, Path]:
     """The files that the runs read their examples from, by flag; the hub and the package keep theirs as they are."""
-    from zolr.tasks import TASKS
+    from zolr.tasks import TASKS, folder_of
 
     given = {f"--{name}": getattr(settings, name) for name in ("data", "validation", "test")}
     files = {name: Path(path) for name, path in given.items() if path is not None}
     known = None if settings.data is not None else TASKS.get(task)
-    place = settings.data_dir or (known and known.hub and os.environ.get("ZOLR_DATA"))
-    if known is not None and place:
-        root, name = Path(place), "--data-dir" if settings.data_dir else "ZOLR_DATA"
-        folders = (root, root / known.folder, root / known.name, root / "tasks" / known.folder)
-        folder = next((f for f in folders if (f / "train.tsv").is_file()), root)
+    folder = None if known is None else folder_of(known, settings.data_dir)
+    if folder is not None:
+        name = "ZOLR_DATA" if settings.data_dir is None else "--data-dir"
         files |= {
             f"{name}: {part}": folder / part for part in ("train.tsv", "dev.tsv", "test.tsv", "meta.json")
         }
@@ -251,12 +248,9 @@ def _sources(settings: Compare, task: str) -> dict[str, Path]:
 
 def _hashes(files: Mapping[str, Path]) -> dict[str, str]:
     """`sha256:` and the hash of every file that is there; runs say themselves what they miss."""
-    found = {}
-    for name, path in files.items():
-        if path.is_file():
-            with path.open("rb") as file:
-                found[name] = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:32]}"
-    return found
+    from zolr.cli.reproduce import text_hash
+
+    return {name: text_hash([str(path)]) for name, path in files.items() if path.is_file()}
 
 
 def _before(

@@ -408,24 +408,35 @@ def own_task(name: str, columns: Sequence[str], classes: Sequence[str]) -> Task:
     )
 
 
-def _official(task: Task, data_dir: str | Path | None) -> tuple[dict[str, list[Example]], str]:
-    """The labeled splits of a task as they are published, and where they come from."""
+def folder_of(task: Task, data_dir: str | Path | None) -> Path | None:
+    """Where the files of a published task lie; None where there are none, or the package or the hub has them.
+
+    Args:
+        data_dir: the folder that was given; None for that of ZOLR_DATA.
+    """
+    shared = os.environ.get("ZOLR_DATA")
+    folders: tuple[Path, ...] = ()
     if data_dir is not None:
         root = Path(data_dir)
         folders = (root, root / task.folder, root / task.name, root / "tasks" / task.folder)
-        folder = next((f for f in folders if (f / "train.tsv").is_file()), None)
-        if folder is None:
-            raise DataError(
-                f"{root}: there is no train.tsv of task {task.name!r} in it; "
-                f"give the folder that holds train.tsv, or the one above it with {task.folder}/train.tsv"
-            )
+    elif task.hub is not None and shared:
+        folders = (Path(shared) / "tasks" / task.folder,)
+    return next((folder for folder in folders if (folder / "train.tsv").is_file()), None)
+
+
+def _official(task: Task, data_dir: str | Path | None) -> tuple[dict[str, list[Example]], str]:
+    """The labeled splits of a task as they are published, and where they come from."""
+    folder = folder_of(task, data_dir)
+    if folder is not None:
         return load_folder(folder, task.columns, task.classes), str(folder)
+    if data_dir is not None:
+        raise DataError(
+            f"{Path(data_dir)}: there is no train.tsv of task {task.name!r} in it; "
+            f"give the folder that holds train.tsv, or the one above it with {task.folder}/train.tsv"
+        )
     if task.hub is None:
         folder = Path(__file__).parent.parent / "demo" / task.folder
         return load_folder(folder, task.columns, task.classes), "the package"
-    shared = os.environ.get("ZOLR_DATA")
-    if shared and (folder := Path(shared) / "tasks" / task.folder).joinpath("train.tsv").is_file():
-        return load_folder(folder, task.columns, task.classes), str(folder)
     config = f" ({task.hub.config})" if task.hub.config else ""
     return load_hub(task.hub, task.classes), f"the hub: {task.hub.id}{config}"
 
